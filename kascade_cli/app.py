@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         # Typer's own usage errors; newer versions carry their own copy of click, so they are known by shape.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            print(f"error: {error.format_message()}", file=sys.stderr)
+            if message := error.format_message():
+                print(f"error: {message}", file=sys.stderr)
             sys.exit(error.exit_code)
         if debug:
             raise
