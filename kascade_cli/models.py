@@ -1,0 +1,246 @@
+"""Load a causal LM, describe its attention, and identify it by a fingerprint."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.schema import ModelCard
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What kascade needs to know of a model. `profiled_layers` are its full-attention layers (absolute indices)."""
+
+    name: str
+    fingerprint: str
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    profiled_layers: list[int] = field(default_factory=list)
+    max_positions: int | None = None
+
+    @property
+    def card(self) -> ModelCard:
+        """The part that a profile carries."""
+        return ModelCard(
+            name=self.name,
+            fingerprint=self.fingerprint,
+            layers=self.layers,
+            query_heads=self.query_heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+        )
+
+
+def resolve_name(name: str) -> str:
+    """`demo` and `demo-small` are the models shipped with the package; anything else is a path or a hub id."""
+    from kascade_cli.demo import DEMO_MODELS
+
+    return str(DEMO_MODELS.get(name, name))
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU. Raises UsageError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device '{device}' is not available here; use --device cpu or auto") from error
+    return resolved
+
+
+def resolve_dtype(dtype: str) -> torch.dtype | str:
+    """`auto` is what the checkpoint was saved in. Raises UsageError."""
+    if dtype == "auto":
+        return dtype
+    if dtype not in _DTYPES:
+        raise UsageError(f"dtype '{dtype}' is not known; use auto, float32, bfloat16 or float16")
+    return _DTYPES[dtype]
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Loads (model, tokenizer) in evaluation mode with SDPA attention.
+
+    `HF_HUB_OFFLINE`, `HF_HOME`, `HF_TOKEN` and the like are honoured by transformers. Raises KascadeError if the
+    model cannot be found or read, is not a causal LM, or has weights that are not finite.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    target = torch.device("cpu") if device == "cpu" else resolve_device(device)
+    source = resolve_name(name)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        _check_causal(config, name)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=resolve_dtype(dtype), attn_implementation="sdpa", **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise KascadeError(_loading_problem(name, source, error)) from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    _check_finite(model, name)
+    model.name_or_path_given = name
+    return model.to(target).eval(), tokenizer
+
+
+def _loading_problem(name: str, source: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").is_file():
+        return f"{name}: the folder has no config.json, so it is not a saved model"
+    if not path.exists() and (name.startswith((".", "/")) or name.count("/") > 1):
+        return f"{name}: no such folder"
+    if "Unrecognized configuration class" in text or "Unrecognized model" in text:
+        return f"{name}: not a causal language model that transformers knows"
+    return f"cannot load {name}: {text[:300]}"
+
+
+def _check_causal(config: Any, name: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise KascadeError(f"{name}: encoder-decoder model; kascade needs a decoder-only (causal) language model")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    architectures = getattr(config, "architectures", None) or []
+    generative = any("CausalLM" in entry or "LMHead" in entry or "ConditionalGeneration" in entry for entry in architectures)
+    remote = bool(getattr(config, "auto_map", None))
+    # BERT-like encoders have a causal class too; what was saved tells them apart.
+    if architectures and not generative and not remote or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote:
+        kind = architectures[0] if architectures else config.model_type
+        raise KascadeError(f"{name}: {kind} is not a causal language model; kascade needs a decoder-only one")
+
+
+def _check_finite(model: nn.Module, name: str) -> None:
+    for parameter_name, parameter in model.named_parameters():
+        # A sum is finite unless an element is not (or float32 overflows, which weights never do).
+        if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
+            raise KascadeError(f"{name}: weight {parameter_name} holds NaN or infinity; the checkpoint is damaged")
+
+
+def text_config(model: nn.Module) -> Any:
+    """The language model's own config (multimodal models wrap it)."""
+    return model.config.get_text_config(decoder=True)
+
+
+def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """Absolute layer index -> the self-attention module that calls transformers' attention interface."""
+    found: dict[int, nn.Module] = {}
+    for _, module in model.named_modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and hasattr(module, "scaling") and type(module).__name__.endswith("Attention"):
+            if index in found:
+                raise KascadeError(f"{type(model).__name__}: layer {index} has two attention modules (cross attention?)")
+            found[index] = module
+    return dict(sorted(found.items()))
+
+
+def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Absolute layer index -> the decoder layer that holds its attention module."""
+    attention = {id(module): index for index, module in attention_modules(model).items()}
+    found = {}
+    for module in model.modules():
+        for child in module.children():
+            if id(child) in attention:
+                found[attention[id(child)]] = module
+    return dict(sorted(found.items()))
+
+
+def full_attention_layers(model: nn.Module) -> list[int]:
+    """Absolute indices of the layers whose attention is full and causal."""
+    config = text_config(model)
+    modules = attention_modules(model)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return [index for index in modules if kinds[index] == "full_attention"]
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True):
+        return []
+    return list(modules)
+
+
+def _check_supported(model: nn.Module, name: str) -> None:
+    config = text_config(model)
+    modules = attention_modules(model)
+    if not modules:
+        raise KascadeError(f"{name}: no attention layer found that goes through transformers' attention interface")
+    if not (getattr(model, "_supports_attention_backend", False) or model._can_set_attn_implementation()):
+        raise KascadeError(f"{name}: {type(model).__name__} does not support transformers' attention interface")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise KascadeError(f"{name}: attention logit soft-capping is not supported")
+    for index, module in modules.items():
+        if getattr(module, "sinks", None) is not None:
+            raise KascadeError(f"{name}: attention sinks (layer {index}) are not supported")
+        if getattr(module, "is_cross_attention", False):
+            raise KascadeError(f"{name}: cross attention (layer {index}) is not supported")
+    if not full_attention_layers(model):
+        raise KascadeError(f"{name}: every attention layer uses a sliding window; there is no full attention to sparsify")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """`sha256:...` over the attention geometry and a sample of the weights, the same on every device and dtype.
+
+    The sample is the first 256 elements of every parameter in bfloat16 (so that a checkpoint loaded in float32 or
+    bfloat16 has one fingerprint).
+    """
+    config = text_config(model)
+    essentials = {
+        key: getattr(config, key, None)
+        for key in ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
+    }
+    digest = hashlib.sha256(json.dumps(essentials, sort_keys=True).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        sample = parameter.detach().reshape(-1)[:256].to("cpu", torch.float32).to(torch.bfloat16)
+        digest.update(name.encode())
+        digest.update(str(tuple(parameter.shape)).encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def describe(model: nn.Module, name: str | None = None) -> ModelInfo:
+    """Geometry, full-attention layers and fingerprint of a causal LM.
+
+    Raises KascadeError if the model uses attention that kascade cannot run (soft-capping, sinks, cross attention,
+    only sliding windows, or an implementation outside transformers' attention interface).
+    """
+    name = name or getattr(model, "name_or_path_given", None) or model.config._name_or_path or type(model).__name__
+    _check_supported(model, name)
+    config = text_config(model)
+    layers = full_attention_layers(model)
+    module = attention_modules(model)[layers[0]]
+    query_heads = config.num_attention_heads
+    kv_heads = query_heads // getattr(module, "num_key_value_groups", 1)
+    head_dim = getattr(module, "head_dim", None) or config.hidden_size // query_heads
+    return ModelInfo(
+        name=name,
+        fingerprint=fingerprint(model),
+        layers=config.num_hidden_layers,
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        profiled_layers=layers,
+        max_positions=getattr(config, "max_position_embeddings", None),
+    )
