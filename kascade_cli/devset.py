@@ -1,0 +1,295 @@
+"""Dev sets: token-id prompts from a built-in task, a hub dataset, .jsonl, .parquet or a folder of .txt files.
+
+The choice of prompts depends on the source and the seed alone, and prompt i not on how many are asked for.
+Every dev set has a held-out twin (`held_out=True`) that shares no prompt with it: built-in tasks draw from
+another seed split; of documents, every fourth usable one belongs to the twin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kascade_cli.errors import KascadeError, UsageError, require_extra
+from kascade_cli.tasks.encoding import check_words, encode_prompt, encode_text
+from kascade_cli.tasks.questions import TASKS, make_prompt, member_tasks, prompt_rng
+
+# The similarity of two layers compares their top 64 keys: a shorter prompt leaves nothing to choose.
+MIN_TOKENS = 64
+HELD_OUT_EVERY = 4
+TEXT_FIELDS = ("text", "prompt", "messages", "conversations", "content", "input", "context", "question")
+
+Document = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class DevSet:
+    """Token ids of `prompts`, at most `max_length` each.
+
+    sha256: of all token ids in order. answer_positions: per prompt, the token positions whose logits predict
+    an answer (built-in tasks; empty lists otherwise). too_short, duplicates: documents passed over for that
+    reason.
+    """
+
+    name: str
+    sha256: str
+    prompts: list[list[int]]
+    seed: int
+    max_length: int
+    answer_positions: list[list[int]] = field(default_factory=list)
+    too_short: int = 0
+    duplicates: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    def notes(self) -> list[str]:
+        """What a user should know about the choice, one line each."""
+        lines = []
+        if self.too_short:
+            shortest = min(MIN_TOKENS, self.max_length)
+            lines.append(f"{self.too_short} documents shorter than {shortest} tokens dropped")
+        if self.duplicates:
+            lines.append(f"{self.duplicates} duplicates dropped")
+        return lines
+
+
+def ids_sha256(*prompts: Sequence[int]) -> str:
+    """sha256 (hex) over prompts of token ids: each as little-endian int32, its length in front."""
+    digest = hashlib.sha256()
+    for ids in prompts:
+        digest.update(np.asarray([len(ids), *ids], "<i4").tobytes())
+    return digest.hexdigest()
+
+
+def load_devset(
+    source: str,
+    tokenizer: Any,
+    *,
+    num_prompts: int,
+    max_length: int,
+    seed: int,
+    text_field: str | None = None,
+    chat_template: bool | None = None,
+    held_out: bool = False,
+) -> DevSet:
+    """Chooses and encodes `num_prompts` prompts of at most `max_length` tokens (fewer if there are no more).
+
+    source: a built-in task (`hops`, `pairs`, `single-hop` ...), a .jsonl or .parquet file, a folder of .txt
+    files, or a dataset id `org/name[:config]:split`. text_field: which field of a record (default: the first
+    known one). chat_template: True wraps plain text into one user turn; False joins the messages of a chat;
+    None uses the template for chats only. Raises KascadeError or UsageError with one line for anything
+    unusable.
+    """
+    if num_prompts < 1:
+        raise UsageError(f"a dev set needs at least one prompt, got {num_prompts}")
+    if max_length < 1:
+        raise UsageError(f"the maximum length must be positive, got {max_length}")
+    if source in TASKS:
+        if chat_template:
+            raise UsageError(f"the built-in task {source!r} is plain text: leave the chat template off")
+        return _task_devset(source, tokenizer, num_prompts, max_length, seed, held_out)
+    if chat_template and not getattr(tokenizer, "chat_template", None):
+        raise UsageError("this tokenizer has no chat template: leave the chat template off")
+    return _document_devset(
+        source, tokenizer, num_prompts, max_length, seed, text_field, chat_template, held_out
+    )
+
+
+def _task_devset(
+    source: str, tokenizer: Any, num_prompts: int, max_length: int, seed: int, held_out: bool
+) -> DevSet:
+    """Haystacks followed by questions with their answers, about one eighth of the tokens."""
+    check_words(tokenizer)
+    kinds = len(member_tasks(source))
+    each = min(16, max(1, max_length // (32 * kinds)))
+    prompts, positions = [], []
+    for index in range(num_prompts):
+        # Words of several pieces, or fewer questions than asked for, change the length: shrink until it fits.
+        length = max_length - TASKS[source].words * each
+        while True:
+            try:
+                prompt = make_prompt(
+                    prompt_rng(seed, "held-out" if held_out else "dev", index), length, each, tasks=(source,)
+                )
+            except KascadeError as error:
+                raise KascadeError(f"{max_length} tokens cannot hold the task {source!r}: {error}") from error
+            encoded = encode_prompt(prompt, tokenizer)
+            if len(encoded.ids) <= max_length:
+                break
+            length = min(length - 1, int(length * max_length / len(encoded.ids)))
+        prompts.append(encoded.ids)
+        positions.append(encoded.answer_positions)
+    name = f"{source}/held-out" if held_out else source
+    return DevSet(name, ids_sha256(*prompts), prompts, seed, max_length, positions)
+
+
+def _document_devset(
+    source: str,
+    tokenizer: Any,
+    num_prompts: int,
+    max_length: int,
+    seed: int,
+    text_field: str | None,
+    chat_template: bool | None,
+    held_out: bool,
+) -> DevSet:
+    documents = _open(source, text_field)
+    if not len(documents):
+        raise KascadeError(f"{source} holds no documents")
+    shortest = min(MIN_TOKENS, max_length)
+    seen: set[str] = set()
+    prompts: list[list[int]] = []
+    too_short = duplicates = usable = 0
+    for index in np.random.default_rng(seed).permutation(len(documents)):
+        ids = _encode(tokenizer, documents[int(index)], chat_template)[:max_length]
+        digest = ids_sha256(ids)
+        if len(ids) < shortest:
+            too_short += 1
+        elif digest in seen:
+            duplicates += 1
+        else:
+            seen.add(digest)
+            usable += 1
+            if (usable % HELD_OUT_EVERY == 0) == held_out:
+                prompts.append(ids)
+                if len(prompts) == num_prompts:
+                    break
+    if not prompts:
+        reason = f"{too_short} of {len(documents)} documents are shorter than {shortest} tokens"
+        if usable:
+            reason = f"{usable} usable documents, and only every {HELD_OUT_EVERY}th is held out"
+        raise KascadeError(f"no prompts left of {source}: {reason}")
+    name = f"{source}/held-out" if held_out else source
+    empty: list[list[int]] = [[] for _ in prompts]
+    return DevSet(name, ids_sha256(*prompts), prompts, seed, max_length, empty, too_short, duplicates)
+
+
+def _encode(tokenizer: Any, document: Document, chat_template: bool | None) -> list[int]:
+    """Token ids with the tokenizer's own BOS once at most, whatever the template writes."""
+    if chat_template is None:
+        chat_template = not isinstance(document, str) and bool(getattr(tokenizer, "chat_template", None))
+    if not chat_template:
+        text = document if isinstance(document, str) else "\n".join(str(m["content"]) for m in document)
+        return encode_text(tokenizer, text)
+    messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
+    ask = messages[-1]["role"] == "user"
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    # The template writes the BOS token where the model wants one: adding special tokens would double it.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+class _Records(Sequence[Document]):
+    """Documents out of records (dict-like), one field of each."""
+
+    def __init__(self, records: Any, source: str, text_field: str | None) -> None:
+        self.records, self.source, self.text_field = records, source, text_field
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Any) -> Document:
+        record = self.records[index]
+        place = f"{self.source}, record {index + 1}"
+        if isinstance(record, str):
+            return record
+        if not isinstance(record, dict):
+            raise KascadeError(f"{place}: expected an object with a text field, got {type(record).__name__}")
+        name = self.text_field or next((f for f in TEXT_FIELDS if f in record), None)
+        if name is None or name not in record:
+            wanted = f"no field {name!r}" if name else "no known text field"
+            fields = ", ".join(map(str, record))
+            raise KascadeError(f"{place}: {wanted}, choose one with --text-field: {fields}")
+        value = record[name]
+        if isinstance(value, str):
+            return value
+        if isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
+            return [_message(m, f"{place}, field {name!r}") for m in value]
+        raise KascadeError(f"{place}: field {name!r} is neither text nor a list of chat messages")
+
+
+def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
+    """A chat message with `role` and `content`; ShareGPT's `from` and `value` are understood."""
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise KascadeError(f"{place}: a chat message needs `role` and `content`")
+    return {"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content}
+
+
+def _open(source: str, text_field: str | None) -> Sequence[Document]:
+    path = Path(source)
+    try:
+        if path.is_dir():
+            return _read_folder(path)
+        if path.suffix in (".jsonl", ".ndjson"):
+            return _Records(list(_read_jsonl(path)), source, text_field)
+        if path.suffix == ".parquet":
+            return _Records(_read_parquet(path), source, text_field)
+    except OSError as error:
+        raise KascadeError(f"cannot read {source}: {error.strerror or error}") from error
+    if path.exists():
+        raise KascadeError(f"{source}: a dev set is a .jsonl or .parquet file or a folder of .txt files")
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        return _Records(_read_hub(source), source, text_field)
+    tasks = ", ".join(TASKS)
+    raise KascadeError(
+        f"no dev set {source!r}: not a file, a folder, a built-in task ({tasks}) or a hub id org/name"
+    )
+
+
+def _read_folder(path: Path) -> list[str]:
+    files = sorted(path.rglob("*.txt"))
+    if not files:
+        raise KascadeError(f"{path} holds no .txt files")
+    return [file.read_text(encoding="utf-8", errors="replace") for file in files]
+
+
+def _read_jsonl(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise KascadeError(f"{path}, line {number}: not JSON ({error.msg})") from error
+
+
+class _ParquetRows:
+    """Rows of a pyarrow table as dicts, made one at a time."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.table.slice(index, 1).to_pylist()[0]
+
+
+def _read_parquet(path: Path) -> _ParquetRows:
+    parquet = require_extra("pyarrow.parquet", "hub")
+    arrow = require_extra("pyarrow", "hub")
+    try:
+        return _ParquetRows(parquet.read_table(path))
+    except arrow.ArrowInvalid as error:
+        raise KascadeError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _read_hub(source: str) -> Any:
+    datasets = require_extra("datasets", "hub")
+    name, *rest = source.split(":")
+    split = rest[-1] if rest else "train"
+    try:
+        return datasets.load_dataset(name, *(rest[:-1]), split=split)
+    except Exception as error:  # the hub's client raises many unrelated types
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise KascadeError(f"cannot load {split!r} of the dataset {name}: {line}") from error
