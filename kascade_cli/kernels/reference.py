@@ -1,0 +1,316 @@
+"""The seven attention ops in plain PyTorch: the specification of every other backend, and the one that runs anywhere.
+
+Shapes, used throughout
+    B batch, H query heads, G KV heads, R = H // G heads of a group, T queries, S key slots, D head size,
+    NT tiles, K the widest selection.
+Sequences
+    `kv_start`, `kv_len`, `query_start` are int32 tensors [B] on the device. Row b's keys are the slots
+    [kv_start, kv_start + kv_len) of the cache; query i of row b sits at slot query_start + i and sees the row's slots
+    up to its own. A query outside the row's slots is padding: it gives zeros and pools nothing.
+Tiles
+    A token's index is slot - kv_start, and tile t holds the tokens [t * tile, (t + 1) * tile), so a left-padded row is
+    tiled as if it ran alone. Local tile j of row b is tile `first_tile(...)[b] + j`; `tile_count(T, tile)` of them
+    always suffice. A tile of which only some queries are present (chunked prefill) uses those.
+Pooling is post-softmax (paper, section 3.2). Arithmetic is float32, or float64 for float64 inputs.
+"""
+
+import torch
+from torch import Tensor
+
+# Elements of the largest temporary. Blocks of tiles are cut so that logits stay near it: nothing is T x S.
+_BLOCK_ELEMENTS = 1 << 24
+
+
+def tile_count(queries: int, tile: int, aligned: bool = False) -> int:
+    """Tiles that `queries` consecutive tokens can touch; one fewer when they start on a tile's edge."""
+    return -(-queries // tile) + (0 if aligned else 1)
+
+
+def first_tile(query_start: Tensor, kv_start: Tensor, tile: int) -> Tensor:
+    """Tile index of each row's first query, int32 [B]."""
+    return (query_start - kv_start).clamp_min(0) // tile
+
+
+def gather_pages(cache: Tensor, block_table: Tensor) -> Tensor:
+    """A paged cache [P, page, G, D] through `block_table` [B, MP] as contiguous [B, G, MP * page, D]."""
+    pages = cache[block_table.long()]
+    return pages.flatten(1, 2).transpose(1, 2)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _grouped(q: Tensor, kv_heads: int) -> Tensor:
+    """[B, H, ...] -> [B, G, R, ...]."""
+    return q.unflatten(1, (kv_heads, q.shape[1] // kv_heads))
+
+
+def _slots(cache: Tensor, kv_start: Tensor, kv_len: Tensor) -> Tensor:
+    """Which slots of [B, G, S, D] hold the row's keys, bool [B, S]."""
+    slot = torch.arange(cache.shape[2], device=cache.device)
+    return (slot >= kv_start[:, None]) & (slot < (kv_start + kv_len)[:, None])
+
+
+def _softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the last dimension where `mask`; zeros for a row with nothing to see."""
+    logits = logits.masked_fill_(~mask, float("-inf"))
+    return torch.softmax(logits, dim=-1).nan_to_num_(0.0)
+
+
+def decode_dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_start: Tensor,
+    kv_len: Tensor,
+    *,
+    scale: float,
+    scores: bool = False,
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Dense attention of one query per row.
+
+    q [B, H, D]; k, v [B, G, S, D], or [P, page, G, D] with `block_table` int32 [B, MP].
+    Returns (out [B, H, D] in q's dtype, pooled scores float32 [B, G, S] or None); scores as in `decode_score`.
+    """
+    if block_table is not None:
+        k, v = gather_pages(k, block_table), gather_pages(v, block_table)
+    logits = _grouped(_wide(q), k.shape[1]) @ _wide(k).transpose(-1, -2) * scale
+    probability = _softmax(logits, _slots(k, kv_start, kv_len)[:, None, None])
+    out = (probability @ _wide(v)).flatten(1, 2).to(q.dtype)
+    return out, (probability.sum(2) if scores else None)
+
+
+def decode_score(
+    q: Tensor, k: Tensor, kv_start: Tensor, kv_len: Tensor, *, scale: float, block_table: Tensor | None = None
+) -> Tensor:
+    """Post-softmax attention of one query per row, summed over the heads of each group (method: decode pooling).
+
+    q [B, H, D]; k [B, G, S, D] or paged. Returns float32 [B, G, S]; zero outside the row's keys; sums to R.
+    """
+    if block_table is not None:
+        k = gather_pages(k, block_table)
+    logits = _grouped(_wide(q), k.shape[1]) @ _wide(k).transpose(-1, -2) * scale
+    return _softmax(logits, _slots(k, kv_start, kv_len)[:, None, None]).sum(2)
+
+
+def select_topk(scores: Tensor, count: Tensor, start: Tensor, length: Tensor, *, max_count: int) -> Tensor:
+    """The `count` highest-scoring slots among [start, start + length), ties to the lowest slot.
+
+    scores [..., S], not negative; count, start, length int32, broadcastable to [...]. count is clamped to length.
+    Returns int32 [..., max_count], ascending; entries past the row's count are -1.
+    """
+    shape, width = scores.shape[:-1], scores.shape[-1]
+    rows = scores.reshape(-1, width)
+    start, length, count = (
+        value.expand(shape).reshape(-1, 1) if value.dim() else value.expand(len(rows), 1) for value in (start, length, count)
+    )
+    slot = torch.arange(width, device=scores.device)
+    inside = (slot >= start) & (slot < start + length)
+    wanted = torch.minimum(count, inside.sum(-1, keepdim=True)).clamp_max(max_count)
+    values = rows.masked_fill(~inside, -1.0)
+    top = torch.topk(values, min(max_count, width), dim=-1).values
+    threshold = top.gather(-1, (wanted - 1).clamp_min(0).long())
+    above = values > threshold
+    equal = (values == threshold) & inside
+    taken = above | (equal & (equal.cumsum(-1) <= wanted - above.sum(-1, keepdim=True)))
+    taken &= wanted > 0
+    row, column = taken.nonzero(as_tuple=True)
+    out = torch.full((len(rows), max_count), -1, dtype=torch.int32, device=scores.device)
+    out[row, taken.cumsum(-1)[row, column] - 1] = column.int()
+    return out.reshape(*shape, max_count)
+
+
+def decode_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    head_map: Tensor,
+    *,
+    scale: float,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query per row over the selected keys only (paper, section 3.1).
+
+    q [B, H, D]; k, v [B, G, S, D] or paged; indices int32 [B, G2, K] of slots; counts int32 [B] entries in use;
+    head_map int32 [G]: KV head g reads indices[:, head_map[g]]. Returns [B, H, D]; zeros where the count is 0.
+    """
+    if block_table is not None:
+        k, v = gather_pages(k, block_table), gather_pages(v, block_table)
+    width = indices.shape[-1]
+    chosen = indices[:, head_map.long()].clamp_min(0).long()[..., None].expand(-1, -1, -1, k.shape[-1])
+    keys = _wide(k.gather(2, chosen))
+    values = _wide(v.gather(2, chosen[..., :1].expand(-1, -1, -1, v.shape[-1])))
+    logits = _grouped(_wide(q), k.shape[1]) @ keys.transpose(-1, -2) * scale
+    used = torch.arange(width, device=q.device) < counts[:, None]
+    return (_softmax(logits, used[:, None, None]) @ values).flatten(1, 2).to(q.dtype)
+
+
+def prefill_dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    query_start: Tensor,
+    kv_start: Tensor,
+    kv_len: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor | None, Tensor]:
+    """Dense causal attention of T queries per row.
+
+    q [B, H, T, D]; k, v [B, G, S, D] (v None: only the log-sum-exp).
+    Returns (out [B, H, T, D] or None, log-sum-exp float32 [B, H, T] in natural log, -inf for padding).
+    """
+    batch, heads, queries, _ = q.shape
+    groups, slots = k.shape[1], k.shape[2]
+    keys, values = _wide(k).transpose(-1, -2), None if v is None else _wide(v)
+    outs, sums = [], []
+    step = max(1, _BLOCK_ELEMENTS // (batch * heads * slots))
+    for begin in range(0, queries, step):
+        block = _grouped(_wide(q[:, :, begin : begin + step]), groups).flatten(2, 3)
+        slot = query_start[:, None] + torch.arange(begin, begin + block.shape[2] // (heads // groups), device=q.device)
+        mask = _causal(slot, kv_start, kv_len, slots)[:, None, None]
+        logits = (block @ keys * scale).unflatten(2, (heads // groups, -1)).masked_fill_(~mask, float("-inf"))
+        sums.append(torch.logsumexp(logits, dim=-1).flatten(1, 2))
+        if values is not None:
+            probability = torch.softmax(logits, dim=-1).nan_to_num_(0.0)
+            out = probability.flatten(2, 3) @ values
+            outs.append(out.unflatten(2, (heads // groups, -1)).flatten(1, 2).to(q.dtype))
+    return (torch.cat(outs, 2) if outs else None), torch.cat(sums, 2)
+
+
+def _causal(slot: Tensor, kv_start: Tensor, kv_len: Tensor, slots: int) -> Tensor:
+    """Which keys each query sees, bool [B, T, S], for query slots [B, T]."""
+    key = torch.arange(slots, device=slot.device)
+    end = (kv_start + kv_len)[:, None, None]
+    real = (slot >= kv_start[:, None]) & (slot < end[:, 0])
+    return real[..., None] & (key >= kv_start[:, None, None]) & (key <= slot[..., None]) & (key < end)
+
+
+def _tile_rows(
+    query_start: Tensor, kv_start: Tensor, kv_len: Tensor, queries: int, tile: int, first: int, tiles: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the queries of local tiles [first, first + tiles) are.
+
+    Returns (row into q int64 [B, tiles, tile], whether it is a real query bool [B, tiles, tile],
+    slot at which the tile begins int64 [B, tiles]).
+    """
+    device = query_start.device
+    index = first_tile(query_start, kv_start, tile)[:, None] + torch.arange(first, first + tiles, device=device)
+    token = index[..., None] * tile + torch.arange(tile, device=device)
+    row = token + (kv_start - query_start)[:, None, None]
+    real = (row >= 0) & (row < queries) & (token < kv_len[:, None, None])
+    return row.long(), real, (kv_start[:, None] + index * tile).long()
+
+
+def _take_rows(q: Tensor, row: Tensor, kv_heads: int) -> Tensor:
+    """q [B, H, T, D] at rows [B, tiles, tile] -> [B, G, tiles, R * tile, D], heads of a group outermost in a tile."""
+    batch, heads, queries, size = q.shape
+    flat = row.clamp(0, queries - 1).flatten(1)[:, None, :, None].expand(-1, heads, -1, size)
+    taken = _wide(q.gather(2, flat)).unflatten(2, row.shape[1:])
+    return _grouped(taken, kv_heads).transpose(2, 3).flatten(3, 4)
+
+
+def prefill_score(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    query_start: Tensor,
+    kv_start: Tensor,
+    kv_len: Tensor,
+    *,
+    scale: float,
+    tile: int,
+    first: int = 0,
+    tiles: int | None = None,
+) -> Tensor:
+    """Post-softmax attention summed over each tile's queries and the group's heads (method: prefill pooling).
+
+    q [B, H, T, D]; k [B, G, S, D]; lse float32 [B, H, T] from `prefill_dense`, or None to compute it here.
+    Returns float32 [B, G, tiles, S] for local tiles [first, first + tiles): only slots of the row strictly before the
+    tile are non-zero, while each query is normalised over its whole causal row.
+    """
+    batch, heads, queries, _ = q.shape
+    groups, slots = k.shape[1], k.shape[2]
+    tiles = tile_count(queries, tile) - first if tiles is None else tiles
+    keys = _wide(k).transpose(-1, -2)
+    out = torch.zeros(batch, groups, tiles, slots, dtype=keys.dtype, device=q.device)
+    step = max(1, _BLOCK_ELEMENTS // (batch * heads * tile * slots))
+    slot = torch.arange(slots, device=q.device)
+    for begin in range(0, tiles, step):
+        count = min(step, tiles - begin)
+        row, real, begins = _tile_rows(query_start, kv_start, kv_len, queries, tile, first + begin, count)
+        # Keys past the block's last tile are seen by none of its queries.
+        end = min(slots, max(0, int(begins.max()) + tile))
+        if end == 0 or not bool(real.any()):
+            continue
+        packed = _take_rows(q, row, groups).flatten(2, 3)
+        logits = (packed @ keys[..., :end] * scale).unflatten(2, (count, heads // groups, tile))
+        position = row + query_start.long()[:, None, None]
+        seen = (slot[:end] >= kv_start[:, None, None, None]) & (slot[:end] <= position[..., None]) & real[..., None]
+        if lse is None:
+            probability = _softmax(logits, seen[:, None, :, None])
+        else:
+            flat = row.clamp(0, queries - 1).flatten(1)[:, None].expand(-1, heads, -1)
+            norm = _grouped(lse.gather(2, flat).unflatten(2, row.shape[1:]), groups).transpose(2, 3)
+            probability = torch.exp(logits - norm[..., None]).masked_fill_(~seen[:, None, :, None], 0.0)
+        before = slot[:end] < begins[..., None]
+        out[:, :, begin : begin + count, :end] = probability.sum((3, 4)) * before[:, None]
+    return out
+
+
+def prefill_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    head_map: Tensor,
+    query_start: Tensor,
+    kv_start: Tensor,
+    kv_len: Tensor,
+    *,
+    scale: float,
+    tile: int,
+) -> Tensor:
+    """Attention of each tile over its selected keys plus its own diagonal tile, causally (paper, section 3.1).
+
+    q [B, H, T, D]; k, v [B, G, S, D]; indices int32 [B, G2, NT, K] of slots before the tile; counts int32 [B, NT];
+    head_map int32 [G]: KV head g reads indices[:, head_map[g]]. Returns [B, H, T, D]; zeros for padding.
+    """
+    batch, heads, queries, size = q.shape
+    groups, slots = k.shape[1], k.shape[2]
+    tiles = indices.shape[2]
+    out = q.new_zeros(batch, heads, queries, v.shape[-1])
+    mapped = indices[:, head_map.long()]
+    step = max(1, _BLOCK_ELEMENTS // (batch * groups * max(indices.shape[-1] + tile, 1) * max(size, heads // groups * tile)))
+    within = torch.arange(tile, device=q.device)
+    for begin in range(0, tiles, step):
+        count = min(step, tiles - begin)
+        row, real, begins = _tile_rows(query_start, kv_start, kv_len, queries, tile, begin, count)
+        if not bool(real.any()):
+            continue
+        block_counts = counts[:, begin : begin + count]
+        width = int(block_counts.max())
+        chosen = mapped[:, :, begin : begin + count, :width].clamp_min(0).long()
+        diagonal = (begins[..., None] + within).clamp(0, slots - 1)[:, None].expand(-1, groups, -1, -1)
+        slot = torch.cat([chosen, diagonal], -1).flatten(2)[..., None]
+        keys = _wide(k.gather(2, slot.expand(-1, -1, -1, size))).unflatten(2, (count, -1))
+        values = _wide(v.gather(2, slot.expand(-1, -1, -1, v.shape[-1]))).unflatten(2, (count, -1))
+        logits = (_take_rows(q, row, groups) @ keys.transpose(-1, -2) * scale).unflatten(3, (heads // groups, tile))
+        used = (torch.arange(width, device=q.device) < block_counts[..., None])[:, :, None].expand(-1, -1, tile, -1)
+        causal = (within[:, None] >= within).expand(batch, count, -1, -1)
+        seen = torch.cat([used, causal], -1) & real[..., None]
+        result = (_softmax(logits, seen[:, None, :, None]).flatten(3, 4) @ values).unflatten(3, (heads // groups, tile))
+        result = result.transpose(2, 3).flatten(1, 2).flatten(2, 3).to(q.dtype)
+        _put_rows(out, row, real, result)
+    return out
+
+
+def _put_rows(out: Tensor, row: Tensor, real: Tensor, result: Tensor) -> None:
+    """Writes result [B, H, tiles * tile, D] to rows [B, tiles, tile] of out [B, H, T, D] where they are real."""
+    batch, where = real.flatten(1).nonzero(as_tuple=True)
+    out[batch, :, row.flatten(1)[batch, where]] = result[batch, :, where]
