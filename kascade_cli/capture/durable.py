@@ -15,8 +15,8 @@ from kascade_cli.errors import KascadeError
 class _Patient(io.FileIO):
     """A file for HDF5's file-object driver that keeps the first write error and goes on.
 
-    HDF5 cannot close a file whose flush failed: it stays open inside the library and a later call crashes the
-    process. So the library never sees a failed write; whoever opened the file asks `error` and throws it away.
+    HDF5 cannot close a file whose flush failed: it stays open inside the library, and a later call crashes
+    the process. So the library never sees a failed write; whoever opened the file asks `error` and discards it.
     """
 
     error: OSError | None = None
@@ -43,7 +43,7 @@ class _Patient(io.FileIO):
 class DurableFile:
     """An HDF5 file written under a temporary name; `commit` fsyncs it and renames it onto `path`.
 
-    `check` raises the OSError (disk full, quota, ...) that a write met so far. `discard` removes the temporary file.
+    `check` raises the OSError (disk full, quota, ...) that a write met so far; `discard` gives the file up.
     """
 
     def __init__(self, path: Path, temporary: Path) -> None:
