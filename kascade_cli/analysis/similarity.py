@@ -1,0 +1,262 @@
+"""Cross-layer similarity of attention, streamed from a capture (method: paper, section 3.3;
+docs/select-anchors.md).
+
+For prompt p, tile t, KV heads g' of layer a and g of layer b >= a, with I[a,g'] the exact Top-k keys of the
+pooled scores and d[b,g] the mass on the always-kept diagonal tile (0 for a decode row):
+
+    sim[p,t,a,b,g',g] = (sum_{j in I[a,g']} s[b,g,j] + d[b,g]) / (sum_{j in I[b,g]} s[b,g,j] + d[b,g])
+
+Over tiles the minimum (or the mean) is kept per prompt, for decode rows and prefill tiles apart. Layers `a`
+and `b` count within the profiled layers. Memory holds one block of tiles and the result, whatever the size
+of the capture.
+
+Sums are exact: float16 masses are multiples of 2^-24, and a sum of them up to 1 fits float32's mantissa. So
+neither the order of keys nor the number of workers changes a bit of the result.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kascade_cli.analysis.topk import as_bits, is_mass, to_float32, top_indices
+from kascade_cli.capture.store import Capture, Prompt, open_capture
+from kascade_cli.errors import KascadeError
+
+PHASES = ("decode", "prefill")
+REDUCTIONS = ("min", "mean")
+_BLOCK_BYTES = 32 << 20  # of one layer's mass held at a time
+_SMALL_CAPTURE = 400 << 20  # raw bytes below which starting worker processes costs more than it gives
+
+
+@dataclass
+class PromptSimilarity:
+    """One prompt's figures. `sim[phase]` float32 [Lp, Lp, G, G] indexed [a, b, g', g], 0 where a > b."""
+
+    sha256: str
+    tiles: dict[str, int]
+    sim: dict[str, np.ndarray]
+    importance: np.ndarray  # float32 [Lp]
+    top_mass: np.ndarray  # float32 [Lp, H, K]
+
+    def order(self) -> tuple[str, str]:
+        """A key that depends on content only, so that the order of prompts in the file cannot matter."""
+        digest = hashlib.sha256(self.importance.tobytes())
+        for phase in sorted(self.sim):
+            digest.update(self.sim[phase].tobytes())
+        return self.sha256, digest.hexdigest()
+
+
+@dataclass
+class Measured:
+    """What a capture says about sharing, prompts in a canonical order.
+
+    `sim[phase]` float32 [P, Lp, Lp, G, G] over the prompts that have tiles of that phase; `importance`
+    float64 [Lp] and `top_mass` float64 [Lp, H, K] are means over prompts, `importance_per_prompt` float32
+    [P, Lp].
+    """
+
+    meta: dict[str, Any]
+    profiled_layers: list[int]
+    prompts: int
+    top_k: int
+    reduce: str
+    tiles: dict[str, int]
+    sim: dict[str, np.ndarray]
+    importance: np.ndarray
+    importance_per_prompt: np.ndarray
+    top_mass: np.ndarray
+    top_mass_keys: list[str] = field(default_factory=list)
+
+    def mean(self, phase: str) -> np.ndarray:
+        """Mean over prompts, float64 [Lp, Lp, G, G]."""
+        return self.sim[phase].mean(axis=0, dtype=np.float64)
+
+
+class _Accumulator:
+    """Minimum or sum over tiles, laid out [b, g, a * G + g'] so that a tile updates a prefix of each row."""
+
+    def __init__(self, layers: int, heads: int, reduce: str) -> None:
+        self.reduce, self.count = reduce, 0
+        shape = (layers, heads, layers * heads)
+        self.values = np.full(shape, np.inf, np.float32) if reduce == "min" else np.zeros(shape, np.float64)
+
+    def add(self, layer: int, ratio: np.ndarray) -> None:
+        part = self.values[layer, :, : ratio.shape[1]]
+        if self.reduce == "min":
+            np.minimum(part, ratio, out=part)
+        else:
+            part += ratio
+
+    def result(self) -> np.ndarray:
+        layers, heads, _ = self.values.shape
+        values = self.values if self.reduce == "min" else self.values / self.count
+        values = values.reshape(layers, heads, layers, heads).transpose(2, 0, 3, 1).astype(np.float32)
+        values[np.tril_indices(layers, -1)] = 0
+        return values
+
+
+def prompt_similarity(prompt: Prompt, top_k: int, reduce: str) -> PromptSimilarity:
+    """Streams one prompt. Raises KascadeError if its mass is unreadable, or not finite and >= 0."""
+    mass = prompt.mass
+    layers, _, heads, n_tokens = mass.shape
+    tiles = prompt.tiles.astype(np.int64)
+    accumulators = {phase: _Accumulator(layers, heads, reduce) for phase in PHASES}
+    per_block = max(1, _BLOCK_BYTES // (heads * n_tokens * 2))
+    for first in range(0, len(tiles), per_block):
+        block = tiles[first : first + per_block]
+        chosen: list[list[np.ndarray]] = [[] for _ in block]
+        for layer in range(layers):
+            slab = _read_slab(prompt, layer, first, len(block))
+            for position, (start, length) in enumerate(block):
+                phase = "decode" if length == 1 else "prefill"
+                ratio = _tile_ratio(slab[position], int(start), int(length), chosen[position], top_k)
+                accumulators[phase].add(layer, ratio)
+    counts = {"decode": int((tiles[:, 1] == 1).sum()), "prefill": int((tiles[:, 1] != 1).sum())}
+    for phase in PHASES:
+        accumulators[phase].count = counts[phase]
+    return PromptSimilarity(
+        sha256=prompt.token_ids_sha256,
+        tiles=counts,
+        sim={phase: accumulators[phase].result() for phase in PHASES if counts[phase]},
+        importance=prompt.importance.astype(np.float32),
+        top_mass=prompt.top_mass.astype(np.float32),
+    )
+
+
+def _read_slab(prompt: Prompt, layer: int, first: int, count: int) -> np.ndarray:
+    """uint16 [count, G, n_tokens]: the mass of `count` tiles in the layer at position `layer`."""
+    where = f"{prompt.mass.file.filename}: prompt {prompt.id}, layer {layer}"
+    try:
+        slab = as_bits(prompt.mass[layer, first : first + count])
+    except (OSError, RuntimeError) as error:
+        raise KascadeError(
+            f"{where}: unreadable, the file is damaged ({' '.join(str(error).split())[:200]})"
+        ) from error
+    if not is_mass(slab):
+        raise KascadeError(
+            f"{where}: NaN, infinity or negative mass; capture again (is the model healthy in this dtype?)"
+        )
+    return slab
+
+
+def _tile_ratio(
+    bits: np.ndarray, start: int, length: int, chosen: list[np.ndarray], top_k: int
+) -> np.ndarray:
+    """sim of one tile and layer b against every layer a <= b: float32 [G, (b + 1) * G], column a * G + g'.
+
+    bits: uint16 [G, n_tokens]. Appends this layer's own choice to `chosen` (one flat index array per layer).
+    """
+    heads = bits.shape[0]
+    candidates = start + 1 if length == 1 else start
+    values = to_float32(bits[:, : start + length])
+    diagonal = np.float32(0) if length == 1 else values[:, start:].sum(axis=1, keepdims=True)
+    own_choice = top_indices(np.ascontiguousarray(bits[:, :candidates]), top_k)
+    k = own_choice.shape[1]
+    chosen.append(own_choice.ravel())
+    if k == 0:  # the first tile of a prompt: the diagonal is all there is
+        return np.ones((heads, len(chosen) * heads), np.float32)
+    keys = np.concatenate(chosen)
+    gathered = values.take(keys, axis=1, mode="wrap").reshape(heads, -1, k)
+    kept = gathered @ np.ones(k, np.float32) + diagonal
+    own = kept[np.arange(heads), (len(chosen) - 1) * heads + np.arange(heads)][:, None]
+    # A row without any mass (float16 underflow) loses nothing, whatever is kept.
+    return np.where(own > 0, kept / np.where(own > 0, own, 1), np.float32(1))
+
+
+_open: dict[str, Capture] = {}
+
+
+def _work(path: str, name: str, top_k: int, reduce: str) -> PromptSimilarity:
+    """Runs in a worker process, which keeps the file open between prompts."""
+    if path not in _open:
+        _open[path] = open_capture(path)
+    return prompt_similarity(_open[path].prompt(name), top_k, reduce)
+
+
+def _results(capture: Capture, top_k: int, reduce: str, workers: int) -> Iterator[PromptSimilarity]:
+    if workers <= 1:
+        for prompt in capture:
+            yield prompt_similarity(prompt, top_k, reduce)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_work, str(capture.path), name, top_k, reduce) for name in capture.prompts]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def default_workers(raw_bytes: int) -> int:
+    """One process for a small capture, else one per available core up to 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if raw_bytes < _SMALL_CAPTURE else min(cores, 8)
+
+
+def measure(
+    path: str | Path,
+    *,
+    top_k: int = 64,
+    reduce: str = "min",
+    workers: int | None = None,
+    advance: Callable[[int, int], None] | None = None,
+) -> Measured:
+    """Streams a whole capture. `advance(done, total)` is called after each prompt.
+
+    Raises KascadeError if the file is missing, foreign or truncated, has no complete prompt, or holds bad
+    numbers.
+    """
+    path = Path(path)
+    results = []
+    with open_capture(path) as capture:
+        if not capture.prompts:
+            raise KascadeError(
+                f"{path}: no complete prompt; finish the capture with `kascade profile ... --resume`"
+            )
+        if workers is None:
+            workers = default_workers(sum(prompt.mass.size * 2 for prompt in capture))
+        for result in _results(capture, top_k, reduce, min(len(capture), workers)):
+            results.append(result)
+            if advance:
+                advance(len(results), len(capture))
+        return _merge(path, capture.meta, capture.profiled_layers, results, top_k, reduce)
+
+
+def _merge(
+    path: Path, meta: dict, layers: list[int], results: list[PromptSimilarity], top_k: int, reduce: str
+) -> Measured:
+    results.sort(key=PromptSimilarity.order)
+    sim = {}
+    for phase in PHASES:
+        present = [result.sim[phase] for result in results if phase in result.sim]
+        if present:
+            sim[phase] = np.stack(present)
+    if not sim:
+        raise KascadeError(f"{path}: no tile was captured, neither prefill tiles nor decode rows")
+    importance = np.stack([result.importance for result in results])
+    top_mass = np.stack([result.top_mass for result in results]).mean(axis=0, dtype=np.float64)
+    if not (np.isfinite(importance).all() and np.isfinite(top_mass).all()):
+        raise KascadeError(
+            f"{path}: importance or top mass holds NaN; capture again (is the model healthy in this dtype?)"
+        )
+    return Measured(
+        meta=meta,
+        profiled_layers=layers,
+        prompts=len(results),
+        top_k=top_k,
+        reduce=reduce,
+        tiles={phase: sum(result.tiles[phase] for result in results) for phase in PHASES},
+        sim=sim,
+        importance=importance.mean(axis=0, dtype=np.float64),
+        importance_per_prompt=importance,
+        top_mass=top_mass,
+        top_mass_keys=meta["top_mass_keys"],
+    )
