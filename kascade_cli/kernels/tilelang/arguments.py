@@ -1,0 +1,179 @@
+"""What every decode op checks and derives before it launches: shapes, dtypes, layouts, splits and counters."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kascade_cli.kernels.backend import Unsupported
+
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+HEAD_DIMS = (64, 128)
+MAX_GROUP = 16
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A checked decode call: `grouped` is q as [B, G, R, D]; k and v as the kernel reads them; `slots` the width S."""
+
+    grouped: Tensor
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    batch: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    slots: int
+    page: int
+    dtype: str
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.kv_heads
+
+    def config(self) -> dict[str, int | str]:
+        """What the kernels are compiled for."""
+        return {"group": self.group, "head_dim": self.head_dim, "dtype": self.dtype, "page": self.page}
+
+
+def check_decode(q: Tensor, k: Tensor, v: Tensor | None, block_table: Tensor | None, **ints: Tensor) -> Decode:
+    """Checks a decode call and describes it; `ints` are the int32 tensors by name.
+
+    Raises Unsupported, with one line, for a shape, dtype or layout that these kernels do not take.
+    """
+    v = k if v is None else v
+    for name, tensor, dims in (("q", q, 3), ("k", k, 4), ("v", v, 4)):
+        if tensor.dim() != dims:
+            raise Unsupported(f"{name} has {tensor.dim()} dimensions and needs {dims}: [B, H, D] for q, [B, G, S, D] for k, v")
+        if tensor.dtype not in DTYPES:
+            raise Unsupported(f"{name} is {_name(tensor)}; the kernels take bfloat16 and float16")
+        if tensor.dtype != q.dtype:
+            raise Unsupported(f"q is {_name(q)} and {name} is {_name(tensor)}: use one dtype")
+        if tensor.device != q.device:
+            raise Unsupported(f"q is on {q.device} and {name} on {tensor.device}: move them to one device")
+    batch, heads, head_dim = q.shape
+    kv_heads = k.shape[1] if block_table is None else k.shape[2]
+    if k.shape != v.shape:
+        raise Unsupported(f"k has shape {list(k.shape)} and v {list(v.shape)}: they must agree")
+    if head_dim != k.shape[-1]:
+        raise Unsupported(f"q has head size {head_dim} and k {k.shape[-1]}: they must agree")
+    if head_dim not in HEAD_DIMS:
+        raise Unsupported(f"head size {head_dim} is not built; the kernels take {' and '.join(map(str, HEAD_DIMS))}")
+    if kv_heads == 0 or heads % kv_heads or not 1 <= heads // kv_heads <= MAX_GROUP:
+        raise Unsupported(f"{heads} query heads over {kv_heads} KV heads: the kernels take whole groups of 1 to {MAX_GROUP}")
+    page = 0
+    if block_table is None:
+        if k.shape[0] != batch:
+            raise Unsupported(f"q has batch {batch} and k {k.shape[0]}: they must agree")
+        table = torch.empty((batch, 1), dtype=torch.int32, device=q.device)
+        slots = k.shape[2]
+        k, v = cache_view(k, "k"), cache_view(v, "v")
+    else:
+        page, table = k.shape[1], block_table
+        if page < 16 or page > 256 or page & (page - 1):
+            raise Unsupported(f"page size {page} is not built; the kernels take powers of two from 16 to 256")
+        if block_table.dim() != 2 or block_table.shape[0] != batch:
+            raise Unsupported(f"block_table has shape {list(block_table.shape)} and needs [{batch}, pages]")
+        ints = {**ints, "block_table": block_table}
+        slots = block_table.shape[1] * page
+        for name, tensor in (("k", k), ("v", v)):
+            if not tensor.is_contiguous():
+                raise Unsupported(f"paged {name} must be contiguous [P, page, G, D]; its strides are {tensor.stride()}")
+    for name, tensor in ints.items():
+        if tensor.dtype != torch.int32:
+            raise Unsupported(f"{name} is {_name(tensor)} and must be int32")
+        if tensor.device != q.device:
+            raise Unsupported(f"{name} is on {tensor.device} and q on {q.device}: move them to one device")
+        if not tensor.is_contiguous():
+            raise Unsupported(f"{name} must be contiguous; its strides are {tensor.stride()}")
+    for name in ("kv_start", "kv_len", "counts"):
+        if name in ints and tuple(ints[name].shape) != (batch,):
+            raise Unsupported(f"{name} has shape {list(ints[name].shape)} and needs [{batch}]")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.data_ptr() % 16:
+            raise Unsupported(f"{name} must start on a 16-byte boundary")
+    grouped = q.contiguous().view(batch, kv_heads, heads // kv_heads, head_dim)
+    return Decode(
+        grouped, k, v, table, batch, kv_heads, heads // kv_heads, head_dim, slots, page, DTYPES[q.dtype]
+    )
+
+
+def cache_view(cache: Tensor, name: str) -> Tensor:
+    """[B, G, S, D] as a contiguous tensor without a copy: a slice of a static cache gives the whole allocation back.
+
+    Slot numbers keep their meaning: the view starts where the slice starts.
+    """
+    if cache.is_contiguous():
+        return cache
+    batch, groups, slots, dim = cache.shape
+    whole = cache.stride(1) // dim if groups > 1 else (cache.stride(0) // dim if batch > 1 else slots)
+    expected = (groups * whole * dim, whole * dim, dim, 1)
+    fits = all(size == 1 or have == want for size, have, want in zip(cache.shape, cache.stride(), expected, strict=True))
+    room = cache.untyped_storage().nbytes() // cache.element_size() - cache.storage_offset()
+    if fits and whole >= slots and batch * groups * whole * dim <= room:
+        return cache.as_strided((batch, groups, whole, dim), expected)
+    raise Unsupported(
+        f"{name} must be [B, G, S, D] with [S, D] contiguous, or the first slots of such a cache; its strides are "
+        f"{cache.stride()}: call .contiguous()"
+    )
+
+
+@functools.cache
+def split_count(rows: int, blocks: int, sms: int, *, per_sm: int = 2, most: int = 64) -> int:
+    """How many CTAs share a row of `blocks` blocks, from shapes only.
+
+    The least time for `per_sm` resident CTAs per SM, counted in blocks: waves x (blocks per CTA + 4 to fill and drain).
+    """
+
+    def cost(splits: int) -> int:
+        return -(-rows * splits // (sms * per_sm)) * (-(-blocks // splits) + 4)
+
+    return min(range(1, max(1, min(most, blocks)) + 1), key=cost)
+
+
+@functools.cache
+def _ring(device: torch.device) -> Ring:
+    return Ring(device)
+
+
+class Ring:
+    """Zeroed int32 counters that kernels leave at zero: each call gets a stretch that no recent call shares.
+
+    A kernel's CTAs count arrivals and the last one resets, so no memset is launched. Calls captured in a CUDA graph
+    keep theirs for good (a graph may be replayed beside anything), eager calls share a ring that wraps.
+    """
+
+    SIZE = 1 << 20
+
+    def __init__(self, device: torch.device):
+        self.eager = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
+        self.captured = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
+        self.next_eager = self.next_captured = 0
+
+    def take(self, count: int) -> Tensor:
+        """`count` counters, all zero."""
+        if count > self.SIZE:
+            return torch.zeros(count, dtype=torch.int32, device=self.eager.device)
+        if torch.cuda.is_current_stream_capturing():
+            begin = self.next_captured
+            if begin + count > self.SIZE:
+                return torch.zeros(count, dtype=torch.int32, device=self.eager.device)
+            self.next_captured += count
+            return self.captured[begin : begin + count]
+        begin = self.next_eager if self.next_eager + count <= self.SIZE else 0
+        self.next_eager = begin + count
+        return self.eager[begin : begin + count]
+
+
+def counters(count: int, device: torch.device) -> Tensor:
+    """`count` zeroed int32 counters on `device` for one call of a kernel that resets them."""
+    return _ring(device).take(count)
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

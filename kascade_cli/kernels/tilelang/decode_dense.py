@@ -1,0 +1,189 @@
+"""decode_dense: split-KV attention of one query per row; with `scores`, the pooled scores of layer 0's anchor as well.
+
+K and V arrive by TMA in a warp-specialised pipeline; the group's heads are padded to WGMMA's 64 rows. Splits leave
+normalised parts and log-sum-exps in log2 units; `merge` combines them, `pool` turns raw logits into scores.
+"""
+
+import tilelang.language as T
+import torch
+from torch import Tensor
+
+from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, split_count
+from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
+from kascade_cli.kernels.tilelang.pool import WIDTH, pooled_scores, workspace
+
+BLOCK = 64
+FLOAT16_MAX = 65504.0
+M = 64
+
+
+@kernel()
+def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: int = BLOCK, stages: int = 2):
+    """Builder. Compiled per group, head size, dtype, page (0: contiguous) and whether logits are written."""
+    f32, policy = "float32", T.GemmWarpPolicy.FullRow
+    B, G, S, MP = T.dynamic("B"), T.dynamic("G"), T.dynamic("S"), T.dynamic("MP")
+    N, splits = T.dynamic("N"), T.dynamic("splits")
+    cache = (S, page, G, head_dim) if page else (B, G, S, head_dim)
+    tma = not page or page % block == 0
+    sub = WIDTH // block
+
+    @T.prim_func
+    def decode_dense_kernel(
+        Q: T.Tensor((B, G, group, head_dim), dtype),
+        Keys: T.Tensor(cache, dtype),
+        Values: T.Tensor(cache, dtype),
+        Table: T.Tensor((B, MP), "int32"),
+        Start: T.Tensor((B,), "int32"),
+        Length: T.Tensor((B,), "int32"),
+        Logits: T.Tensor((B, G, group, N, WIDTH), "float16"),
+        PartOut: T.Tensor((B, G, splits, group, head_dim), f32),
+        Lse: T.Tensor((B, G, splits, group), f32),
+        scale: T.float32,
+    ):
+        with T.Kernel(splits, G, B, threads=128) as (s, g, b):
+            Qs = T.alloc_shared((M, head_dim), dtype)
+            Ks = T.alloc_shared((block, head_dim), dtype)
+            Vs = T.alloc_shared((block, head_dim), dtype)
+            logit = T.alloc_fragment((M, block), f32)
+            weight = T.alloc_fragment((M, block), dtype)
+            acc = T.alloc_fragment((M, head_dim), f32)
+            top = T.alloc_fragment((M,), f32)
+            before = T.alloc_fragment((M,), f32)
+            fade = T.alloc_fragment((M,), f32)
+            part = T.alloc_fragment((M,), f32)
+            total = T.alloc_fragment((M,), f32)
+            n = T.alloc_var("int32")
+            lo = T.alloc_var("int32")
+            begin = T.alloc_var("int32")
+            end = T.alloc_var("int32")
+            begin = Start[b]
+            end = begin + Length[b]
+            n = T.if_then_else(end > begin, T.ceildiv(end, block) - begin // block, 0)
+            lo = s * T.ceildiv(n, splits)
+            n = T.max(T.min(T.ceildiv(n, splits), n - lo), 0)
+            lo = lo + begin // block
+            for i, j in T.Parallel(M, head_dim):
+                Qs[i, j] = T.if_then_else(i < group, Q[b, g, T.min(i, group - 1), j], 0)
+            T.fill(acc, 0)
+            T.fill(total, 0)
+            T.fill(top, -(2.0**30))
+            for k in T.Pipelined(n, num_stages=stages):
+                if page:
+                    if tma:
+                        T.copy(
+                            Keys[Table[b, (lo + k) * block // page], (lo + k) * block % page : (lo + k) * block % page + block, g, :],
+                            Ks,
+                        )
+                    else:
+                        for i, j in T.Parallel(block, head_dim):
+                            Ks[i, j] = Keys[
+                                Table[b, T.min(((lo + k) * block + i) // page, MP - 1)], ((lo + k) * block + i) % page, g, j
+                            ]
+                else:
+                    T.copy(Keys[b, g, (lo + k) * block : (lo + k + 1) * block, :], Ks)
+                T.gemm(Qs, Ks, logit, transpose_B=True, clear_accum=True, policy=policy)
+                for i, j in T.Parallel(M, block):
+                    logit[i, j] = T.if_then_else(
+                        (lo + k) * block + j >= begin and (lo + k) * block + j < end, logit[i, j] * scale, -T.infinity(f32)
+                    )
+                if write:
+                    for i, j in T.Parallel(M, block):
+                        if i < group:
+                            Logits[b, g, i, (lo + k) // sub, (lo + k) % sub * block + j] = T.min(
+                                T.max(logit[i, j], -FLOAT16_MAX), FLOAT16_MAX
+                            )
+                T.copy(top, before)
+                T.reduce_max(logit, top, dim=1, clear=False)
+                for i in T.Parallel(M):
+                    fade[i] = T.exp2(before[i] - top[i])
+                for i, j in T.Parallel(M, block):
+                    logit[i, j] = T.exp2(logit[i, j] - top[i])
+                T.reduce_sum(logit, part, dim=1)
+                for i in T.Parallel(M):
+                    total[i] = total[i] * fade[i] + part[i]
+                for i, j in T.Parallel(M, head_dim):
+                    acc[i, j] *= fade[i]
+                T.copy(logit, weight)
+                if page:
+                    if tma:
+                        T.copy(
+                            Values[Table[b, (lo + k) * block // page], (lo + k) * block % page : (lo + k) * block % page + block, g, :],
+                            Vs,
+                        )
+                    else:
+                        for i, j in T.Parallel(block, head_dim):
+                            Vs[i, j] = Values[
+                                Table[b, T.min(((lo + k) * block + i) // page, MP - 1)], ((lo + k) * block + i) % page, g, j
+                            ]
+                else:
+                    T.copy(Values[b, g, (lo + k) * block : (lo + k + 1) * block, :], Vs)
+                T.gemm(weight, Vs, acc, policy=policy)
+            for i, j in T.Parallel(M, head_dim):
+                if i < group:
+                    PartOut[b, g, s, i, j] = acc[i, j] / T.max(total[i], 1e-30)
+            for i in T.Parallel(M):
+                if i < group:
+                    Lse[b, g, s, i] = T.if_then_else(total[i] > 0, T.log2(total[i]) + top[i], -T.infinity(f32))
+
+    return decode_dense_kernel
+
+
+@kernel()
+def merge(group: int, head_dim: int, dtype: str):
+    """Builder: the splits' normalised parts, weighted by their log-sum-exps, in split order."""
+    f32 = "float32"
+    B, G, splits = T.dynamic("B"), T.dynamic("G"), T.dynamic("splits")
+
+    @T.prim_func
+    def merge_kernel(
+        PartOut: T.Tensor((B, G, splits, group, head_dim), f32),
+        Lse: T.Tensor((B, G, splits, group), f32),
+        Out: T.Tensor((B, G, group, head_dim), dtype),
+    ):
+        with T.Kernel(group, G, B, threads=head_dim) as (h, g, b):
+            peak = T.alloc_var(f32)
+            mass = T.alloc_var(f32)
+            value = T.alloc_var(f32)
+            d = T.get_thread_binding()
+            peak = -(2.0**30)
+            mass = 0.0
+            value = 0.0
+            for s in T.serial(splits):
+                peak = T.max(peak, Lse[b, g, s, h])
+            for s in T.serial(splits):
+                mass += T.exp2(Lse[b, g, s, h] - peak)
+                value += PartOut[b, g, s, h, d] * T.exp2(Lse[b, g, s, h] - peak)
+            Out[b, g, h, d] = value / T.max(mass, 1e-30)
+
+    return merge_kernel
+
+
+def decode_dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_start: Tensor,
+    kv_len: Tensor,
+    *,
+    scale: float,
+    scores: bool = False,
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Dense attention of one query per row; see `reference.decode_dense`.
+
+    q [B, H, D]; k, v [B, G, S, D] or [P, page, G, D] with block_table int32 [B, MP]; kv_start, kv_len int32 [B].
+    Returns (out [B, H, D], scores float32 [B, G, S] or None). Raises Unsupported for what the kernel does not take.
+    """
+    call = check_decode(q, k, v, block_table, kv_start=kv_start, kv_len=kv_len)
+    splits = split_count(call.rows, -(-call.slots // BLOCK), require_hopper(q.device))
+    logits, lse = workspace(call.batch, call.kv_heads, call.group, call.slots if scores else 1, splits, q.device)
+    parts = torch.empty(
+        (call.batch, call.kv_heads, splits, call.group, call.head_dim), dtype=torch.float32, device=q.device
+    )
+    out = torch.empty_like(call.grouped)
+    dense(**call.config(), write=scores)(
+        call.grouped, call.k, call.v, call.table, kv_start, kv_len, logits, parts, lse, scale * LOG2E
+    )
+    merge(group=call.group, head_dim=call.head_dim, dtype=call.dtype)(parts, lse, out)
+    pooled = pooled_scores(logits, lse, kv_start, kv_len, call.slots) if scores else None
+    return out.flatten(1, 2), pooled

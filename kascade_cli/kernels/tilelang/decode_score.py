@@ -1,0 +1,126 @@
+"""decode_score: post-softmax scores pooled over the group, from one pass over K.
+
+S^T = K Q^T: the keys are WGMMA's 64-row side and the group its narrow one (8 or 16), so nothing is padded 16-fold. Each
+thread keeps the running maximum and sum of its own rows; they meet once, at the end. Raw logits go out in float16, and
+`pool` turns them into scores when the log-sum-exp of every split is known.
+"""
+
+import tilelang.language as T
+from torch import Tensor
+
+from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, split_count
+from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
+from kascade_cli.kernels.tilelang.pool import WIDTH, pooled_scores, workspace
+
+BLOCK = 128
+FLOAT16_MAX = 65504.0
+
+
+@kernel()
+def score(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK, stages: int = 3):
+    """Builder. Compiled per group, head size, dtype and page (0: contiguous); everything else is read at run time."""
+    f32, policy, low = "float32", T.GemmWarpPolicy.FullRow, -(2.0**30)
+    B, G, S, MP = T.dynamic("B"), T.dynamic("G"), T.dynamic("S"), T.dynamic("MP")
+    N, splits = T.dynamic("N"), T.dynamic("splits")
+    cache = (S, page, G, head_dim) if page else (B, G, S, head_dim)
+    wide = 8 if group <= 8 else 16
+    tma = not page or page % block == 0
+    sub = WIDTH // block
+
+    @T.prim_func
+    def decode_score_kernel(
+        Q: T.Tensor((B, G, group, head_dim), dtype),
+        Keys: T.Tensor(cache, dtype),
+        Table: T.Tensor((B, MP), "int32"),
+        Start: T.Tensor((B,), "int32"),
+        Length: T.Tensor((B,), "int32"),
+        Logits: T.Tensor((B, G, group, N, WIDTH), "float16"),
+        Lse: T.Tensor((B, G, splits, group), f32),
+        scale: T.float32,
+    ):
+        with T.Kernel(splits, G, B, threads=128) as (s, g, b):
+            Qs = T.alloc_shared((wide, head_dim), dtype)
+            Ks = T.alloc_shared((block, head_dim), dtype)
+            logit = T.alloc_fragment((block, wide), f32)
+            top = T.alloc_fragment((block, wide), f32)
+            total = T.alloc_fragment((block, wide), f32)
+            higher = T.alloc_fragment((block, wide), f32)
+            flip = T.alloc_shared((wide, block), "float16")
+            tops = T.alloc_shared((block, wide), f32)
+            totals = T.alloc_shared((block, wide), f32)
+            toprow = T.alloc_fragment((wide, block), f32)
+            totalrow = T.alloc_fragment((wide, block), f32)
+            peak = T.alloc_fragment((wide,), f32)
+            mass = T.alloc_fragment((wide,), f32)
+            n = T.alloc_var("int32")
+            lo = T.alloc_var("int32")
+            begin = T.alloc_var("int32")
+            end = T.alloc_var("int32")
+            begin = Start[b]
+            end = begin + Length[b]
+            n = T.if_then_else(end > begin, T.ceildiv(end, block) - begin // block, 0)
+            lo = s * T.ceildiv(n, splits)
+            n = T.max(T.min(T.ceildiv(n, splits), n - lo), 0)
+            lo = lo + begin // block
+            for i, j in T.Parallel(wide, head_dim):
+                Qs[i, j] = T.if_then_else(i < group, Q[b, g, T.min(i, group - 1), j], 0)
+            T.fill(top, low)
+            T.fill(total, 0)
+            for k in T.Pipelined(n, num_stages=stages):
+                if page:
+                    if tma:
+                        T.copy(
+                            Keys[Table[b, (lo + k) * block // page], (lo + k) * block % page : (lo + k) * block % page + block, g, :],
+                            Ks,
+                        )
+                    else:
+                        for i, j in T.Parallel(block, head_dim):
+                            Ks[i, j] = Keys[
+                                Table[b, T.min(((lo + k) * block + i) // page, MP - 1)], ((lo + k) * block + i) % page, g, j
+                            ]
+                else:
+                    T.copy(Keys[b, g, (lo + k) * block : (lo + k + 1) * block, :], Ks)
+                T.gemm(Ks, Qs, logit, transpose_B=True, clear_accum=True, policy=policy)
+                for i, j in T.Parallel(block, wide):
+                    logit[i, j] = T.if_then_else(
+                        (lo + k) * block + i >= begin and (lo + k) * block + i < end, logit[i, j] * scale, low
+                    )
+                for i, j in T.Parallel(block, wide):
+                    higher[i, j] = T.max(top[i, j], logit[i, j])
+                    total[i, j] = total[i, j] * T.exp2(top[i, j] - higher[i, j]) + T.exp2(logit[i, j] - higher[i, j])
+                    top[i, j] = higher[i, j]
+                for i, j in T.Parallel(block, wide):
+                    flip[j, i] = T.min(T.max(logit[i, j], -FLOAT16_MAX), FLOAT16_MAX)
+                for j, i in T.Parallel(group, block):
+                    Logits[b, g, j, (lo + k) // sub, (lo + k) % sub * block + i] = flip[j, i]
+            T.copy(top, tops)
+            T.copy(total, totals)
+            for j, i in T.Parallel(wide, block):
+                toprow[j, i] = tops[i, j]
+                totalrow[j, i] = totals[i, j]
+            T.reduce_max(toprow, peak, dim=1)
+            for j, i in T.Parallel(wide, block):
+                totalrow[j, i] = totalrow[j, i] * T.exp2(toprow[j, i] - peak[j])
+            T.reduce_sum(totalrow, mass, dim=1)
+            for j in T.Parallel(wide):
+                if j < group:
+                    Lse[b, g, s, j] = T.if_then_else(
+                        mass[j] > 0 and peak[j] > low, peak[j] + T.log2(mass[j]), -T.infinity(f32)
+                    )
+
+    return decode_score_kernel
+
+
+def decode_score(
+    q: Tensor, k: Tensor, kv_start: Tensor, kv_len: Tensor, *, scale: float, block_table: Tensor | None = None
+) -> Tensor:
+    """Post-softmax attention of one query per row, summed over the heads of each group; see `reference.decode_score`.
+
+    q [B, H, D]; k [B, G, S, D] or paged. Returns float32 [B, G, S], zero outside the row's keys; rows may be padded in
+    memory. Raises Unsupported for what the kernel does not take.
+    """
+    call = check_decode(q, k, None, block_table, kv_start=kv_start, kv_len=kv_len)
+    splits = split_count(call.rows, -(-call.slots // BLOCK), require_hopper(q.device))
+    logits, lse = workspace(call.batch, call.kv_heads, call.group, call.slots, splits, q.device)
+    score(**call.config())(call.grouped, call.k, call.table, kv_start, kv_len, logits, lse, scale * LOG2E)
+    return pooled_scores(logits, lse, kv_start, kv_len, call.slots)

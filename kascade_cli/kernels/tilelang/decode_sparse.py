@@ -1,0 +1,226 @@
+"""decode_sparse: one query per row over the selected keys only.
+
+A producer warpgroup gathers K and V rows with cp.async, its indices read one block ahead of the free slot; a consumer
+warpgroup runs an online softmax on WGMMA, with the group's heads padded to its 64 rows. A row's keys are shared out over
+`splits` CTAs; the last of them to finish merges the parts, in a fixed order, so that the result does not depend on timing.
+"""
+
+import tilelang.language as T
+import torch
+from torch import Tensor
+
+from kascade_cli.kernels.backend import Unsupported
+from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, counters, split_count
+from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
+
+BLOCK = 64
+STAGES = 3
+M = 64
+
+
+@kernel(tl__disable_safe_memory_legalize=True)
+def sparse(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK, stages: int = STAGES):
+    """Builder. Compiled per group, head size, dtype and page (0: contiguous); everything else is read at run time."""
+    f32, policy, low = "float32", T.GemmWarpPolicy.FullRow, -(2.0**30)
+    B, G, S, K, G2 = T.dynamic("B"), T.dynamic("G"), T.dynamic("S"), T.dynamic("K"), T.dynamic("G2")
+    MP, W, C = T.dynamic("MP"), T.dynamic("W"), T.dynamic("C")
+    cache = (S, page, G, head_dim) if page else (B, G, S, head_dim)
+    per_row = head_dim // 8  # threads that copy one row, 16 bytes each
+    step = 128 // per_row  # rows copied at once
+    turns = block // step
+
+    @T.prim_func
+    def decode_sparse_kernel(
+        Q: T.Tensor((B, G, group, head_dim), dtype),
+        Keys: T.Tensor(cache, dtype),
+        Values: T.Tensor(cache, dtype),
+        Table: T.Tensor((B, MP), "int32"),
+        Index: T.Tensor((B, G2, K), "int32"),
+        Count: T.Tensor((B,), "int32"),
+        HeadMap: T.Tensor((G,), "int32"),
+        PartOut: T.Tensor((W, group, head_dim), f32),
+        PartLse: T.Tensor((W, group), f32),
+        Arrived: T.Tensor((C,), "int32"),
+        Out: T.Tensor((B, G, group, head_dim), dtype),
+        splits: T.int32,
+        scale: T.float32,
+    ):
+        with T.Kernel(splits, G, B, threads=256) as (s, g, b):
+            Qs = T.alloc_shared((M, head_dim), dtype)
+            Kr = T.alloc_shared((stages, block, head_dim), dtype)
+            Vr = T.alloc_shared((stages, block, head_dim), dtype)
+            ticket = T.alloc_shared((1,), "int32")
+            logit = T.alloc_fragment((M, block), f32)
+            weight = T.alloc_fragment((M, block), dtype)
+            acc = T.alloc_fragment((M, head_dim), f32)
+            top = T.alloc_fragment((M,), f32)
+            before = T.alloc_fragment((M,), f32)
+            fade = T.alloc_fragment((M,), f32)
+            part = T.alloc_fragment((M,), f32)
+            total = T.alloc_fragment((M,), f32)
+            row = T.alloc_local((turns,), "int32")
+            at = T.alloc_local((turns,), "int32")
+            n = T.alloc_var("int32")
+            lo = T.alloc_var("int32")
+            used = T.alloc_var("int32")
+            source = T.alloc_var("int32")
+            peak = T.alloc_var(f32)
+            mass = T.alloc_var(f32)
+            value = T.alloc_var(f32)
+            kfull = T.alloc_barrier([128] * stages)
+            vfull = T.alloc_barrier([128] * stages)
+            kfree = T.alloc_barrier([128] * stages)
+            vfree = T.alloc_barrier([128] * stages)
+            T.annotate_min_blocks_per_sm(2)
+            source = HeadMap[g]
+            used = T.min(Count[b], K)
+            lo = s * T.ceildiv(T.ceildiv(used, block), splits)
+            n = T.max(T.min(T.ceildiv(T.ceildiv(used, block), splits), T.ceildiv(used, block) - lo), 0)
+            tx = T.get_thread_binding()
+            if tx >= 128:
+                T.set_max_nreg(56 if page else 40, 0)
+                for k in T.serial(n):
+                    for i in T.unroll(turns):
+                        row[i] = T.max(Index[b, source, T.min((lo + k) * block + i * step + (tx - 128) // per_row, used - 1)], 0)
+                    if page:
+                        for i in T.unroll(turns):
+                            at[i] = Table[b, row[i] // page]
+                            row[i] = row[i] % page
+                    T.barrier_wait(kfree[k % stages], ((k // stages) & 1) ^ 1)
+                    for i in T.unroll(turns):
+                        if page:
+                            T.ptx_cp_async(
+                                T.access_ptr(Kr[k % stages, i * step + (tx - 128) // per_row, (tx - 128) % per_row * 8], "w", 8),
+                                T.access_ptr(Keys[at[i], row[i], g, (tx - 128) % per_row * 8], "r", 8),
+                                8,
+                            )
+                        else:
+                            T.ptx_cp_async(
+                                T.access_ptr(Kr[k % stages, i * step + (tx - 128) // per_row, (tx - 128) % per_row * 8], "w", 8),
+                                T.access_ptr(Keys[b, g, row[i], (tx - 128) % per_row * 8], "r", 8),
+                                8,
+                            )
+                    T.cp_async_barrier_noinc(kfull[k % stages])
+                    T.barrier_wait(vfree[k % stages], ((k // stages) & 1) ^ 1)
+                    for i in T.unroll(turns):
+                        if page:
+                            T.ptx_cp_async(
+                                T.access_ptr(Vr[k % stages, i * step + (tx - 128) // per_row, (tx - 128) % per_row * 8], "w", 8),
+                                T.access_ptr(Values[at[i], row[i], g, (tx - 128) % per_row * 8], "r", 8),
+                                8,
+                            )
+                        else:
+                            T.ptx_cp_async(
+                                T.access_ptr(Vr[k % stages, i * step + (tx - 128) // per_row, (tx - 128) % per_row * 8], "w", 8),
+                                T.access_ptr(Values[b, g, row[i], (tx - 128) % per_row * 8], "r", 8),
+                                8,
+                            )
+                    T.cp_async_barrier_noinc(vfull[k % stages])
+            else:
+                T.set_max_nreg(200 if page else 216, 1)
+                for i, j in T.Parallel(M, head_dim):
+                    Qs[i, j] = T.if_then_else(i < group, Q[b, g, T.min(i, group - 1), j], 0)
+                T.fill(acc, 0)
+                T.fill(total, 0)
+                T.fill(top, low)
+                for k in T.serial(n):
+                    T.barrier_wait(kfull[k % stages], (k // stages) & 1)
+                    T.fence_proxy_async()
+                    T.wgmma_gemm(Qs, Kr[k % stages, :, :], logit, transpose_B=True, clear_accum=True, policy=policy)
+                    T.wait_wgmma(0)
+                    T.barrier_arrive(kfree[k % stages])
+                    for i, j in T.Parallel(M, block):
+                        logit[i, j] = T.if_then_else((lo + k) * block + j < used, logit[i, j] * scale, -T.infinity(f32))
+                    T.copy(top, before)
+                    T.reduce_max(logit, top, dim=1, clear=False)
+                    for i in T.Parallel(M):
+                        fade[i] = T.exp2(before[i] - top[i])
+                    for i, j in T.Parallel(M, block):
+                        logit[i, j] = T.exp2(logit[i, j] - top[i])
+                    T.reduce_sum(logit, part, dim=1)
+                    for i in T.Parallel(M):
+                        total[i] = total[i] * fade[i] + part[i]
+                    for i, j in T.Parallel(M, head_dim):
+                        acc[i, j] *= fade[i]
+                    T.copy(logit, weight)
+                    T.barrier_wait(vfull[k % stages], (k // stages) & 1)
+                    T.fence_proxy_async()
+                    T.wgmma_gemm(weight, Vr[k % stages, :, :], acc, policy=policy)
+                    T.wait_wgmma(0)
+                    T.barrier_arrive(vfree[k % stages])
+                for i, j in T.Parallel(M, head_dim):
+                    acc[i, j] = acc[i, j] / T.max(total[i], 1e-30)
+                if splits == 1:
+                    for i, j in T.Parallel(M, head_dim):
+                        if i < group:
+                            Out[b, g, i, j] = acc[i, j]
+                else:
+                    for i, j in T.Parallel(M, head_dim):
+                        if i < group:
+                            PartOut[(b * G + g) * splits + s, i, j] = acc[i, j]
+                    for i in T.Parallel(M):
+                        if i < group:
+                            PartLse[(b * G + g) * splits + s, i] = T.if_then_else(
+                                total[i] > 0, T.log2(total[i]) + top[i], -T.infinity(f32)
+                            )
+            if splits > 1:
+                T.sync_threads()
+                if tx == 0:
+                    ticket[0] = T.atomic_add(Arrived[b * G + g], 1, memory_order="acq_rel", return_prev=True)
+                T.sync_threads()
+                if ticket[0] == splits - 1:
+                    for h in T.serial(T.ceildiv(group * head_dim, 256)):
+                        if h * 256 + tx < group * head_dim:
+                            peak = low
+                            mass = 0.0
+                            value = 0.0
+                            for p in T.serial(splits):
+                                peak = T.max(peak, PartLse[(b * G + g) * splits + p, (h * 256 + tx) // head_dim])
+                            for p in T.serial(splits):
+                                mass += T.exp2(PartLse[(b * G + g) * splits + p, (h * 256 + tx) // head_dim] - peak)
+                                value += PartOut[
+                                    (b * G + g) * splits + p, (h * 256 + tx) // head_dim, (h * 256 + tx) % head_dim
+                                ] * T.exp2(PartLse[(b * G + g) * splits + p, (h * 256 + tx) // head_dim] - peak)
+                            Out[b, g, (h * 256 + tx) // head_dim, (h * 256 + tx) % head_dim] = value / T.max(mass, 1e-30)
+                    if tx == 0:
+                        Arrived[b * G + g] = 0
+
+    return decode_sparse_kernel
+
+
+def decode_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    head_map: Tensor,
+    *,
+    scale: float,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query per row over the selected keys only; see `reference.decode_sparse`.
+
+    q [B, H, D]; k, v [B, G, S, D] or [P, page, G, D] with block_table int32 [B, MP]; indices int32 [B, G2, K] of slots,
+    the first counts[b] of them valid; head_map int32 [G]. Returns [B, H, D]; zeros where the count is 0.
+    Raises Unsupported for what the kernel does not take.
+    """
+    call = check_decode(q, k, v, block_table, indices=indices, counts=counts, head_map=head_map)
+    if indices.dim() != 3 or indices.shape[0] != call.batch:
+        raise Unsupported(f"indices has shape {list(indices.shape)} and needs [{call.batch}, G2, K]")
+    if tuple(head_map.shape) != (call.kv_heads,):
+        raise Unsupported(f"head_map has shape {list(head_map.shape)} and needs [{call.kv_heads}]")
+    out = torch.empty_like(call.grouped)
+    if not indices.shape[-1] or not call.rows:
+        return out.zero_().flatten(1, 2)
+    sms = require_hopper(q.device)
+    splits = split_count(call.rows, -(-indices.shape[-1] // BLOCK), sms)
+    parts = call.rows * splits if splits > 1 else 1
+    part_out = torch.empty((parts, call.group, call.head_dim), dtype=torch.float32, device=q.device)
+    part_lse = torch.empty((parts, call.group), dtype=torch.float32, device=q.device)
+    arrived = counters(call.rows if splits > 1 else 1, q.device)
+    sparse(**call.config())(
+        call.grouped, call.k, call.v, call.table, indices, counts, head_map, part_out, part_lse, arrived, out,
+        splits, scale * LOG2E,
+    )
+    return out.flatten(1, 2)
