@@ -13,16 +13,25 @@ from kascade_cli.errors import KascadeError
 
 # name -> (module:function, one line of help). Listed in the order of use.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "profile": ("kascade_cli.commands.profile:profile", "Capture pooled attention of a dev set into an HDF5 file."),
+    "profile": (
+        "kascade_cli.commands.profile:profile",
+        "Capture pooled attention of a dev set into an HDF5 file.",
+    ),
     "select-anchors": (
         "kascade_cli.commands.select_anchors:select_anchors",
         "Choose anchor layers and head maps from a capture; write a YAML profile.",
     ),
     "show": ("kascade_cli.commands.show:show", "Print a capture or a profile for people."),
-    "generate": ("kascade_cli.commands.generate:generate", "Generate text with sparse attention, or compare it with dense."),
+    "generate": (
+        "kascade_cli.commands.generate:generate",
+        "Generate text with sparse attention, or compare it with dense.",
+    ),
     "evaluate": ("kascade_cli.commands.evaluate:evaluate", "Score strategies on long-context tasks."),
     "bench": ("kascade_cli.commands.bench:bench", "Measure the attention kernels: ops, model, e2e."),
-    "export": ("kascade_cli.commands.export:export", "Write a profile in the vocabulary of a serving engine."),
+    "export": (
+        "kascade_cli.commands.export:export",
+        "Write a profile in the vocabulary of a serving engine.",
+    ),
     "doctor": ("kascade_cli.commands.doctor:doctor", "Say what this machine can run and what is missing."),
 }
 

@@ -126,10 +126,18 @@ def _check_causal(config: Any, name: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     architectures = getattr(config, "architectures", None) or []
-    generative = any("CausalLM" in entry or "LMHead" in entry or "ConditionalGeneration" in entry for entry in architectures)
+    generative = any(
+        "CausalLM" in entry or "LMHead" in entry or "ConditionalGeneration" in entry for entry in architectures
+    )
     remote = bool(getattr(config, "auto_map", None))
     # BERT-like encoders have a causal class too; what was saved tells them apart.
-    if architectures and not generative and not remote or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote:
+    if (
+        architectures
+        and not generative
+        and not remote
+        or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and not remote
+    ):
         kind = architectures[0] if architectures else config.model_type
         raise KascadeError(f"{name}: {kind} is not a causal language model; kascade needs a decoder-only one")
 
@@ -153,7 +161,9 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and hasattr(module, "scaling") and type(module).__name__.endswith("Attention"):
             if index in found:
-                raise KascadeError(f"{type(model).__name__}: layer {index} has two attention modules (cross attention?)")
+                raise KascadeError(
+                    f"{type(model).__name__}: layer {index} has two attention modules (cross attention?)"
+                )
             found[index] = module
     return dict(sorted(found.items()))
 
@@ -197,7 +207,9 @@ def _check_supported(model: nn.Module, name: str) -> None:
         if getattr(module, "is_cross_attention", False):
             raise KascadeError(f"{name}: cross attention (layer {index}) is not supported")
     if not full_attention_layers(model):
-        raise KascadeError(f"{name}: every attention layer uses a sliding window; there is no full attention to sparsify")
+        raise KascadeError(
+            f"{name}: every attention layer uses a sliding window; there is no full attention to sparsify"
+        )
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -209,7 +221,13 @@ def fingerprint(model: nn.Module) -> str:
     config = text_config(model)
     essentials = {
         key: getattr(config, key, None)
-        for key in ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
+        for key in (
+            "model_type",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "hidden_size",
+        )
     }
     digest = hashlib.sha256(json.dumps(essentials, sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):

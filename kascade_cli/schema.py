@@ -1,15 +1,15 @@
 """The profile: which layers are anchors, which heads reuse which, and with what budget. YAML, checked on load.
 
-    schema: kascade/v1
-    algorithm: kascade
-    model: {name: ..., fingerprint: sha256:..., layers: 16, query_heads: 8, kv_heads: 2, head_dim: 64}
-    budget: {ratio: 0.1, min_keys: 128, tile: 32}
-    layers:
-      - {role: dense}
-      - {role: reuse, anchor: 0, heads: {decode: [0, 1], prefill: [1, 1]}}
-      - {role: anchor}
-    selection: {...}
-    provenance: {...}
+schema: kascade/v1
+algorithm: kascade
+model: {name: ..., fingerprint: sha256:..., layers: 16, query_heads: 8, kv_heads: 2, head_dim: 64}
+budget: {ratio: 0.1, min_keys: 128, tile: 32}
+layers:
+  - {role: dense}
+  - {role: reuse, anchor: 0, heads: {decode: [0, 1], prefill: [1, 1]}}
+  - {role: anchor}
+selection: {...}
+provenance: {...}
 """
 
 import math
@@ -122,7 +122,9 @@ class Profile(_Strict):
                 writers.add(index)
             elif layer.role == "reuse":
                 if layer.anchor not in writers:
-                    raise ValueError(f"layers.{index}.anchor: layer {layer.anchor} is not an anchor before layer {index}")
+                    raise ValueError(
+                        f"layers.{index}.anchor: layer {layer.anchor} is not an anchor before layer {index}"
+                    )
                 self._check_heads(index, layer, writers)
         if not writers:
             raise ValueError("layers: no layer is dense or an anchor")
@@ -255,7 +257,9 @@ class _Dumper(yaml.SafeDumper):
         return super().represent_sequence(tag, sequence, flow_style=True if scalar else flow_style)
 
     def represent_mapping(self, tag, mapping, flow_style=None):
-        leaf = "role" in mapping or set(mapping) <= {"decode", "prefill"} or set(mapping) == {"ratio", "min_keys", "tile"}
+        leaf = (
+            "role" in mapping or set(mapping) <= {"decode", "prefill"} or set(mapping) == {"ratio", "min_keys", "tile"}
+        )
         return super().represent_mapping(tag, mapping, flow_style=True if leaf and mapping else flow_style)
 
     def ignore_aliases(self, data):
@@ -268,7 +272,9 @@ def _first_problem(error: ValidationError, text: str) -> str:
     # Names of union members that pydantic adds to the place mean nothing to the reader of a YAML file.
     noise = {"Heads", "int", "constrained-int", "schema_"}
     location = [
-        str(part) for part in problem["loc"] if str(part) not in noise and not str(part).startswith(("list[", "tuple["))
+        str(part)
+        for part in problem["loc"]
+        if str(part) not in noise and not str(part).startswith(("list[", "tuple["))
     ]
     reason = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":

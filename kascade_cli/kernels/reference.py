@@ -104,7 +104,8 @@ def select_topk(scores: Tensor, count: Tensor, start: Tensor, length: Tensor, *,
     shape, width = scores.shape[:-1], scores.shape[-1]
     rows = scores.reshape(-1, width)
     start, length, count = (
-        value.expand(shape).reshape(-1, 1) if value.dim() else value.expand(len(rows), 1) for value in (start, length, count)
+        value.expand(shape).reshape(-1, 1) if value.dim() else value.expand(len(rows), 1)
+        for value in (start, length, count)
     )
     slot = torch.arange(width, device=scores.device)
     inside = (slot >= start) & (slot < start + length)
@@ -286,7 +287,10 @@ def prefill_sparse(
     tiles = indices.shape[2]
     out = q.new_zeros(batch, heads, queries, v.shape[-1])
     mapped = indices[:, head_map.long()]
-    step = max(1, _BLOCK_ELEMENTS // (batch * groups * max(indices.shape[-1] + tile, 1) * max(size, heads // groups * tile)))
+    step = max(
+        1,
+        _BLOCK_ELEMENTS // (batch * groups * max(indices.shape[-1] + tile, 1) * max(size, heads // groups * tile)),
+    )
     within = torch.arange(tile, device=q.device)
     for begin in range(0, tiles, step):
         count = min(step, tiles - begin)
@@ -304,7 +308,9 @@ def prefill_sparse(
         used = (torch.arange(width, device=q.device) < block_counts[..., None])[:, :, None].expand(-1, -1, tile, -1)
         causal = (within[:, None] >= within).expand(batch, count, -1, -1)
         seen = torch.cat([used, causal], -1) & real[..., None]
-        result = (_softmax(logits, seen[:, None, :, None]).flatten(3, 4) @ values).unflatten(3, (heads // groups, tile))
+        result = (_softmax(logits, seen[:, None, :, None]).flatten(3, 4) @ values).unflatten(
+            3, (heads // groups, tile)
+        )
         result = result.transpose(2, 3).flatten(1, 2).flatten(2, 3).to(q.dtype)
         _put_rows(out, row, real, result)
     return out

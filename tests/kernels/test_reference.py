@@ -160,9 +160,7 @@ def test_prefill(rows, slots, queries, starts, tile, with_lse, monkeypatch):
     scale = scale_of(q)
     out, lse = ops.prefill_dense(q, k, v, at, start, length, scale=scale)
     assert ops.prefill_dense(q, k, None, at, start, length, scale=scale)[0] is None
-    scores = ops.prefill_score(
-        q, k, lse if with_lse else None, at, start, length, scale=scale, tile=tile
-    )
+    scores = ops.prefill_score(q, k, lse if with_lse else None, at, start, length, scale=scale, tile=tile)
     tiles = ops.tile_count(queries, tile)
     assert scores.shape == (len(rows), groups, tiles, slots)
     want_scores = torch.zeros_like(scores)
@@ -176,7 +174,9 @@ def test_prefill(rows, slots, queries, starts, tile, with_lse, monkeypatch):
             before = min((int(first[b]) + j) * tile, count)
             counts[b, j] = min(before, 5)
             for g in range(groups):
-                indices[b, g, j, : counts[b, j]] = (torch.randperm(before, generator=generator)[: counts[b, j]] + begin).int()
+                indices[b, g, j, : counts[b, j]] = (
+                    torch.randperm(before, generator=generator)[: counts[b, j]] + begin
+                ).int()
     sparse = ops.prefill_sparse(q, k, v, indices, counts, head_map, at, start, length, scale=scale, tile=tile)
     for b, (begin, count) in enumerate(rows):
         for i in range(queries):
@@ -194,7 +194,8 @@ def test_prefill(rows, slots, queries, starts, tile, with_lse, monkeypatch):
             pooled[:, edge:] = 0
             want_scores[b, :, j] += pooled
             keys = [
-                set(indices[b, head_map[g], j, : counts[b, j]].tolist()) | set(range(edge, slot + 1)) for g in range(groups)
+                set(indices[b, head_map[g], j, : counts[b, j]].tolist()) | set(range(edge, slot + 1))
+                for g in range(groups)
             ]
             torch.testing.assert_close(sparse[b, :, i], naive(q[b, :, i], k, v, b, slot, begin, count, keys)[0])
     torch.testing.assert_close(scores, want_scores)

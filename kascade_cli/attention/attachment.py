@@ -1,0 +1,229 @@
+"""Attach a profile to a transformers model: its attention layers run the plan until it is detached."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kascade_cli.attention.forward import Forward
+from kascade_cli.attention.lengths import causal_lengths_mask
+from kascade_cli.attention.plan import Plan, make_plan
+from kascade_cli.errors import KascadeError
+from kascade_cli.kernels import Backend, get_backend
+from kascade_cli.models import attention_modules, describe
+from kascade_cli.schema import PHASES, Profile
+
+log = logging.getLogger("kascade")
+
+NAME = "kascade"  # in transformers' attention and mask interfaces
+_HANDLE = "_kascade_attachment"
+
+
+class Attachment:
+    """A model running under a plan. A context manager; leaving it restores the model.
+
+    Attributes: plan, backend, info (ModelInfo). `report()` says what really ran.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, backend: Backend, info: Any):
+        self.model, self.plan, self.backend, self.info = model, plan, backend, info
+        self._forward: Forward | None = None
+        self._modules = attention_modules(model)
+        self._totals: dict[str, Tensor | None] = dict.fromkeys(PHASES)
+        self._forwards = 0
+        self._passes = 0
+        self._attached = False
+
+    def _enter(self) -> None:
+        if any(getattr(module, _HANDLE, None) for module in self._modules.values()):
+            raise KascadeError("a kascade profile is attached to this model already; detach it first")
+        _register()
+        self._previous = self.model.config._attn_implementation
+        for module in self._modules.values():
+            setattr(module, _HANDLE, self)
+        self.model.set_attn_implementation(NAME)
+        self._hook = self.model.register_forward_hook(self._count_forward)
+        # generate() would compile decoding with a static cache, and compiled code does not see our per-step state.
+        generation = getattr(self.model, "generation_config", None)
+        self._compile = getattr(generation, "disable_compile", None)
+        if generation is not None:
+            generation.disable_compile = True
+        self._attached = True
+
+    def _count_forward(self, *_: Any) -> None:
+        self._forwards += 1
+
+    def detach(self) -> None:
+        """Restores the model's own attention. Safe to call twice."""
+        if not self._attached:
+            return
+        self._attached = False
+        self._hook.remove()
+        for module in self._modules.values():
+            delattr(module, _HANDLE)
+        self.model.set_attn_implementation(self._previous)
+        if getattr(self.model, "generation_config", None) is not None:
+            self.model.generation_config.disable_compile = self._compile
+        self._forward = None
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        self.detach()
+        if kind is None:
+            self._check_ran()
+
+    def _check_ran(self) -> None:
+        if self._forwards and not self._passes:
+            raise KascadeError(
+                f"the model ran {self._forwards} times, but none of its attention went through kascade; "
+                "its attention implementation was changed while attached"
+            )
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """One full-attention layer. query [B, H, T, D], key, value [B, G, S, D] -> [B, T, H, Dv]."""
+        layer = module.layer_idx
+        if layer == self.info.profiled_layers[0]:
+            self._forward = Forward(self.plan, self.backend, query, key, mask)
+            self._count(self._forward)
+        if self._forward is None:
+            raise KascadeError(f"layer {layer} ran before the first full-attention layer")
+        self._forward.check(layer, query, key)
+        plan = self.plan.layers[self._forward.phase][layer]
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        out = self._forward.attend(layer, plan, query, key, value, scale)
+        if layer == self.info.profiled_layers[-1]:
+            self._forward = None  # the indices are not needed any more
+        return out.transpose(1, 2).contiguous()
+
+    def _count(self, forward: Forward) -> None:
+        self._passes += 1
+        seen = forward.read_and_visible()
+        total = self._totals[forward.phase]
+        if total is None:
+            self._totals[forward.phase] = seen
+        else:
+            total += seen  # in place, so that replays of a CUDA graph count too
+
+    @property
+    def density(self) -> float:
+        """Keys attended to over keys visible, all full-attention layers and queries so far; NaN before any run."""
+        return self.report()["density"]
+
+    def reset(self) -> None:
+        """Forgets what has run so far."""
+        self._totals = dict.fromkeys(PHASES)
+        self._forwards = self._passes = 0
+
+    def report(self) -> dict[str, Any]:
+        """What ran since attaching (or `reset`): strategy, backend, roles, per phase and overall keys read and visible.
+
+        Keys are counted per query and layer. Anchor layers score every key besides; that is not counted as reading.
+        Raises KascadeError if the model ran and its attention did not go through kascade.
+        """
+        self._check_ran()
+        phases: dict[str, dict[str, float]] = {}
+        for phase, total in self._totals.items():
+            if total is None:
+                continue
+            selected, visible = total.tolist()
+            dense, sparse = self.plan.layer_counts(phase)
+            read = dense * visible + sparse * selected
+            every = (dense + sparse) * visible
+            phases[phase] = {
+                "keys_read": read,
+                "keys_visible": every,
+                "density": read / every if every else float("nan"),
+            }
+        read = sum(entry["keys_read"] for entry in phases.values())
+        visible = sum(entry["keys_visible"] for entry in phases.values())
+        roles: dict[str, list[int]] = {}
+        for layer, role in self.plan.roles.items():
+            roles.setdefault(role, []).append(layer)
+        return {
+            "strategy": self.plan.strategy,
+            "backend": self.backend.name,
+            "fallbacks": dict(self.backend.fallbacks),
+            "budget": self.plan.budget.model_dump(),
+            "roles": roles,
+            "forward_passes": self._passes,
+            "phases": phases,
+            "keys_read": read,
+            "keys_visible": visible,
+            "density": read / visible if visible else float("nan"),
+        }
+
+
+def attach(
+    model: nn.Module,
+    profile: Profile | None = None,
+    *,
+    strategy: str = "kascade",
+    ratio: float | None = None,
+    min_keys: int | None = None,
+    tile: int | None = None,
+    backend: str = "auto",
+    allow_other_weights: bool = False,
+) -> Attachment:
+    """Switches `model` to `strategy` until the returned context manager is left (or `.detach()` is called).
+
+    `ratio`, `min_keys` and `tile` override the profile's budget; `profile` may be None for dense, oracle and
+    streaming-llm. `allow_other_weights` accepts a profile of a model with the same shape but another fingerprint.
+    Raises KascadeError if the model's attention is not supported, the profile is for another model, or the backend
+    cannot run here; UsageError for options that make no sense.
+    """
+    info = describe(model)
+    plan = make_plan(info, profile, strategy, ratio=ratio, min_keys=min_keys, tile=tile)
+    if profile is not None and profile.model.fingerprint != info.fingerprint and not allow_other_weights:
+        raise KascadeError(
+            f"the profile was made for {profile.model.name}, whose weights are not those of {info.name}; "
+            "profile this model, or pass --allow-other-weights to use it all the same"
+        )
+    attachment = Attachment(model, plan, get_backend(backend, next(model.parameters()).device), info)
+    attachment._enter()
+    return attachment
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attention)
+    # Without a mask of its own, transformers would hand None to an implementation that it does not know.
+    AttentionMaskInterface.register(NAME, causal_lengths_mask)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [B, H, T, D], key, value [B, G, S, D] -> ([B, T, H, D], None)."""
+    attachment: Attachment | None = getattr(module, _HANDLE, None)
+    if attachment is None:
+        raise KascadeError("attention implementation 'kascade' is used through kascade_cli.attach(model, profile)")
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise KascadeError(
+            f"layer {module.layer_idx}: soft-capping, attention sinks and position biases are not supported"
+        )
+    if module.training:
+        raise KascadeError("kascade attention is for inference only: call model.eval()")
+    if module.layer_idx not in attachment.plan.layers["prefill"]:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    with torch.no_grad():
+        return attachment.attend(module, query, key, value, attention_mask, scaling), None

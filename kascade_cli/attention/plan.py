@@ -1,0 +1,143 @@
+"""Who does what: the role of every layer under a strategy, fixed when a model is attached."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.models import ModelInfo
+from kascade_cli.schema import PHASES, Budget, Profile
+
+# name -> what it does, as the help and the docs print it
+STRATEGIES = {
+    "dense": "the model's own attention",
+    "kascade": "anchors choose keys, reuse layers read them through the head map",
+    "kascade-pooled": "one key set per anchor and tile, pooled over all heads",
+    "kascade-no-remap": "reuse layers read the keys of the anchor head with their own number",
+    "kascade-decode-only": "dense prefill, kascade decode",
+    "oracle": "every layer chooses its own keys; the first layer is dense",
+    "streaming-llm": "4 sink tokens and a sliding window of the same budget, in every layer",
+}
+SINKS = 4
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One full-attention layer in one phase.
+
+    attends: `dense`, `selected` (keys it or an anchor chose) or `window` (sinks and the most recent keys).
+    writes: it selects keys from its own scores. sources: per KV head (anchor layer, anchor head), for reuse.
+    """
+
+    attends: str
+    writes: bool = False
+    sources: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Roles of all full-attention layers for both phases, and the budget."""
+
+    strategy: str
+    budget: Budget
+    pooled: bool
+    layers: dict[str, dict[int, LayerPlan]]
+    roles: dict[int, str]
+
+    def counts(self, visible: Tensor) -> Tensor:
+        """k(N) for a tensor of N, int32, on its device: Budget.count without leaving the device."""
+        wanted = torch.ceil(visible.double() * self.budget.ratio - 1e-6).clamp_min(self.budget.min_keys)
+        return torch.minimum(wanted, visible.double()).int()
+
+    def layer_counts(self, phase: str) -> tuple[int, int]:
+        """(layers that attend densely, layers that attend sparsely)."""
+        dense = sum(layer.attends == "dense" for layer in self.layers[phase].values())
+        return dense, len(self.layers[phase]) - dense
+
+
+def make_plan(
+    info: ModelInfo,
+    profile: Profile | None,
+    strategy: str = "kascade",
+    *,
+    ratio: float | None = None,
+    min_keys: int | None = None,
+    tile: int | None = None,
+) -> Plan:
+    """The plan of `strategy` for the model described by `info`; options left out come from the profile.
+
+    Raises UsageError for an unknown strategy, a ratio outside (0, 1], or a missing profile, and KascadeError for a
+    profile of another shape.
+    """
+    if strategy not in STRATEGIES:
+        raise UsageError(f"strategy '{strategy}' is not known; use one of {', '.join(STRATEGIES)}")
+    if strategy.startswith("kascade") and profile is None:
+        raise UsageError(f"strategy {strategy} needs a profile (--profile)")
+    if ratio is not None and not (0 < ratio <= 1 and math.isfinite(ratio)):
+        raise UsageError(f"ratio {ratio} is outside (0, 1]")
+    for name, value in (("min-keys", min_keys), ("tile", tile)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} {value} must be 1 or more")
+    base = profile.budget if profile else Budget()
+    given = {"ratio": ratio, "min_keys": min_keys, "tile": tile}
+    budget = base.model_copy(update={key: value for key, value in given.items() if value is not None})
+    if profile is not None:
+        _check_shape(info, profile)
+    layers = {phase: _phase_layers(info, profile, strategy, phase) for phase in PHASES}
+    return Plan(strategy, budget, strategy == "kascade-pooled", layers, _roles(info, profile, strategy))
+
+
+def _check_shape(info: ModelInfo, profile: Profile) -> None:
+    card = profile.model
+    for name in ("layers", "query_heads", "kv_heads", "head_dim"):
+        if getattr(card, name) != getattr(info, name):
+            raise KascadeError(
+                f"the profile is for {card.name} with {getattr(card, name)} {name.replace('_', ' ')}; "
+                f"{info.name} has {getattr(info, name)}"
+            )
+    if profile.attention_layers != info.profiled_layers:
+        raise KascadeError(f"the profile's full-attention layers are not those of {info.name}; profile it again")
+
+
+def _phase_layers(info: ModelInfo, profile: Profile | None, strategy: str, phase: str) -> dict[int, LayerPlan]:
+    first = info.profiled_layers[0]
+    if strategy == "dense" or (strategy == "kascade-decode-only" and phase == "prefill"):
+        return {index: LayerPlan("dense") for index in info.profiled_layers}
+    if strategy == "streaming-llm":
+        return {index: LayerPlan("window") for index in info.profiled_layers}
+    if strategy == "oracle":
+        return {
+            index: LayerPlan("dense" if index == first else "selected", index != first)
+            for index in info.profiled_layers
+        }
+    plans = {}
+    for index in info.profiled_layers:
+        role = profile.layers[index].role
+        if role == "reuse":
+            plans[index] = LayerPlan("selected", sources=_sources(info, profile, strategy, index, phase))
+        else:
+            plans[index] = LayerPlan("dense" if role == "dense" else "selected", writes=True)
+    return plans
+
+
+def _sources(info: ModelInfo, profile: Profile, strategy: str, index: int, phase: str) -> tuple[tuple[int, int], ...]:
+    entries = profile.head_map(index, phase)
+    if strategy == "kascade-no-remap":
+        return tuple((anchor, head) for head, (anchor, _) in enumerate(entries))
+    if strategy == "kascade-pooled":
+        return tuple((profile.layers[index].anchor, 0) for _ in entries)
+    return tuple(entries)
+
+
+def _roles(info: ModelInfo, profile: Profile | None, strategy: str) -> dict[int, str]:
+    roles = dict.fromkeys(range(info.layers), "passthrough")
+    for index in info.profiled_layers:
+        if strategy.startswith("kascade"):
+            roles[index] = profile.layers[index].role
+        elif strategy == "dense" or (strategy == "oracle" and index == info.profiled_layers[0]):
+            roles[index] = "dense"
+        else:
+            roles[index] = "window" if strategy == "streaming-llm" else "anchor"
+    return roles
