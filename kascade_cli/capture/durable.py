@@ -16,7 +16,8 @@ class _Patient(io.FileIO):
     """A file for HDF5's file-object driver that keeps the first write error and goes on.
 
     HDF5 cannot close a file whose flush failed: it stays open inside the library, and a later call crashes
-    the process. So the library never sees a failed write; whoever opened the file asks `error` and discards it.
+    the process. So the library never sees a failed write; whoever opened the file asks `error` and discards
+    it.
     """
 
     error: OSError | None = None

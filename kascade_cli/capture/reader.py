@@ -98,9 +98,7 @@ class Capture:
             )
         expected = (len(self.profiled_layers), len(found.tiles), self.meta["kv_heads"], found.n_tokens)
         if found.mass.shape != expected:
-            raise KascadeError(
-                f"{self.path}: prompt {name}: mass has shape {found.mass.shape}, not {expected}"
-            )
+            raise KascadeError(f"{self.path}: prompt {name}: mass has shape {found.mass.shape}, not {expected}")
         return found
 
     def __iter__(self) -> Iterator[Prompt]:
@@ -168,9 +166,7 @@ def _read_meta(path: Path, file: h5py.File) -> dict[str, Any]:
     if version is None or "prompts" not in file:
         raise KascadeError(f"{path}: an HDF5 file, but not a capture made by `kascade profile`")
     if int(version) != SCHEMA_VERSION:
-        raise KascadeError(
-            f"{path}: capture format {int(version)}, this kascade reads {SCHEMA_VERSION}; upgrade it"
-        )
+        raise KascadeError(f"{path}: capture format {int(version)}, this kascade reads {SCHEMA_VERSION}; upgrade it")
     missing = [name for name in (*ATTRIBUTES, *JSON_ATTRIBUTES) if name not in file.attrs]
     if missing:
         raise KascadeError(f"{path}: attribute {missing[0]} is missing, so this is not a capture")

@@ -1,9 +1,10 @@
 """The capture file: how it is written so that it survives kills and full disks. Imports no torch.
 
 While a capture is being made, every prompt is a file of its own in `NAME.parts/`, written under a temporary
-name, fsynced and renamed; `NAME` itself is a small index with links to them, replaced atomically. So `NAME` can
-be opened at any moment and shows exactly the finished prompts. When the last prompt is in, the parts are joined
-into one plain HDF5 file that replaces the index. docs/capture-format.md describes the format; reader.py reads it.
+name, fsynced and renamed; `NAME` itself is a small index with links to them, replaced atomically. So `NAME`
+can be opened at any moment and shows exactly the finished prompts. When the last prompt is in, the parts are
+joined into one plain HDF5 file that replaces the index. docs/capture-format.md describes the format;
+reader.py reads it.
 """
 
 import contextlib
@@ -69,9 +70,7 @@ def disk_free(path: Path) -> int:
 class PromptWriter:
     """Takes one prompt's arrays as they are measured; `finish` makes them durable in one step."""
 
-    def __init__(
-        self, store: "CaptureStore", index: int, tokens: list[int], tiles: np.ndarray, n_tokens: int
-    ) -> None:
+    def __init__(self, store: "CaptureStore", index: int, tokens: list[int], tiles: np.ndarray, n_tokens: int) -> None:
         name = prompt_id(index)
         self._store, self._index, self._tiles = store, index, tiles
         self._n_prompt, self._reserved = len(tokens), n_tokens
@@ -236,8 +235,9 @@ def open_store(
     """Opens `path` for writing: new, resumed (model, dev set and options must be the same), or replaced.
 
     `meta` holds the root attributes (`ATTRIBUTES` and `JSON_ATTRIBUTES`), `prompts_sha256` the `token_sha256`
-    of the prompts in order. Only one process at a time may write. Raises UsageError if `path` exists and neither
-    flag is given, or differs on resume; KascadeError if it is damaged or being written by another process.
+    of the prompts in order. Only one process at a time may write. Raises UsageError if `path` exists and
+    neither flag is given, or differs on resume; KascadeError if it is damaged or being written by another
+    process.
     """
     store = CaptureStore(path, meta, profiled_layers)
     if (path.exists() or store.parts.exists()) and not (resume or overwrite):
@@ -274,9 +274,7 @@ def describe_existing(path: Path) -> str:
         return f"{path} exists and is not a capture; pass --overwrite to replace it"
     if done == total:
         return f"{path} is a complete capture ({total} prompts); pass --overwrite to make it again"
-    return (
-        f"{path} is an unfinished capture ({done} of {total} prompts); pass --resume to go on, or --overwrite"
-    )
+    return f"{path} is an unfinished capture ({done} of {total} prompts); pass --resume to go on, or --overwrite"
 
 
 def check_same(capture: Capture, meta: dict[str, Any], profiled_layers: list[int]) -> None:
@@ -294,7 +292,5 @@ def check_same(capture: Capture, meta: dict[str, Any], profiled_layers: list[int
         if was != now:
             refuse("--" + name.replace("_", "-"), was, now)
     if old["dev_set_sha256"] != meta["dev_set_sha256"] or old["num_prompts"] != meta["num_prompts"]:
-        sets = [
-            f"{m['dev_set_name']}, {m['num_prompts']} prompts, {m['dev_set_sha256'][:8]}" for m in (old, meta)
-        ]
+        sets = [f"{m['dev_set_name']}, {m['num_prompts']} prompts, {m['dev_set_sha256'][:8]}" for m in (old, meta)]
         refuse("the dev set", *(f"({text})" for text in sets))

@@ -1,0 +1,252 @@
+"""What is measured in a model: pooled attention mass, importance, and the mass of the largest keys.
+
+The probe is a transformers attention implementation whose output is the model's own SDPA output; beside it,
+the post-RoPE queries of the sampled tiles are scored against the keys. Definitions: pooling as in section 3.3
+of the Kascade paper (arXiv 2512.16391), importance w = 1 - mean cos(x, x + attention output) over the tokens.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from kascade_cli.capture.mass import pooled_mass, round_mass, top_mass
+from kascade_cli.errors import KascadeError
+from kascade_cli.models import ModelInfo, attention_modules, decoder_layers
+
+IMPLEMENTATION = "kascade-capture"
+TOP_MASS_KEYS = ["64", "256", "5%", "10%", "20%"]
+_RESULT_BYTES = 64 << 20
+_TOKEN_BLOCK = 2048  # tokens whose float32 copies exist at once when cosines are taken
+
+# (position of the layer, index of the first tile, mass f16 [t, G, n]) -> None
+Sink = Callable[[int, int, np.ndarray], None]
+
+
+def _capture_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    output = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    probe = getattr(module, "kascade_probe", None)
+    if probe is not None:
+        probe.observe(module, query, key, attention_mask, kwargs.get("scaling"))
+    return output
+
+
+AttentionInterface.register(IMPLEMENTATION, _capture_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+@dataclass
+class Measurement:
+    """What `Probe.run` returns beside the mass: importance f32 [Lp], top_mass f32 [Lp, H, K] (mean over the
+    decode rows), and the ids of the generated tokens that were fed back."""
+
+    importance: np.ndarray
+    top_mass: np.ndarray
+    generated: list[int] = field(default_factory=list)
+
+
+class Probe:
+    """Measures prompts while it is entered; leaving restores the model.
+
+    `info` names the layers to profile; the others pass through. One sequence at a time, no padding.
+    """
+
+    def __init__(self, model: nn.Module, info: ModelInfo) -> None:
+        self.model, self.info = model, info
+        self._position = {layer: position for position, layer in enumerate(info.profiled_layers)}
+        self._handles: list[Any] = []
+        self._residual: dict[int, torch.Tensor] = {}
+        self._added: dict[int, torch.Tensor] = {}
+        self._sink: Sink | None = None
+
+    def __enter__(self) -> "Probe":
+        self._previous = self.model.config._attn_implementation
+        self.model.set_attn_implementation(IMPLEMENTATION)
+        attention, layers = attention_modules(self.model), decoder_layers(self.model)
+        for index, position in self._position.items():
+            attention[index].kascade_probe = self
+            self._follow_residual(layers[index], attention[index], position)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module in attention_modules(self.model).values():
+            module.__dict__.pop("kascade_probe", None)
+        self.model.set_attn_implementation(self._previous)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._sink = None
+        self._residual.clear()
+        self._added.clear()
+
+    # --- importance ---
+
+    def _follow_residual(self, layer: nn.Module, attention: nn.Module, position: int) -> None:
+        """Hooks that see a decoder layer's input and what its attention block adds to it.
+
+        Between the attention and the residual add, some models have a norm or a dropout (Gemma, OLMo 2): any
+        child of the layer that is fed with exactly what would be added replaces it by its output.
+        """
+        scale = getattr(layer, "residual_multiplier", 1.0)  # Granite
+
+        def enter(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._residual[position] = args[0] if args else kwargs["hidden_states"]
+
+        def attended(_: nn.Module, __: tuple, output: Any) -> None:
+            self._added[position] = output[0] if isinstance(output, tuple) else output
+
+        def passed(_: nn.Module, args: tuple, output: Any) -> None:
+            if args and args[0] is self._added.get(position):
+                self._added[position] = output
+
+        def leave(_: nn.Module, __: tuple, ___: Any) -> None:
+            residual, added = self._residual.pop(position), self._added.pop(position)
+            if self._sink is not None and not self._decoding:
+                self._importance[position] = _turn(residual[0], added[0], scale)
+
+        self._handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
+        self._handles.append(attention.register_forward_hook(attended))
+        for child in layer.children():
+            if child is not attention:
+                self._handles.append(child.register_forward_hook(passed))
+        self._handles.append(layer.register_forward_hook(leave))
+
+    # --- mass ---
+
+    def observe(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float | None,
+    ) -> None:
+        """Called by the attention of a profiled layer: query [1, H, T, D], key [1, G, S, D]."""
+        if self._sink is None:
+            return
+        position = self._position[module.layer_idx]
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        rows = None if mask is None else mask[0, 0]
+
+        def add_top_mass(probabilities: torch.Tensor, positions: torch.Tensor) -> None:
+            mass = top_mass(probabilities, positions, TOP_MASS_KEYS).sum(0)
+            self._top_mass[position] = self._top_mass.get(position, 0) + mass
+
+        for length, first, starts in self._batches(key.shape[1] * key.shape[2] * 4, key.shape[2]):
+            on_rows = add_top_mass if length == 1 else None
+            mass = pooled_mass(query[0], key[0], starts, length, scale=scale, mask=rows, on_rows=on_rows)
+            stored = round_mass(mass).cpu().numpy()
+            if not np.isfinite(stored[..., 0]).all():
+                raise self._not_finite(f"the attention of layer {module.layer_idx}")
+            self._sink(position, first, stored)
+
+    def _batches(self, tile_bytes: int, slots: int) -> list[tuple[int, int, torch.Tensor]]:
+        """(queries per tile, index of the first tile, starts): runs of tiles with the same length.
+
+        A run is short enough for its float32 result, `tile_bytes` a tile, to stay below `_RESULT_BYTES`.
+        """
+        if self._decoding:
+            return [(1, len(self._tiles) + self._generated, torch.tensor([slots - 1]))]
+        lengths = self._tiles[:, 1]
+        most = max(1, _RESULT_BYTES // tile_bytes)
+        batches, low = [], 0
+        while low < len(lengths):
+            high = low + 1
+            while high < min(len(lengths), low + most) and lengths[high] == lengths[low]:
+                high += 1
+            starts = torch.from_numpy(self._tiles[low:high, 0].astype(np.int64))
+            batches.append((int(lengths[low]), low, starts))
+            low = high
+        return batches
+
+    # --- a prompt ---
+
+    @torch.inference_mode()
+    def run(self, tokens: list[int], tiles: np.ndarray, sink: Sink, *, decode_tokens: int = 0) -> Measurement:
+        """One forward pass over a prompt, then greedy decoding of up to `decode_tokens` (ends at
+        end-of-sequence).
+
+        `tiles` int32 [T, 2] lie inside the prompt; generated token i becomes tile T + i, a decode row. `sink`
+        gets the mass of every profiled layer as soon as it is known. Raises KascadeError if anything is not
+        finite.
+        """
+        self._sink, self._tiles = sink, tiles
+        self._importance: dict[int, torch.Tensor] = {}
+        self._top_mass: dict[int, torch.Tensor] = {}
+        self._decoding, self._generated = False, 0
+        try:
+            generated = self._forward(torch.tensor([tokens], device=self.model.device), decode_tokens)
+        finally:
+            self._forget()
+        layers = range(len(self._position))
+        importance = torch.stack([self._importance[layer].cpu() for layer in layers]).numpy()
+        rows = int((tiles[:, 1] == 1).sum()) + len(generated)
+        top = torch.stack([self._top_mass[layer].cpu() for layer in layers]).numpy() / rows
+        if not np.isfinite(importance).all():
+            layer = self.info.profiled_layers[int(np.flatnonzero(~np.isfinite(importance))[0])]
+            raise self._not_finite(f"the attention output of layer {layer}")
+        return Measurement(importance, top, generated)
+
+    def _forward(self, ids: torch.Tensor, decode_tokens: int) -> list[int]:
+        if not decode_tokens:
+            hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]
+            self._check_output(hidden)
+            return []
+        # Logits of the last position only: N times the vocabulary would outweigh everything else.
+        last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        extra = {"logits_to_keep": 1} if last else {}
+        step = self.model(input_ids=ids, use_cache=True, **extra)
+        stop = self.model.generation_config.eos_token_id
+        stop = set(stop) if isinstance(stop, list) else {stop}
+        self._decoding = True
+        generated: list[int] = []
+        while True:
+            self._check_output(step.logits[:, -1])
+            token = int(step.logits[0, -1].argmax())
+            if token in stop:
+                return generated
+            step = self.model(
+                input_ids=ids.new_tensor([[token]]), past_key_values=step.past_key_values, use_cache=True, **extra
+            )
+            generated.append(token)
+            self._generated = len(generated)
+            if len(generated) == decode_tokens:
+                return generated
+
+    def _check_output(self, output: torch.Tensor) -> None:
+        if not torch.isfinite(output.sum(dtype=torch.float32)):
+            raise self._not_finite("the model's output")
+
+    def _not_finite(self, what: str) -> KascadeError:
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter.sum(dtype=torch.float32)):
+                return KascadeError(f"{what} is not a number: weight {name} holds NaN or infinity")
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return KascadeError(f"{what} is not a number although the weights are finite; {dtype} overflows? try --dtype")
+
+
+def _turn(residual: torch.Tensor, added: torch.Tensor, scale: float) -> torch.Tensor:
+    """1 - mean over tokens of cos(x, x + added): a scalar; residual and added [N, hidden]."""
+    total = torch.zeros((), dtype=torch.float32, device=residual.device)
+    for start in range(0, len(residual), _TOKEN_BLOCK):
+        before = residual[start : start + _TOKEN_BLOCK].float()
+        after = before + scale * added[start : start + _TOKEN_BLOCK].float()
+        total += nn.functional.cosine_similarity(before, after, dim=-1).sum()
+    return 1 - total / len(residual)
