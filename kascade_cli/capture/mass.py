@@ -106,12 +106,13 @@ def _key_count(text: str, visible: torch.Tensor) -> torch.Tensor:
 
 
 def round_mass(mass: torch.Tensor) -> torch.Tensor:
-    """float32 >= 0 to float16 with `KEPT_BITS` bits of mantissa, so that it compresses: error <= 2**-8 of a
+    """float32 >= 0 to float16 with `KEPT_BITS` bits of mantissa, so that it compresses: error <= 0.45 % of a
     value.
 
     Values below 6.1e-5 (subnormal in float16) keep their absolute precision of 6e-8.
     """
     bits = mass.half().view(torch.int16)
-    drop = 1 << (10 - KEPT_BITS)
-    rounded = (bits + drop // 2) & -drop
+    drop = 10 - KEPT_BITS
+    # Half way goes to even: always up would add .04 % to every sum.
+    rounded = (bits + (1 << (drop - 1)) - 1 + ((bits >> drop) & 1)) & -(1 << drop)
     return torch.where(bits >= 0x0400, rounded, bits).view(torch.float16)
