@@ -126,7 +126,7 @@ class Attachment:
         self._forwards = self._passes = 0
 
     def report(self) -> dict[str, Any]:
-        """What ran since attaching (or `reset`): strategy, backend, roles, per phase and overall keys read and visible.
+        """What ran since attaching (or `reset`): strategy, backend, roles, keys read and visible.
 
         Keys are counted per query and layer. Anchor layers score every key besides; that is not counted as reading.
         Raises KascadeError if the model ran and its attention did not go through kascade.

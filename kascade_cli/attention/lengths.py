@@ -1,10 +1,10 @@
 """What an attention layer needs to know of padding and caches: three integers a row instead of a T x S mask.
 
 transformers builds one mask per forward through its mask interface and hands it to every layer. For plain causal
-attention ours is the int32 tensor [B, 1, 1, 3] of (query_start, kv_start, kv_len) as kernels.reference defines them, or
-None where every slot is a key and the queries are the last ones. It has four dimensions because `generate` builds masks
-ahead of the model, and only a 4-D one passes through the model's own mask creation untouched. Any other pattern (sliding
-windows of passthrough layers, custom overlays) stays the boolean mask that SDPA takes.
+attention ours is the int32 tensor [B, 1, 1, 3] of (query_start, kv_start, kv_len) as kernels.reference defines them,
+or None where every slot is a key and the queries are the last ones. It has four dimensions because `generate` builds
+masks ahead of the model, and only a 4-D one passes through the model's own mask creation untouched. Any other pattern
+(sliding windows of passthrough layers, custom overlays) stays the boolean mask that SDPA takes.
 """
 
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def causal_lengths_mask(
 
 
 def _padding_bounds(mask: Tensor, check: bool) -> tuple[Tensor, Tensor]:
-    """First valid slot and number of valid slots per row. Decode steps skip the check: it would wait for the device."""
+    """First valid slot and number of valid slots per row. Decode skips the check: it would wait for the device."""
     mask = mask.to(torch.int32)
     start, length = mask.argmax(-1), mask.sum(-1)
     if check:

@@ -1,0 +1,3 @@
+from kascade_cli.app import main
+
+main()
