@@ -1,0 +1,227 @@
+"""The loop of a capture: prompts -> probe -> store. Used by the command and by tests."""
+
+import contextlib
+import errno
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from kascade_cli import __version__
+from kascade_cli.capture.probe import TOP_MASS_KEYS, Probe
+from kascade_cli.capture.store import SCHEMA_VERSION, CaptureStore, open_store, token_sha256
+from kascade_cli.capture.tiles import sample_tiles
+from kascade_cli.devset import DevSet
+from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.models import ModelInfo
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """What decides the content of a capture; all of it must match on resume.
+
+    tiles_per_prompt: None is all. num_prompts, max_length, text_field, chat_template: how the dev set was made.
+    """
+
+    num_prompts: int
+    max_length: int
+    tiles_per_prompt: int | None = 32
+    tile: int = 32
+    decode_tokens: int = 0
+    seed: int = 0
+    text_field: str | None = None
+    chat_template: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.tile < 2:
+            raise UsageError(f"--tile must be at least 2, got {self.tile}; single queries are measured anyway")
+        if self.tiles_per_prompt is not None and self.tiles_per_prompt < 1:
+            raise UsageError(f"--tiles-per-prompt must be at least 1, got {self.tiles_per_prompt}")
+        if self.decode_tokens < 0:
+            raise UsageError(f"--decode-tokens cannot be negative, got {self.decode_tokens}")
+
+
+@dataclass(frozen=True)
+class CapturePlan:
+    """What a capture will hold: the tiles of each prompt, and its size before compression in bytes.
+
+    `nonzero_bytes` leaves out the keys after each tile, which compress to nothing.
+    """
+
+    tiles: list[np.ndarray]
+    raw_bytes: int
+    nonzero_bytes: int
+
+    @property
+    def expected_bytes(self) -> int:
+        """A guess at the size on disk: rounded mass of real models takes about half of what is not zero."""
+        return self.nonzero_bytes // 2
+
+
+@dataclass(frozen=True)
+class CaptureResult:
+    """`done` prompts are in the file, `captured` of them by this run; `joined`: it is one plain file."""
+
+    done: int
+    captured: int
+    joined: bool
+
+
+def plan_capture(info: ModelInfo, devset: DevSet, options: CaptureOptions) -> CapturePlan:
+    """Samples the tiles and adds up the size. Raises KascadeError for a prompt that the model cannot take."""
+    tiles, raw, nonzero = [], 0, 0
+    for index, prompt in enumerate(devset.prompts):
+        total = len(prompt) + options.decode_tokens
+        if info.max_positions is not None and total > info.max_positions:
+            generated = f" and {options.decode_tokens} to generate" if options.decode_tokens else ""
+            raise KascadeError(
+                f"prompt {index} has {len(prompt)} tokens{generated}; {info.name} takes {info.max_positions}: "
+                f"pass --max-length {info.max_positions - options.decode_tokens} or less"
+            )
+        chosen = sample_tiles(
+            len(prompt), options.tiles_per_prompt, tile=options.tile, seed=options.seed, prompt=index
+        )
+        tiles.append(chosen)
+        row = len(info.profiled_layers) * info.kv_heads * 2
+        generated = np.arange(len(prompt) + 1, total + 1)
+        raw += row * total * (len(chosen) + len(generated))
+        nonzero += row * int(chosen.sum() + generated.sum())
+    return CapturePlan(tiles, raw, nonzero)
+
+
+def capture_meta(model: nn.Module, info: ModelInfo, devset: DevSet, options: CaptureOptions) -> dict[str, Any]:
+    """The root attributes of the capture."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    names = ("torch", "transformers", "h5py", "numpy", "hdf5plugin")
+    versions = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tool_version": __version__,
+        "model_name": info.name,
+        "model_fingerprint": info.fingerprint,
+        "layers": info.layers,
+        "query_heads": info.query_heads,
+        "kv_heads": info.kv_heads,
+        "head_dim": info.head_dim,
+        "tile": options.tile,
+        "seed": options.seed,
+        "dtype": dtype,
+        "device": str(model.device),
+        "dev_set_name": devset.name,
+        "dev_set_sha256": devset.sha256,
+        "num_prompts": len(devset.prompts),
+        "max_length": options.max_length,
+        "options": asdict(options) | {"dtype": dtype, "device": model.device.type},
+        "versions": versions,
+        "top_mass_keys": TOP_MASS_KEYS,
+    }
+
+
+def run_capture(
+    model: nn.Module,
+    info: ModelInfo,
+    devset: DevSet,
+    output: Path,
+    options: CaptureOptions,
+    *,
+    plan: CapturePlan | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> CaptureResult:
+    """Captures `devset` into `output`; `on_progress(done, total)` counts tokens, finished prompts included.
+
+    Whatever stops it (a kill, a full disk, an error), finished prompts stay, and `resume` goes on after them; if
+    none was finished, nothing is left behind. Raises KascadeError or UsageError with one line.
+    """
+    plan = plan or plan_capture(info, devset, options)
+    meta = capture_meta(model, info, devset, options)
+    lengths = [len(prompt) for prompt in devset.prompts]
+    sha256 = [token_sha256(prompt) for prompt in devset.prompts]
+    report = on_progress or (lambda done, total: None)
+    with open_store(output, meta, info.profiled_layers, sha256, resume=resume, overwrite=overwrite) as store:
+        remaining = store.remaining
+        done = sum(lengths[index] for index in store.done)
+        report(done, sum(lengths))
+        try:
+            with Probe(model, info) as probe:
+                for index in remaining:
+                    tokens, tiles = devset.prompts[index], plan.tiles[index]
+                    before = done
+
+                    def within(share: float, before: int = before, length: int = len(tokens)) -> None:
+                        report(before + int(share * length), sum(lengths))
+
+                    _capture_prompt(probe, store, index, tokens, tiles, options.decode_tokens, within)
+                    done += len(tokens)
+                    report(done, sum(lengths))
+        except OSError as error:
+            raise _stopped(_disk_reason(error), "make room", store) from error
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            length = max(lengths[index] for index in store.remaining)
+            advice = "take another --device, or a lower --max-length"
+            raise _stopped(f"out of memory at a prompt of up to {length} tokens", advice, store) from error
+        finally:
+            store.discard_if_empty()
+        joined = not store.parts.exists()
+        if not joined:
+            joined = _join(store)
+    return CaptureResult(len(store.done), len(remaining), joined)
+
+
+def _capture_prompt(
+    probe: Probe,
+    store: CaptureStore,
+    index: int,
+    tokens: list[int],
+    tiles: np.ndarray,
+    decode_tokens: int,
+    on_share: Callable[[float], None],
+) -> None:
+    total = len(tokens) + decode_tokens
+    generated = np.arange(len(tokens), total, dtype=np.int32)
+    rows = np.stack([generated, np.ones_like(generated)], axis=1)
+    writer = store.begin(index, tokens, np.concatenate([tiles, rows]), total)
+
+    def sink(layer: int, first: int, mass: np.ndarray) -> None:
+        writer.write_mass(layer, first, mass)
+        on_share((layer + 1) / len(store.profiled_layers) if first < len(tiles) else 1.0)
+
+    try:
+        measured = probe.run(tokens, tiles, sink, decode_tokens=decode_tokens)
+    except BaseException:
+        writer.discard()
+        raise
+    writer.finish(measured.importance, measured.top_mass, len(tokens) + len(measured.generated))
+
+
+def _join(store: CaptureStore) -> bool:
+    try:
+        store.join()
+    except OSError:
+        return False
+    return True
+
+
+def _disk_reason(error: OSError) -> str:
+    return "the disk is full" if error.errno in _FULL else f"cannot write ({error.strerror or error})"
+
+
+def _stopped(reason: str, advice: str, store: CaptureStore) -> KascadeError:
+    if not store.done:
+        return KascadeError(f"{store.path}: {reason}; no prompt was finished: {advice}")
+    kept = f"{len(store.done)} of {store.meta['num_prompts']} prompts are finished and kept"
+    return KascadeError(f"{store.path}: {reason}; {kept}: {advice}, and run again with --resume")
