@@ -49,7 +49,9 @@ def check_decode(q: Tensor, k: Tensor, v: Tensor | None, block_table: Tensor | N
     v = k if v is None else v
     for name, tensor, dims in (("q", q, 3), ("k", k, 4), ("v", v, 4)):
         if tensor.dim() != dims:
-            raise Unsupported(f"{name} has {tensor.dim()} dimensions and needs {dims}: [B, H, D] for q, [B, G, S, D] for k, v")
+            raise Unsupported(
+                f"{name} has {tensor.dim()} dimensions and needs {dims}: [B, H, D] for q, [B, G, S, D] for k, v"
+            )
         if tensor.dtype not in DTYPES:
             raise Unsupported(f"{name} is {_name(tensor)}; the kernels take bfloat16 and float16")
         if tensor.dtype != q.dtype:
@@ -65,7 +67,9 @@ def check_decode(q: Tensor, k: Tensor, v: Tensor | None, block_table: Tensor | N
     if head_dim not in HEAD_DIMS:
         raise Unsupported(f"head size {head_dim} is not built; the kernels take {' and '.join(map(str, HEAD_DIMS))}")
     if kv_heads == 0 or heads % kv_heads or not 1 <= heads // kv_heads <= MAX_GROUP:
-        raise Unsupported(f"{heads} query heads over {kv_heads} KV heads: the kernels take whole groups of 1 to {MAX_GROUP}")
+        raise Unsupported(
+            f"{heads} query heads over {kv_heads} KV heads: the kernels take whole groups of 1 to {MAX_GROUP}"
+        )
     page = 0
     if block_table is None:
         if k.shape[0] != batch:
@@ -83,7 +87,9 @@ def check_decode(q: Tensor, k: Tensor, v: Tensor | None, block_table: Tensor | N
         slots = block_table.shape[1] * page
         for name, tensor in (("k", k), ("v", v)):
             if not tensor.is_contiguous():
-                raise Unsupported(f"paged {name} must be contiguous [P, page, G, D]; its strides are {tensor.stride()}")
+                raise Unsupported(
+                    f"paged {name} must be contiguous [P, page, G, D]; its strides are {tensor.stride()}"
+                )
     for name, tensor in ints.items():
         if tensor.dtype != torch.int32:
             raise Unsupported(f"{name} is {_name(tensor)} and must be int32")
@@ -98,9 +104,7 @@ def check_decode(q: Tensor, k: Tensor, v: Tensor | None, block_table: Tensor | N
         if tensor.data_ptr() % 16:
             raise Unsupported(f"{name} must start on a 16-byte boundary")
     grouped = q.contiguous().view(batch, kv_heads, heads // kv_heads, head_dim)
-    return Decode(
-        grouped, k, v, table, batch, kv_heads, heads // kv_heads, head_dim, slots, page, DTYPES[q.dtype]
-    )
+    return Decode(grouped, k, v, table, batch, kv_heads, heads // kv_heads, head_dim, slots, page, DTYPES[q.dtype])
 
 
 def cache_view(cache: Tensor, name: str) -> Tensor:
@@ -113,7 +117,9 @@ def cache_view(cache: Tensor, name: str) -> Tensor:
     batch, groups, slots, dim = cache.shape
     whole = cache.stride(1) // dim if groups > 1 else (cache.stride(0) // dim if batch > 1 else slots)
     expected = (groups * whole * dim, whole * dim, dim, 1)
-    fits = all(size == 1 or have == want for size, have, want in zip(cache.shape, cache.stride(), expected, strict=True))
+    fits = all(
+        size == 1 or have == want for size, have, want in zip(cache.shape, cache.stride(), expected, strict=True)
+    )
     room = cache.untyped_storage().nbytes() // cache.element_size() - cache.storage_offset()
     if fits and whole >= slots and batch * groups * whole * dim <= room:
         return cache.as_strided((batch, groups, whole, dim), expected)

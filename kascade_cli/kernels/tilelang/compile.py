@@ -4,6 +4,7 @@ A builder is a plain function from keyword arguments (ints, strings, bools) to a
 `Kernel`. Calling that with a configuration gives the compiled kernel (from TileLang's disk cache when it has been compiled
 before, see `TILELANG_CACHE_DIR`); `report` says what the compiler made of it; `prebuild` fills the cache in parallel.
 """
+
 from __future__ import annotations
 
 import functools
@@ -30,16 +31,30 @@ from kascade_cli.errors import KascadeError
 
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
 # Without this unrolling a cp.async pipeline whose trip count is read on the device does not lower (its epilogue stays a loop).
-UNROLL = {"explicit_unroll": True, "auto_max_step": 0, "auto_max_depth": 8, "auto_max_extent": 0, "unroll_local_access": False}
+UNROLL = {
+    "explicit_unroll": True,
+    "auto_max_step": 0,
+    "auto_max_depth": 8,
+    "auto_max_extent": 0,
+    "unroll_local_access": False,
+}
 BASE_CONFIG = {"tl.UnrollLoop": UNROLL, "tl.enable_fast_math": True}
 # What the report counts in the generated source: asynchronous loads and tensor-core calls, which fall back silently.
-MARKS = {"cp_async": r"\bcp_async_gs|\bptx_cp_async|cp\.async\.c[ag]\.", "tma_load": r"\btma_load\b", "wgmma": r"\bwgmma_[sr]s\b|\bgemm_[sr]s\b|wgmma",
-         "mma": r"mma_sync", "fence": r"fence_proxy_async", "setmaxnreg": r"warpgroup_reg_", "atomics": r"atomicAdd|AtomicAdd"}
+MARKS = {
+    "cp_async": r"\bcp_async_gs|\bptx_cp_async|cp\.async\.c[ag]\.",
+    "tma_load": r"\btma_load\b",
+    "wgmma": r"\bwgmma_[sr]s\b|\bgemm_[sr]s\b|wgmma",
+    "mma": r"mma_sync",
+    "fence": r"fence_proxy_async",
+    "setmaxnreg": r"warpgroup_reg_",
+    "atomics": r"atomicAdd|AtomicAdd",
+}
 
 
 @dataclass(frozen=True)
 class Resources:
     """What ptxas reports for one device function, plus its launch: bytes, registers per thread."""
+
     name: str
     registers: int
     stack: int
@@ -52,6 +67,7 @@ class Resources:
 @dataclass(frozen=True)
 class Report:
     """Generated CUDA, its marks (see MARKS), ptxas warnings about performance, and the resources of each device function."""
+
     name: str
     config: dict[str, Any]
     source: str
@@ -67,8 +83,14 @@ class Report:
     def row(self) -> dict[str, Any]:
         """One line of the evidence table."""
         config = ",".join(f"{k}={v}" for k, v in self.config.items())
-        return {"kernel": self.name, "config": config, "registers": [r.registers for r in self.resources],
-                "shared": [r.static_shared + r.dynamic_shared for r in self.resources], "spills": self.spills, **self.marks}
+        return {
+            "kernel": self.name,
+            "config": config,
+            "registers": [r.registers for r in self.resources],
+            "shared": [r.static_shared + r.dynamic_shared for r in self.resources],
+            "spills": self.spills,
+            **self.marks,
+        }
 
 
 class Kernel:
@@ -95,11 +117,16 @@ class Kernel:
             if key not in self._compiled:
                 try:
                     self._compiled[key] = tilelang.compile(
-                        self.build(**config), target=tvm.target.Target(TARGET), execution_backend="tvm_ffi", pass_configs=self.pass_configs
+                        self.build(**config),
+                        target=tvm.target.Target(TARGET),
+                        execution_backend="tvm_ffi",
+                        pass_configs=self.pass_configs,
                     )
                 except Exception as error:
-                    raise KascadeError(f"kernel {self.name}({_text(config)}) does not compile: {_last_line(error)}; "
-                                       "use --backend torch, and see `kascade doctor`") from error
+                    raise KascadeError(
+                        f"kernel {self.name}({_text(config)}) does not compile: {_last_line(error)}; "
+                        "use --backend torch, and see `kascade doctor`"
+                    ) from error
             return self._compiled[key]
 
     def spec(self, **config: Any) -> Spec:
@@ -109,7 +136,9 @@ class Kernel:
     def report(self, **config: Any) -> Report:
         """Lower and run ptxas (needs nvcc, no GPU). Kept on disk beside TileLang's cache, keyed by the program's text."""
         func = self.build(**config)
-        text = func.script() + json.dumps([self.pass_configs, tilelang.__version__, list(MARKS.items())], sort_keys=True)
+        text = func.script() + json.dumps(
+            [self.pass_configs, tilelang.__version__, list(MARKS.items())], sort_keys=True
+        )
         path = _cache_dir() / "kascade-reports" / (hashlib.sha256(text.encode()).hexdigest() + ".json")
         if path.exists():
             raw = json.loads(path.read_text())
@@ -125,6 +154,7 @@ class Kernel:
 @dataclass(frozen=True)
 class Spec:
     """Where a kernel lives and how it is configured."""
+
     module: str
     name: str
     config: dict[str, Any]
@@ -147,16 +177,25 @@ def kernel(**pass_configs: Any) -> Callable[[Callable[..., Any]], Kernel]:
 def require_hopper(device: torch.device) -> int:
     """Number of SMs of `device`; raises KascadeError unless it is a Hopper GPU (compute capability 9.0)."""
     if device.type != "cuda" or not torch.cuda.is_available():
-        raise KascadeError(f"the tilelang backend runs on a Hopper GPU (H100, H200), and these tensors are on {device}: use --backend torch")
+        raise KascadeError(
+            f"the tilelang backend runs on a Hopper GPU (H100, H200), and these tensors are on {device}: use --backend torch"
+        )
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         name = torch.cuda.get_device_name(device)
-        raise KascadeError(f"the tilelang backend needs compute capability 9.0; {name} has {capability[0]}.{capability[1]}: use --backend torch")
+        raise KascadeError(
+            f"the tilelang backend needs compute capability 9.0; {name} has {capability[0]}.{capability[1]}: use --backend torch"
+        )
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def prebuild(specs: Iterable[Spec], *, jobs: int | None = None, task: str = "compile",
-             done: Callable[[Spec, float, str], None] | None = None) -> dict[str, str]:
+def prebuild(
+    specs: Iterable[Spec],
+    *,
+    jobs: int | None = None,
+    task: str = "compile",
+    done: Callable[[Spec, float, str], None] | None = None,
+) -> dict[str, str]:
     """Compile `specs` in `jobs` processes so that later calls find them on disk; returns {str(spec): error} for failures.
 
     task: "compile" (for running) or "report" (for `Kernel.report`). done(spec, seconds, error): called as each one ends.
@@ -168,8 +207,17 @@ def prebuild(specs: Iterable[Spec], *, jobs: int | None = None, task: str = "com
     def follow(share: list[Spec]) -> None:
         code = "from kascade_cli.kernels.tilelang.compile import work; work()"
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-        with tempfile.TemporaryFile("w+") as log, subprocess.Popen(
-                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env) as child:
+        with (
+            tempfile.TemporaryFile("w+") as log,
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=env,
+            ) as child,
+        ):
             assert child.stdin and child.stdout
             child.stdin.write(json.dumps({"task": task, "specs": [[s.module, s.name, s.config] for s in share]}))
             child.stdin.close()
@@ -177,7 +225,7 @@ def prebuild(specs: Iterable[Spec], *, jobs: int | None = None, task: str = "com
             for line in child.stdout:
                 if not line.startswith("KERNEL "):
                     continue
-                answer = json.loads(line[len("KERNEL "):])
+                answer = json.loads(line[len("KERNEL ") :])
                 item = share[answer["index"]]
                 seen += 1
                 if answer["error"]:
@@ -208,7 +256,10 @@ def work() -> None:
             found.report(**config) if job["task"] == "report" else found(**config)
         except Exception as caught:
             error = _last_line(caught)
-        print("KERNEL " + json.dumps({"index": index, "seconds": time.perf_counter() - start, "error": error}), flush=True)
+        print(
+            "KERNEL " + json.dumps({"index": index, "seconds": time.perf_counter() - start, "error": error}),
+            flush=True,
+        )
 
 
 def _inspect(name: str, config: dict[str, Any], func: Any, pass_configs: dict[str, Any]) -> Report:
@@ -216,21 +267,41 @@ def _inspect(name: str, config: dict[str, Any], func: Any, pass_configs: dict[st
     with tvm.transform.PassContext(opt_level=3, config=pass_configs), target:
         artifact = tilelang.lower(func, target=target)
     source = artifact.kernel_source
-    shared = {str(var.name_hint): int(fn.attrs.get("dyn_shared_memory_buf", 0) or 0) for var, fn in artifact.device_mod.functions.items()}
+    shared = {
+        str(var.name_hint): int(fn.attrs.get("dyn_shared_memory_buf", 0) or 0)
+        for var, fn in artifact.device_mod.functions.items()
+    }
     root = Path(tilelang.__file__).parent
     fast = ["--use_fast_math"] if pass_configs.get("tl.enable_fast_math") else []
     with tempfile.TemporaryDirectory() as folder:
         cu = Path(folder) / "kernel.cu"
         cu.write_text(source)
-        command = ["nvcc", "-std=c++20", "-O3", *fast, "-gencode=arch=compute_90a,code=sm_90a", f"-I{root / 'src'}",
-                   f"-I{root / '3rdparty/cutlass/include'}", "-Xptxas", "-v", "-cubin", "-o", str(cu.with_suffix(".cubin")), str(cu)]
+        command = [
+            "nvcc",
+            "-std=c++20",
+            "-O3",
+            *fast,
+            "-gencode=arch=compute_90a,code=sm_90a",
+            f"-I{root / 'src'}",
+            f"-I{root / '3rdparty/cutlass/include'}",
+            "-Xptxas",
+            "-v",
+            "-cubin",
+            "-o",
+            str(cu.with_suffix(".cubin")),
+            str(cu),
+        ]
         try:
             run = subprocess.run(command, capture_output=True, text=True)
         except FileNotFoundError as error:
             raise KascadeError("nvcc is not on PATH: install the CUDA toolkit (13.0 was tested)") from error
     if run.returncode:
-        raise KascadeError(f"nvcc rejects {name}({_text(config)}): {(run.stderr.strip().splitlines() or ['no message'])[-1]}")
-    warnings = sorted({line.strip() for line in run.stderr.splitlines() if "Potential Performance Loss" in line or "C7508" in line})
+        raise KascadeError(
+            f"nvcc rejects {name}({_text(config)}): {(run.stderr.strip().splitlines() or ['no message'])[-1]}"
+        )
+    warnings = sorted(
+        {line.strip() for line in run.stderr.splitlines() if "Potential Performance Loss" in line or "C7508" in line}
+    )
     marks = {mark: len(re.findall(pattern, source)) for mark, pattern in MARKS.items()}
     return Report(name, config, source, marks, warnings, _resources(run.stderr, shared))
 
@@ -244,8 +315,17 @@ def _resources(log: str, shared: dict[str, int]) -> list[Resources]:
         frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
         static = re.search(r"(\d+) bytes smem", entry)
         stack, stores, loads = (int(x) for x in frame.groups()) if frame else (0, 0, 0)
-        found.append(Resources(entry_name, int(used.group(1)) if used else 0, stack, stores, loads,
-                               int(static.group(1)) if static else 0, shared.get(entry_name, 0)))
+        found.append(
+            Resources(
+                entry_name,
+                int(used.group(1)) if used else 0,
+                stack,
+                stores,
+                loads,
+                int(static.group(1)) if static else 0,
+                shared.get(entry_name, 0),
+            )
+        )
     return sorted(found, key=lambda r: r.name)
 
 

@@ -18,7 +18,7 @@ M = 64
 
 
 @kernel()
-def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: int = BLOCK, stages: int = 2):
+def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: int = BLOCK, stages: int = 3):
     """Builder. Compiled per group, head size, dtype, page (0: contiguous) and whether logits are written."""
     f32, policy = "float32", T.GemmWarpPolicy.FullRow
     B, G, S, MP = T.dynamic("B"), T.dynamic("G"), T.dynamic("S"), T.dynamic("MP")
@@ -56,6 +56,9 @@ def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: 
             lo = T.alloc_var("int32")
             begin = T.alloc_var("int32")
             end = T.alloc_var("int32")
+            T.annotate_min_blocks_per_sm(2)
+            T.annotate_producer_reg_dealloc(40)
+            T.annotate_consumer_reg_alloc(208)
             begin = Start[b]
             end = begin + Length[b]
             n = T.if_then_else(end > begin, T.ceildiv(end, block) - begin // block, 0)
@@ -71,20 +74,30 @@ def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: 
                 if page:
                     if tma:
                         T.copy(
-                            Keys[Table[b, (lo + k) * block // page], (lo + k) * block % page : (lo + k) * block % page + block, g, :],
+                            Keys[
+                                Table[b, (lo + k) * block // page],
+                                (lo + k) * block % page : (lo + k) * block % page + block,
+                                g,
+                                :,
+                            ],
                             Ks,
                         )
                     else:
                         for i, j in T.Parallel(block, head_dim):
                             Ks[i, j] = Keys[
-                                Table[b, T.min(((lo + k) * block + i) // page, MP - 1)], ((lo + k) * block + i) % page, g, j
+                                Table[b, T.max(T.min((lo + k) * block + i, end - 1), begin) // page],
+                                T.max(T.min((lo + k) * block + i, end - 1), begin) % page,
+                                g,
+                                j,
                             ]
                 else:
                     T.copy(Keys[b, g, (lo + k) * block : (lo + k + 1) * block, :], Ks)
                 T.gemm(Qs, Ks, logit, transpose_B=True, clear_accum=True, policy=policy)
                 for i, j in T.Parallel(M, block):
                     logit[i, j] = T.if_then_else(
-                        (lo + k) * block + j >= begin and (lo + k) * block + j < end, logit[i, j] * scale, -T.infinity(f32)
+                        (lo + k) * block + j >= begin and (lo + k) * block + j < end,
+                        logit[i, j] * scale,
+                        -T.infinity(f32),
                     )
                 if write:
                     for i, j in T.Parallel(M, block):
@@ -107,13 +120,21 @@ def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: 
                 if page:
                     if tma:
                         T.copy(
-                            Values[Table[b, (lo + k) * block // page], (lo + k) * block % page : (lo + k) * block % page + block, g, :],
+                            Values[
+                                Table[b, (lo + k) * block // page],
+                                (lo + k) * block % page : (lo + k) * block % page + block,
+                                g,
+                                :,
+                            ],
                             Vs,
                         )
                     else:
                         for i, j in T.Parallel(block, head_dim):
                             Vs[i, j] = Values[
-                                Table[b, T.min(((lo + k) * block + i) // page, MP - 1)], ((lo + k) * block + i) % page, g, j
+                                Table[b, T.max(T.min((lo + k) * block + i, end - 1), begin) // page],
+                                T.max(T.min((lo + k) * block + i, end - 1), begin) % page,
+                                g,
+                                j,
                             ]
                 else:
                     T.copy(Values[b, g, (lo + k) * block : (lo + k + 1) * block, :], Vs)

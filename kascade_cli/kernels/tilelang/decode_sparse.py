@@ -81,7 +81,9 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK,
                 T.set_max_nreg(56 if page else 40, 0)
                 for k in T.serial(n):
                     for i in T.unroll(turns):
-                        row[i] = T.max(Index[b, source, T.min((lo + k) * block + i * step + (tx - 128) // per_row, used - 1)], 0)
+                        row[i] = T.max(
+                            Index[b, source, T.min((lo + k) * block + i * step + (tx - 128) // per_row, used - 1)], 0
+                        )
                     if page:
                         for i in T.unroll(turns):
                             at[i] = Table[b, row[i] // page]
@@ -90,13 +92,17 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK,
                     for i in T.unroll(turns):
                         if page:
                             T.ptx_cp_async(
-                                T.access_ptr(Kr[k % stages, i * step + (tx - 128) // per_row, (tx - 128) % per_row * 8], "w", 8),
+                                T.access_ptr(
+                                    Kr[k % stages, i * step + (tx - 128) // per_row, (tx - 128) % per_row * 8], "w", 8
+                                ),
                                 T.access_ptr(Keys[at[i], row[i], g, (tx - 128) % per_row * 8], "r", 8),
                                 8,
                             )
                         else:
                             T.ptx_cp_async(
-                                T.access_ptr(Kr[k % stages, i * step + (tx - 128) // per_row, (tx - 128) % per_row * 8], "w", 8),
+                                T.access_ptr(
+                                    Kr[k % stages, i * step + (tx - 128) // per_row, (tx - 128) % per_row * 8], "w", 8
+                                ),
                                 T.access_ptr(Keys[b, g, row[i], (tx - 128) % per_row * 8], "r", 8),
                                 8,
                             )
@@ -105,13 +111,17 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK,
                     for i in T.unroll(turns):
                         if page:
                             T.ptx_cp_async(
-                                T.access_ptr(Vr[k % stages, i * step + (tx - 128) // per_row, (tx - 128) % per_row * 8], "w", 8),
+                                T.access_ptr(
+                                    Vr[k % stages, i * step + (tx - 128) // per_row, (tx - 128) % per_row * 8], "w", 8
+                                ),
                                 T.access_ptr(Values[at[i], row[i], g, (tx - 128) % per_row * 8], "r", 8),
                                 8,
                             )
                         else:
                             T.ptx_cp_async(
-                                T.access_ptr(Vr[k % stages, i * step + (tx - 128) // per_row, (tx - 128) % per_row * 8], "w", 8),
+                                T.access_ptr(
+                                    Vr[k % stages, i * step + (tx - 128) // per_row, (tx - 128) % per_row * 8], "w", 8
+                                ),
                                 T.access_ptr(Values[b, g, row[i], (tx - 128) % per_row * 8], "r", 8),
                                 8,
                             )
@@ -130,7 +140,9 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK,
                     T.wait_wgmma(0)
                     T.barrier_arrive(kfree[k % stages])
                     for i, j in T.Parallel(M, block):
-                        logit[i, j] = T.if_then_else((lo + k) * block + j < used, logit[i, j] * scale, -T.infinity(f32))
+                        logit[i, j] = T.if_then_else(
+                            (lo + k) * block + j < used, logit[i, j] * scale, -T.infinity(f32)
+                        )
                     T.copy(top, before)
                     T.reduce_max(logit, top, dim=1, clear=False)
                     for i in T.Parallel(M):
@@ -181,7 +193,9 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK,
                                 value += PartOut[
                                     (b * G + g) * splits + p, (h * 256 + tx) // head_dim, (h * 256 + tx) % head_dim
                                 ] * T.exp2(PartLse[(b * G + g) * splits + p, (h * 256 + tx) // head_dim] - peak)
-                            Out[b, g, (h * 256 + tx) // head_dim, (h * 256 + tx) % head_dim] = value / T.max(mass, 1e-30)
+                            Out[b, g, (h * 256 + tx) // head_dim, (h * 256 + tx) % head_dim] = value / T.max(
+                                mass, 1e-30
+                            )
                     if tx == 0:
                         Arrived[b * G + g] = 0
 
@@ -220,7 +234,18 @@ def decode_sparse(
     part_lse = torch.empty((parts, call.group), dtype=torch.float32, device=q.device)
     arrived = counters(call.rows if splits > 1 else 1, q.device)
     sparse(**call.config())(
-        call.grouped, call.k, call.v, call.table, indices, counts, head_map, part_out, part_lse, arrived, out,
-        splits, scale * LOG2E,
+        call.grouped,
+        call.k,
+        call.v,
+        call.table,
+        indices,
+        counts,
+        head_map,
+        part_out,
+        part_lse,
+        arrived,
+        out,
+        splits,
+        scale * LOG2E,
     )
     return out.flatten(1, 2)

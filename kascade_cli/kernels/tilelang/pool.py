@@ -58,7 +58,9 @@ def pool(group: int):
     return pool_kernel
 
 
-def workspace(batch: int, kv_heads: int, group: int, slots: int, splits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def workspace(
+    batch: int, kv_heads: int, group: int, slots: int, splits: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """(logits float16 [B, G, R, N, WIDTH], split log-sum-exps float32 [B, G, splits, R]) for a scoring kernel."""
     blocks = -(-slots // WIDTH)
     logits = torch.empty((batch, kv_heads, group, blocks, WIDTH), dtype=torch.float16, device=device)

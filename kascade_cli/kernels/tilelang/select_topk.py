@@ -1,0 +1,359 @@
+"""select_topk: exact radix selection, without a sort and without the host.
+
+Scores are probabilities, so their bits order them. Three histogram passes (11, 11 and 9 bits) find the count-th
+highest value; one pass counts what each warp keeps, one writes the slots, ascending. Few rows are shared out over
+clusters of up to 8 CTAs, whose histograms meet in global memory. All sums are of integers: the same input gives the
+same bits.
+"""
+
+import tilelang.language as T
+import torch
+from torch import Tensor
+
+from kascade_cli.kernels.backend import Unsupported
+from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
+
+BINS = 2048
+VEC = 4
+
+
+# Barriers are all written out: TileLang's own placement puts two in every turn of the histogram loops.
+@kernel(tl__enable_fast_math=False, tl__disable_thread_storage_sync=True, tl__disable_safe_memory_legalize=True)
+def topk(cluster: int, staged: int, threads: int):
+    """Builder. `cluster` CTAs of `threads` share a row; each keeps its first `staged` vectors in shared memory."""
+    R, N, K, P = T.dynamic("R"), T.dynamic("N"), T.dynamic("K"), T.dynamic("P")
+    A, L, C = T.dynamic("A"), T.dynamic("L"), T.dynamic("C")
+    warps, per = threads // 32, BINS // threads
+
+    @T.macro
+    def fetch(Scores, kept, value, bits, row, base, i):
+        if staged:
+            if i < staged:
+                for e in T.vectorized(VEC):
+                    value[e] = kept[i, e]
+            else:
+                for e in T.vectorized(VEC):
+                    value[e] = Scores[row, base + i, e]
+        else:
+            for e in T.vectorized(VEC):
+                value[e] = Scores[row, base + i, e]
+        for e in T.unroll(VEC):
+            bits[e] = T.reinterpret(value[e], "uint32") & T.uint32(0x7FFFFFFF)
+
+    @T.prim_func
+    def select_topk_kernel(
+        Scores: T.Tensor((R, N, VEC), "float32"),
+        Start: T.Tensor((A,), "int32"),
+        Length: T.Tensor((L,), "int32"),
+        Count: T.Tensor((C,), "int32"),
+        Hist: T.Tensor((P, 3, cluster, BINS), "int32"),
+        Kept: T.Tensor((P, cluster, 2), "int32"),
+        Out: T.Tensor((R, K), "int32"),
+        start_over: T.int32,
+        start_of: T.int32,
+        length_over: T.int32,
+        length_of: T.int32,
+        count_over: T.int32,
+        count_of: T.int32,
+        width: T.int32,
+    ):
+        with T.Kernel(cluster, R, threads=threads, cluster_dims=(cluster, 1, 1)) as (c, r):
+            bins = T.alloc_shared((BINS,), "int32")
+            sums = T.alloc_shared((warps,), "int32")
+            found = T.alloc_shared((3,), "int32")
+            over = T.alloc_shared((warps,), "int32")
+            ties = T.alloc_shared((warps,), "int32")
+            kept = T.alloc_shared((staged if staged else 1, VEC), "float32")
+            value = T.alloc_local((VEC,), "float32")
+            bits = T.alloc_local((VEC,), "uint32")
+            above = T.alloc_local((VEC,), "uint32")
+            equal = T.alloc_local((VEC,), "uint32")
+            held = T.alloc_local((per,), "int32")
+            first = T.alloc_var("int32")  # the row's slots are [first, last)
+            last = T.alloc_var("int32")
+            want = T.alloc_var("int32")
+            need = T.alloc_var("int32")  # how many of the threshold's bin are still wanted
+            inside = T.alloc_var("int32")  # how many values that bin holds
+            prefix = T.alloc_var("uint32")  # the threshold's bits so far
+            base = T.alloc_var("int32")  # this CTA's vectors are [base, base + share)
+            share = T.alloc_var("int32")
+            turns = T.alloc_var("int32")
+            mine = T.alloc_var("int32")
+            rest = T.alloc_var("int32")
+            high = T.alloc_var("int32")
+            low = T.alloc_var("int32")
+            at = T.alloc_var("int32")
+            tie = T.alloc_var("int32")
+            rank = T.alloc_var("int32")
+            slot = T.alloc_var("int32")
+            lane = T.alloc_var("int32")
+            warp = T.alloc_var("int32")
+            below = T.alloc_var("uint32")
+            tx = T.get_thread_binding()
+            lane = tx % 32
+            warp = tx // 32
+            below = (T.uint32(1) << T.cast(lane, "uint32")) - T.uint32(1)
+            first = T.max(Start[T.truncdiv(r, start_over) * start_of + T.truncmod(r, start_of)], 0)
+            last = Length[T.truncdiv(r, length_over) * length_of + T.truncmod(r, length_of)]
+            last = T.min(first + T.max(last, 0), width)
+            want = T.min(Count[T.truncdiv(r, count_over) * count_of + T.truncmod(r, count_of)], K)
+            want = T.max(T.min(want, last - first), 0)
+            if want >= last - first:
+                for i in T.serial(T.ceildiv(want, threads * cluster)):
+                    if (i * cluster + c) * threads + tx < want:
+                        Out[r, (i * cluster + c) * threads + tx] = first + (i * cluster + c) * threads + tx
+            if want > 0 and want < last - first:
+                share = T.ceildiv(T.ceildiv(last, VEC) - first // VEC, cluster)
+                base = first // VEC + c * share
+                share = T.max(T.min(share, T.ceildiv(last, VEC) - base), 0)
+                turns = T.ceildiv(share, threads)
+                need = want
+                inside = last - first
+                prefix = T.uint32(0)
+                for p in T.unroll(3):
+                    for i in T.unroll(per):
+                        bins[i * threads + tx] = 0
+                    T.sync_threads()
+                    for i in T.serial(turns):
+                        if i * threads + tx < share:
+                            if p == 0:
+                                for e in T.vectorized(VEC):
+                                    value[e] = Scores[r, base + i * threads + tx, e]
+                                for e in T.unroll(VEC):
+                                    bits[e] = T.reinterpret(value[e], "uint32") & T.uint32(0x7FFFFFFF)
+                                if staged:
+                                    if i * threads + tx < staged:
+                                        for e in T.vectorized(VEC):
+                                            kept[i * threads + tx, e] = value[e]
+                            else:
+                                fetch(Scores, kept, value, bits, r, base, i * threads + tx)
+                            for e in T.unroll(VEC):
+                                slot = (base + i * threads + tx) * VEC + e
+                                # Digit 0 is counted by subtraction: rows full of zeros would queue for one address.
+                                if slot >= first and slot < last:
+                                    if p == 0:
+                                        if bits[e] >= T.uint32(1 << 20):
+                                            T.atomic_add(bins[T.cast(bits[e] >> T.uint32(20), "int32")], 1)
+                                    if p == 1:
+                                        if bits[e] >> T.uint32(20) == prefix >> T.uint32(20):
+                                            if (bits[e] & T.uint32(0xFFE00)) != T.uint32(0):
+                                                T.atomic_add(
+                                                    bins[T.cast((bits[e] >> T.uint32(9)) & T.uint32(2047), "int32")], 1
+                                                )
+                                    if p == 2:
+                                        if bits[e] >> T.uint32(9) == prefix >> T.uint32(9):
+                                            if (bits[e] & T.uint32(511)) != T.uint32(0):
+                                                T.atomic_add(bins[T.cast(bits[e] & T.uint32(511), "int32")], 1)
+                    T.sync_threads()
+                    for i in T.unroll(per):
+                        held[i] = bins[per * tx + i]
+                    if cluster > 1:
+                        for i in T.vectorized(per):
+                            Hist[r, p, c, per * tx + i] = held[i]
+                        T.cluster_sync()
+                        for i in T.unroll(per):
+                            held[i] = 0
+                        for o in T.unroll(cluster):
+                            for i in T.unroll(per):
+                                held[i] += Hist[r, p, o, per * tx + i]
+                    # A suffix scan: `mine` becomes how many values lie in bins above this thread's.
+                    high = 0
+                    for i in T.unroll(per):
+                        high += held[i]
+                    mine = high
+                    for d in T.unroll(5):
+                        rest = T.shfl_down(mine, 1 << d)
+                        if lane + (1 << d) < 32:
+                            mine += rest
+                    if lane == 0:
+                        sums[warp] = mine
+                    T.sync_threads()
+                    rest = T.if_then_else(lane > warp and lane < warps, sums[T.min(lane, warps - 1)], 0)
+                    mine = mine - high + T.warp_reduce_sum(rest)
+                    if tx == 0:
+                        held[0] = inside - mine - (high - held[0])
+                    for i in T.unroll(per):
+                        if mine < need and mine + held[per - 1 - i] >= need:
+                            found[0] = per * tx + per - 1 - i
+                            found[1] = need - mine
+                            found[2] = held[per - 1 - i]
+                        mine += held[per - 1 - i]
+                    T.sync_threads()
+                    need = found[1]
+                    inside = found[2]
+                    if p == 0:
+                        prefix = T.cast(found[0], "uint32") << T.uint32(20)
+                    if p == 1:
+                        prefix = prefix | (T.cast(found[0], "uint32") << T.uint32(9))
+                    if p == 2:
+                        prefix = prefix | T.cast(found[0], "uint32")
+                # Each warp owns a contiguous stretch of `turns` groups of 128 slots: count, then write without waiting.
+                high = 0
+                low = 0
+                for i in T.serial(turns):
+                    if (warp * turns + i) * 32 + lane < share:
+                        fetch(Scores, kept, value, bits, r, base, (warp * turns + i) * 32 + lane)
+                        for e in T.unroll(VEC):
+                            slot = (base + (warp * turns + i) * 32 + lane) * VEC + e
+                            if slot >= first and slot < last:
+                                if bits[e] > prefix:
+                                    high += 1
+                                if bits[e] == prefix:
+                                    low += 1
+                high = T.warp_reduce_sum(high)
+                low = T.warp_reduce_sum(low)
+                if lane == 0:
+                    over[warp] = high
+                    ties[warp] = low
+                T.sync_threads()
+                at = 0
+                tie = 0
+                if cluster > 1:
+                    high = T.warp_reduce_sum(T.if_then_else(lane < warps, over[T.min(lane, warps - 1)], 0))
+                    low = T.warp_reduce_sum(T.if_then_else(lane < warps, ties[T.min(lane, warps - 1)], 0))
+                    if tx == 0:
+                        Kept[r, c, 0] = high
+                        Kept[r, c, 1] = low
+                    T.cluster_sync()
+                    for o in T.serial(c):
+                        at += Kept[r, o, 0]
+                        tie += Kept[r, o, 1]
+                for o in T.serial(warp):
+                    at += over[o]
+                    tie += ties[o]
+                # Before this warp come `at` values above the threshold and `tie` equal to it; of all ties the first
+                # `need` are taken, so the next entry goes to at + min(tie, need).
+                for i in T.serial(turns):
+                    if (warp * turns + i) * 32 < share:
+                        for e in T.unroll(VEC):
+                            bits[e] = T.uint32(0)
+                        if (warp * turns + i) * 32 + lane < share:
+                            fetch(Scores, kept, value, bits, r, base, (warp * turns + i) * 32 + lane)
+                        for e in T.unroll(VEC):
+                            slot = (base + (warp * turns + i) * 32 + lane) * VEC + e
+                            high = T.if_then_else(
+                                slot >= first and slot < last and (warp * turns + i) * 32 + lane < share, 1, 0
+                            )
+                            above[e] = T.cast(T.ballot_sync(high == 1 and bits[e] > prefix), "uint32")
+                            equal[e] = T.cast(T.ballot_sync(high == 1 and bits[e] == prefix), "uint32")
+                        rank = tie
+                        mine = at
+                        for e in T.unroll(VEC):
+                            rank += T.cast(T.popcount(equal[e] & below), "int32")
+                            mine += T.cast(T.popcount(above[e] & below), "int32")
+                            tie += T.cast(T.popcount(equal[e]), "int32")
+                            at += T.cast(T.popcount(above[e]), "int32")
+                        for e in T.unroll(VEC):
+                            slot = (base + (warp * turns + i) * 32 + lane) * VEC + e
+                            if (above[e] >> T.cast(lane, "uint32")) & T.uint32(1) == T.uint32(1):
+                                Out[r, mine + T.min(rank, need)] = slot
+                                mine += 1
+                            if (equal[e] >> T.cast(lane, "uint32")) & T.uint32(1) == T.uint32(1):
+                                if rank < need:
+                                    Out[r, mine + rank] = slot
+                                rank += 1
+            for i in T.serial(T.ceildiv(K - want, threads * cluster)):
+                if want + (i * cluster + c) * threads + tx < K:
+                    Out[r, want + (i * cluster + c) * threads + tx] = -1
+
+    return select_topk_kernel
+
+
+def select_topk(scores: Tensor, count: Tensor, start: Tensor, length: Tensor, *, max_count: int) -> Tensor:
+    """The `count` highest-scoring slots among [start, start + length), ascending; see `reference.select_topk`.
+
+    scores float32 [..., S], not negative and not NaN, rows of one stride (they may be padded in memory); count, start,
+    length int32, broadcastable to [...]. Returns int32 [..., max_count]; entries past the row's count are -1.
+    Raises Unsupported for what the kernel does not take.
+    """
+    if scores.dtype != torch.float32 or not scores.dim():
+        raise Unsupported(f"scores must be float32 [..., S], not {scores.dtype} {list(scores.shape)}")
+    shape = scores.shape[:-1]
+    for name, value in (("count", count), ("start", start), ("length", length)):
+        if value.dtype != torch.int32 or value.device != scores.device:
+            raise Unsupported(f"{name} must be int32 on {scores.device}, not {value.dtype} on {value.device}")
+        if value.dim() > len(shape) or any(
+            have not in (1, want) for have, want in zip(reversed(value.shape), reversed(shape), strict=False)
+        ):
+            raise Unsupported(f"{name} has shape {list(value.shape)}, which does not broadcast to {list(shape)}")
+    if max_count < 0:
+        raise Unsupported(f"max_count is {max_count} and must not be negative")
+    out = torch.empty((*shape, max_count), dtype=torch.int32, device=scores.device)
+    if not out.numel():
+        return out
+    if not scores.shape[-1]:
+        return out.fill_(-1)
+    sms = require_hopper(scores.device)
+    rows = row_view(scores)
+    chosen = plan(len(rows), rows.shape[1], sms)
+    cluster, peers = chosen["cluster"], len(rows) if chosen["cluster"] > 1 else 1
+    hist = torch.empty((peers, 3, cluster, BINS), dtype=torch.int32, device=scores.device)
+    kept = torch.empty((peers, cluster, 2), dtype=torch.int32, device=scores.device)
+    starts, lengths, counts = (spread(value, shape) for value in (start, length, count))
+    topk(**chosen)(
+        rows,
+        starts[0],
+        lengths[0],
+        counts[0],
+        hist,
+        kept,
+        out.view(len(rows), max_count),
+        *starts[1:],
+        *lengths[1:],
+        *counts[1:],
+        scores.shape[-1],
+    )
+    return out
+
+
+def plan(rows: int, vectors: int, sms: int) -> dict[str, int]:
+    """Cluster size, vectors kept in shared memory and threads of a CTA, from shapes only."""
+    cluster = 1
+    while cluster < 8 and rows * cluster * 2 <= 2 * sms and vectors >= 256 * cluster:
+        cluster *= 2
+    return {"cluster": cluster, "staged": 4096, "threads": 512}
+
+
+def variants() -> list[dict[str, int]]:
+    """Every configuration that `plan` can choose."""
+    return [{"cluster": 1 << i, "staged": 4096, "threads": 512} for i in range(4)]
+
+
+def row_view(scores: Tensor) -> Tensor:
+    """Scores [..., S] as [rows, vectors, 4] without a copy where every row starts on 16 bytes; else a padded copy."""
+    width = scores.shape[-1]
+    strides, sizes = scores.stride(), scores.shape
+    step = scores.stride(-2) if scores.dim() > 1 else width
+    even = scores.stride(-1) == 1 and step % VEC == 0 and scores.data_ptr() % 16 == 0
+    for dim in range(scores.dim() - 2):
+        even &= sizes[dim] == 1 or strides[dim] == strides[dim + 1] * sizes[dim + 1]
+    count = scores.numel() // width
+    vectors = -(-width // VEC)
+    room = scores.untyped_storage().nbytes() // 4 - scores.storage_offset()
+    if even and (count - 1) * step + vectors * VEC <= room and vectors * VEC <= max(step, width):
+        # The kernel takes contiguous rows: give it the whole stride, of which it reads [start, start + length).
+        whole = step // VEC if count > 1 and count * step <= room else vectors
+        if count == 1 or whole * VEC == step:
+            return scores.as_strided((count, whole, VEC), (whole * VEC, VEC, 1))
+    padded = torch.nn.functional.pad(scores.reshape(count, width), (0, vectors * VEC - width))
+    return padded.view(count, vectors, VEC)
+
+
+def spread(value: Tensor, shape: torch.Size) -> tuple[Tensor, int, int]:
+    """A tensor broadcastable to `shape`, flat, with (over, of): row r reads entry r // over * of + r % of.
+
+    Leading dimensions, then one stretch of broadcast ones, then trailing dimensions need no copy.
+    """
+    sizes = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
+    full = [i for i, (have, want) in enumerate(zip(sizes, shape, strict=True)) if have == want]
+    one = [i for i in range(len(shape)) if i not in full]
+    if value.is_contiguous() and (not one or one[-1] - one[0] + 1 == len(one)):
+        of = over = 1
+        for i in range(one[-1] + 1 if one else len(shape), len(shape)):
+            of *= shape[i]
+        over = of
+        for i in one:
+            over *= shape[i]
+        return value.reshape(-1), over, of
+    expanded = value.expand(shape).reshape(-1)
+    return expanded, 1, 1
