@@ -1,29 +1,35 @@
-"""prefill_score on Hopper: tile-pooled post-softmax scores (method.md section 4), one pass over the keys given the log-sum-exp."""
-
-import math
+"""prefill_score on Hopper: tile-pooled post-softmax scores, one pass over the keys given the log-sum-exp."""
 
 import tilelang.language as T
 import torch
+from torch import Tensor
 
-from kascade_cli.kernels.tilelang.compile import kernel
+from kascade_cli.errors import KascadeError
+from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
+from kascade_cli.kernels.tilelang.prefill_common import LOG2E, allocate, cache_view, check, queries_view, vector
+from kascade_cli.kernels.tilelang.prefill_dense import prefill_dense
 
-LOG2E = math.log2(math.e)
-KEYS = 128
+KEYS = 128  # keys per block
+CONSUMERS = 256  # two warpgroups, 64 keys each
 
 
-@kernel()
-def score_kernel(dtype: str, head_dim: int, heads: int, group: int, tile: int, pair: bool, accumulate: bool, stages: int = 3):
+@kernel(tl__disable_safe_memory_legalize=True, tl__disable_buffer_init_check=True)
+def score_kernel(
+    dtype: str, head_dim: int, group: int, heads: int, tile: int, pair: bool, add: bool = False, stages: int = 3, unroll: int = 2
+):
     """Scores of two row blocks of `tile` queries x `heads` heads per CTA, which share every block of keys.
 
-    pair=True: the blocks are two neighbouring tiles. pair=False: they are two chunks of `heads` heads of one tile, added up.
-    accumulate=True: add to what is in `scores` (further heads of the group). S^T = K Q^T, so that pooling is a row sum.
+    pair: the row blocks A and B are two neighbouring tiles; otherwise two chunks of `heads` heads of one tile, added up.
+    add: add to `scores` (the group's further heads) instead of overwriting. S^T = K Q^T, so that pooling is a sum along a
+    row of the accumulator. While A is in the tensor cores, B's exponentials are taken; `unroll` key blocks between two full
+    waits. Accumulators are written by WGMMA alone: ptxas serialises the WGMMAs otherwise.
     """
     rows, f32 = tile * heads, "float32"
     policy = T.GemmWarpPolicy.FullRow
-    B, G, S, SS, H, NQ, NT = (T.dynamic(x) for x in ("B", "G", "S", "SS", "H", "NQ", "NT"))
-    threads = 256
-    chunks = head_dim // 8
-    step = 128 // chunks
+    lanes = head_dim // 8  # threads that copy one row of Q, 16 bytes each
+    step = CONSUMERS // lanes
+    B, G, S, H, NQ = (T.dynamic(x) for x in ("B", "G", "S", "H", "NQ"))
+    N = T.dynamic("N", "int64")
 
     @T.macro
     def pool(acc, norm, prob, total, scale):
@@ -32,99 +38,197 @@ def score_kernel(dtype: str, head_dim: int, heads: int, group: int, tile: int, p
         T.reduce_sum(prob, total, dim=1)
 
     @T.macro
-    def store(scores, total, b, g, t, slot, edge):
-        for i in T.Parallel(KEYS):
-            if slot + i < edge:
-                scores[b, g, t, slot + i] = total[i]
+    def load(Q, Qs, b, query, g, head, tx, i):
+        T.ptx_cp_async(
+            T.access_ptr(Qs[i * step + tx // lanes, tx % lanes * 8], "w", 8),
+            T.access_ptr(Q[b, query, g * group + T.min(head + (i * step + tx // lanes) % heads, group - 1), tx % lanes * 8], "r", 8),
+            8,
+        )
+
+    @T.macro
+    def store(scores, total_a, total_b, base, width, key, before, second):
+        if pair:
+            for i in T.Parallel(KEYS):
+                if key + i < before:
+                    scores[base + (key + i)] = total_a[i]
+            for i in T.Parallel(KEYS):
+                if key + i < second:
+                    scores[base + width + (key + i)] = total_b[i]
+        else:
+            for i in T.Parallel(KEYS):
+                if key + i < before:
+                    if add:
+                        scores[base + (key + i)] += total_a[i] + total_b[i]
+                    else:
+                        scores[base + (key + i)] = total_a[i] + total_b[i]
 
     @T.prim_func
     def main(
-        Q: T.Tensor((B, NQ, H, head_dim), dtype), K: T.Tensor((B, G, S, head_dim), dtype), lse: T.Tensor((B, H, NQ), f32),
-        query_start: T.Tensor((B,), "int32"), kv_start: T.Tensor((B,), "int32"), kv_len: T.Tensor((B,), "int32"),
-        scores: T.Tensor((B, G, NT, SS), f32), first: T.int32, head: T.int32, last: T.int32, scale: T.float32,
+        Q: T.Tensor((B, NQ, H, head_dim), dtype),
+        K: T.Tensor((B, G, S, head_dim), dtype),
+        lse: T.Tensor((B, H, NQ), f32),
+        query_start: T.Tensor((B,), "int32"),
+        kv_start: T.Tensor((B,), "int32"),
+        kv_len: T.Tensor((B,), "int32"),
+        scores: T.Tensor((N,), f32),
+        tiles: T.int32,
+        width: T.int32,
+        first: T.int32,
+        head: T.int32,
+        heads_end: T.int32,
+        scale: T.float32,
     ):
-        with T.Kernel(T.ceildiv(NT, 2) if pair else NT, G, B, threads=threads + 128) as (x, g, b):
+        with T.Kernel(T.ceildiv(tiles, 2) if pair else tiles, G, B, threads=CONSUMERS + 128) as (x, g, b):
             Qa = T.alloc_shared((rows, head_dim), dtype)
             Qb = T.alloc_shared((rows, head_dim), dtype)
             Ks = T.alloc_shared((stages, KEYS, head_dim), dtype)
             acc_a = T.alloc_fragment((KEYS, rows), f32)
             acc_b = T.alloc_fragment((KEYS, rows), f32)
             prob = T.alloc_fragment((KEYS, rows), f32)
-            lse_a = T.alloc_fragment((rows,), f32)
-            lse_b = T.alloc_fragment((rows,), f32)
+            norm_a = T.alloc_fragment((rows,), f32)
+            norm_b = T.alloc_fragment((rows,), f32)
             sum_a = T.alloc_fragment((KEYS,), f32)
             sum_b = T.alloc_fragment((KEYS,), f32)
-            full = T.alloc_barrier([128] * stages)
-            free = T.alloc_barrier([threads] * stages)
-            ready = T.alloc_barrier(128)
+            full = T.alloc_barrier([32] * stages)
+            free = T.alloc_barrier([CONSUMERS] * stages)
+            ready = T.alloc_barrier(CONSUMERS)
             tx = T.get_thread_binding()
             t = T.alloc_var("int32")
             lo = T.alloc_var("int32")
-            edge = T.alloc_var("int32")
-            q0 = T.alloc_var("int32")
-            qmax = T.alloc_var("int32")
+            edge = T.alloc_var("int32")  # slot of tile t's first token
+            q0 = T.alloc_var("int32")  # its query, negative where the tile began before this chunk
+            qb = T.alloc_var("int32")  # first query of row block B
+            hb = T.alloc_var("int32")  # first head of row block B
+            begin = T.alloc_var("int32")  # the row's queries are [begin, end)
+            end = T.alloc_var("int32")
+            before = T.alloc_var("int32")  # keys that tile t pools
+            second = T.alloc_var("int32")  # keys that tile t + 1 pools
             n = T.alloc_var("int32")
-            t = ((T.ceildiv(NT, 2) - 1 - x) * 2) if pair else (NT - 1 - x)
+            base = T.alloc_var("int64")  # of tile t's scores, at the row's first slot
+            t = ((T.ceildiv(tiles, 2) - 1 - x) * 2) if pair else (tiles - 1 - x)
             lo = kv_start[b]
             edge = lo + (T.max(query_start[b] - lo, 0) // tile + first + t) * tile
             q0 = edge - query_start[b]
-            qmax = T.max(T.min(NQ, lo + kv_len[b] - query_start[b]) - 1, 0)
-            n = T.ceildiv(edge + (tile if pair else 0) - lo, KEYS)
-            if edge >= lo + kv_len[b] or q0 >= NQ:
-                n = 0
-            if tx >= threads:
+            qb = q0 + tile if pair else q0
+            hb = head if pair else head + heads
+            begin = T.max(lo - query_start[b], 0)
+            end = T.min(lo + kv_len[b] - query_start[b], NQ)
+            before = T.if_then_else(q0 < end, edge - lo, 0)
+            second = T.if_then_else(q0 + tile < end and t + 1 < tiles, edge + tile - lo, 0) if pair else 0
+            n = T.ceildiv(T.ceildiv(T.max(before, second), KEYS), unroll) * unroll
+            base = ((T.cast(b, "int64") * G + g) * tiles + t) * width + lo
+            if tx >= CONSUMERS:
                 T.set_max_nreg(24, 0)
-                if n > 0:
-                    for i in T.serial(rows // step):
-                        r = i * step + (tx - threads) // chunks
-                        T.ptx_cp_async(
-                            T.access_ptr(Qa[r, (tx - threads) % chunks * 8], "w", 8),
-                            T.access_ptr(Q[b, T.max(T.min(q0 + r // heads, qmax), 0), T.min(head + r % heads + g * group, H - 1),
-                                           (tx - threads) % chunks * 8], "r", 8), 8)
-                        T.ptx_cp_async(
-                            T.access_ptr(Qb[r, (tx - threads) % chunks * 8], "w", 8),
-                            T.access_ptr(Q[b, T.max(T.min(q0 + (tile if pair else 0) + r // heads, qmax), 0),
-                                           T.min(head + (0 if pair else heads) + r % heads + g * group, H - 1),
-                                           (tx - threads) % chunks * 8], "r", 8), 8)
-                    T.cp_async_barrier_noinc(ready)
+                if tx < CONSUMERS + 32:
                     for k in T.serial(n):
                         T.barrier_wait(free[k % stages], ((k // stages) & 1) ^ 1)
-                        T.tma_copy(K[b, g, lo + k * KEYS:lo + (k + 1) * KEYS, :], Ks[k % stages, :, :], barrier=full[k % stages])
+                        T.tma_copy(K[b, g, lo + k * KEYS : lo + (k + 1) * KEYS, :], Ks[k % stages, :, :], barrier=full[k % stages])
                         T.barrier_arrive(full[k % stages])
+                elif not add:
+                    # The producer's idle warps zero the slots that are pooled by no query.
+                    for i in T.serial(T.ceildiv(width, 96)):
+                        slot = i * 96 + tx - (CONSUMERS + 32)
+                        if slot < width and (slot < lo or slot >= lo + before):
+                            scores[base + (slot - lo)] = 0
+                    if pair and t + 1 < tiles:
+                        for i in T.serial(T.ceildiv(width, 96)):
+                            slot = i * 96 + tx - (CONSUMERS + 32)
+                            if slot < width and (slot < lo or slot >= lo + second):
+                                scores[base + width + (slot - lo)] = 0
             else:
                 T.set_max_nreg(240, 1)
                 if n > 0:
+                    # Rows outside the tile's queries and heads repeat its edge; their norm is inf below.
+                    for i in T.unroll(rows // step):
+                        load(Q, Qa, b, T.max(T.min(q0 + (i * step + tx // lanes) // heads, end - 1), 0), g, head, tx, i)
+                        load(Q, Qb, b, T.max(T.min(qb + (i * step + tx // lanes) // heads, end - 1), 0), g, hb, tx, i)
+                    T.cp_async_barrier_noinc(ready)
                     for r in T.Parallel(rows):
-                        lse_a[r] = lse[b, T.min(head + r % heads, last - 1) + g * group, T.max(T.min(q0 + r // heads, NQ - 1), 0)] * LOG2E
-                        lse_b[r] = lse[b, T.min(head + (0 if pair else heads) + r % heads, last - 1) + g * group,
-                                       T.max(T.min(q0 + (tile if pair else 0) + r // heads, NQ - 1), 0)] * LOG2E
+                        norm_a[r] = lse[
+                            b, g * group + T.min(head + r % heads, group - 1), T.max(T.min(q0 + r // heads, end - 1), begin)
+                        ]
+                        norm_b[r] = lse[b, g * group + T.min(hb + r % heads, group - 1), T.max(T.min(qb + r // heads, end - 1), begin)]
+                    # Rows that are no query of this tile pool nothing: exp2(s - inf) = 0.
                     for r in T.Parallel(rows):
-                        if lse_a[r] < -1e30 or q0 + r // heads < 0 or q0 + r // heads >= NQ or head + r % heads >= last:
-                            lse_a[r] = T.infinity(f32)
-                        if lse_b[r] < -1e30 or q0 + (tile if pair else 0) + r // heads < 0 or q0 + (tile if pair else 0) + r // heads >= NQ or head + (0 if pair else heads) + r % heads >= last:
-                            lse_b[r] = T.infinity(f32)
+                        norm_a[r] = T.if_then_else(
+                            q0 + r // heads >= begin and q0 + r // heads < end and head + r % heads < heads_end,
+                            norm_a[r] * LOG2E,
+                            T.infinity(f32),
+                        )
+                        norm_b[r] = T.if_then_else(
+                            qb + r // heads >= begin and qb + r // heads < end and hb + r % heads < heads_end,
+                            norm_b[r] * LOG2E,
+                            T.infinity(f32),
+                        )
                     T.barrier_wait(ready, 0)
-                    T.barrier_wait(full[0], 0)
                     T.fence_proxy_async()
-                    T.wgmma_gemm(Ks[0, :, :], Qa, acc_a, transpose_B=True, clear_accum=True, policy=policy)
-                    for k in T.serial(n - 1):
-                        T.wgmma_gemm(Ks[k % stages, :, :], Qb, acc_b, transpose_B=True, clear_accum=True, policy=policy)
-                        T.wait_wgmma(1)
-                        pool(acc_a, lse_a, prob, sum_a, scale)
-                        T.barrier_wait(full[(k + 1) % stages], ((k + 1) // stages) & 1)
-                        T.wgmma_gemm(Ks[(k + 1) % stages, :, :], Qa, acc_a, transpose_B=True, clear_accum=True, policy=policy)
-                        T.wait_wgmma(1)
-                        T.barrier_arrive(free[k % stages])
-                        pool(acc_b, lse_b, prob, sum_b, scale)
-                        store(scores, sum_a, b, g, t, lo + k * KEYS, edge)
-                        if t + 1 < NT:
-                            store(scores, sum_b, b, g, t + 1, lo + k * KEYS, edge + tile)
-                    T.wgmma_gemm(Ks[(n - 1) % stages, :, :], Qb, acc_b, transpose_B=True, clear_accum=True, policy=policy)
-                    T.wait_wgmma(1)
-                    pool(acc_a, lse_a, prob, sum_a, scale)
-                    T.wait_wgmma(0)
-                    pool(acc_b, lse_b, prob, sum_b, scale)
-                    store(scores, sum_a, b, g, t, lo + (n - 1) * KEYS, edge)
-                    if t + 1 < NT:
-                        store(scores, sum_b, b, g, t + 1, lo + (n - 1) * KEYS, edge + tile)
+                    for kk in T.serial(n // unroll):
+                        for u in T.unroll(unroll):
+                            k = kk * unroll + u
+                            T.barrier_wait(full[k % stages], (k // stages) & 1)
+                            T.wgmma_gemm(Ks[k % stages, :, :], Qa, acc_a, transpose_B=True, clear_accum=True, policy=policy)
+                            if u > 0:
+                                T.wait_wgmma(1)
+                                T.barrier_arrive(free[(k - 1) % stages])
+                                pool(acc_b, norm_b, prob, sum_b, scale)
+                                store(scores, sum_a, sum_b, base, width, (k - 1) * KEYS, before, second)
+                            T.wgmma_gemm(Ks[k % stages, :, :], Qb, acc_b, transpose_B=True, clear_accum=True, policy=policy)
+                            T.wait_wgmma(1)
+                            pool(acc_a, norm_a, prob, sum_a, scale)
+                        T.wait_wgmma(0)
+                        T.barrier_arrive(free[(kk * unroll + unroll - 1) % stages])
+                        pool(acc_b, norm_b, prob, sum_b, scale)
+                        store(scores, sum_a, sum_b, base, width, (kk * unroll + unroll - 1) * KEYS, before, second)
+
     return main
+
+
+def score_plan(group: int, tile: int) -> tuple[int, bool, int]:
+    """How `group` heads are cut: (heads per row block of at most 128 rows, whether blocks are two tiles, launches)."""
+    most = max(1, 128 // tile)
+    if group <= most:
+        return group, True, 1
+    launches = -(-group // (2 * most))
+    return -(-group // (2 * launches)), False, launches
+
+
+def prefill_score(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    query_start: Tensor,
+    kv_start: Tensor,
+    kv_len: Tensor,
+    *,
+    scale: float,
+    tile: int,
+    first: int = 0,
+    tiles: int | None = None,
+) -> Tensor:
+    """Tile-pooled post-softmax scores; see `kascade_cli.kernels.reference.prefill_score`.
+
+    q [B, H, T, D] (memory [B, T, H, D]); k [B, G, S, D]; lse float32 [B, H, T] from `prefill_dense`, or None to compute it.
+    Returns float32 [B, G, tiles, S] for local tiles [first, first + tiles). Raises KascadeError for what the kernels do
+    not take, and when the scores do not fit: the caller then asks for fewer tiles at a time.
+    """
+    shape = check("prefill_score", q, k, None, (query_start, kv_start, kv_len), tile)
+    if lse is not None:
+        vector("prefill_score", "lse", lse, (shape.batch, shape.heads, shape.queries), q.device, torch.float32)
+    tiles = -(-shape.queries // tile) + 1 - first if tiles is None else tiles
+    if first < 0 or tiles < 0:
+        raise KascadeError(f"prefill_score: no tiles [{first}, {first + tiles})")
+    require_hopper(q.device)
+    if lse is None:
+        lse = prefill_dense(q, k, None, query_start, kv_start, kv_len, scale=scale)[1]
+    sizes = (shape.batch, shape.groups, tiles, shape.slots)
+    scores = allocate("prefill_score", sizes, torch.float32, q.device, "score fewer tiles at a time")
+    if scores.numel() == 0 or shape.queries == 0:
+        return scores.zero_()
+    heads, pair, launches = score_plan(shape.ratio, tile)
+    lengths = (query_start.contiguous(), kv_start.contiguous(), kv_len.contiguous())
+    queries, keys, norm = queries_view(q), cache_view(k), lse.contiguous()
+    for launch in range(launches):
+        run = score_kernel(dtype=shape.dtype, head_dim=shape.head_dim, group=shape.ratio, heads=heads, tile=tile, pair=pair, add=launch > 0)
+        head = launch * 2 * heads
+        run(queries, keys, norm, *lengths, scores.view(-1), tiles, shape.slots, first, head, min(head + 2 * heads, shape.ratio), scale * LOG2E)
+    return scores

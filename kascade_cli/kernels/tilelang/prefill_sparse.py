@@ -1,0 +1,252 @@
+"""prefill_sparse on Hopper: each tile of queries attends to its selected keys and, causally, to itself."""
+
+import tilelang.language as T
+import torch
+from torch import Tensor
+
+from kascade_cli.errors import KascadeError
+from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
+from kascade_cli.kernels.tilelang.prefill_common import LOG2E, allocate, cache_view, check, queries_view, vector
+
+LOWEST = -(2.0**30)
+
+
+@kernel(tl__disable_safe_memory_legalize=True)
+def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, keys: int = 128, stages: int = 2, regs: int = 72):
+    """One tile of `tile` queries x `heads` heads (64 or 128 rows) per CTA; heads past the group are computed and dropped.
+
+    A producer warpgroup gathers keys and values with cp.async, its row indices read before it waits for a free slot. The list
+    of keys is the tile itself followed by the selection, so one padded block at the end is all that is wasted. QK of the next
+    block and PV of the last one are issued together; the softmax runs while PV does.
+    """
+    f32, rows = "float32", tile * heads
+    consumers = rows * 2
+    policy = T.GemmWarpPolicy.FullRow
+    chunks = -(-group // heads)  # CTAs that share a tile
+    lanes = head_dim // 8  # threads that copy one row, 16 bytes each
+    step = 128 // lanes
+    passes = keys // step
+    B, G, G2, S, H, NQ, NT, W = (T.dynamic(x) for x in ("B", "G", "G2", "S", "H", "NQ", "NT", "W"))
+
+    @T.macro
+    def update(logits, peak, old, decay, part, total, scale):
+        T.copy(peak, old)
+        T.reduce_max(logits, peak, dim=1, clear=False)
+        for i in T.Parallel(rows):
+            decay[i] = T.exp2((old[i] - peak[i]) * scale)
+        for i, j in T.Parallel(rows, keys):
+            logits[i, j] = T.exp2(logits[i, j] * scale - peak[i] * scale)
+        T.reduce_sum(logits, part, dim=1)
+        for i in T.Parallel(rows):
+            total[i] = total[i] * decay[i] + part[i]
+
+    @T.prim_func
+    def main(
+        Q: T.Tensor((B, NQ, H, head_dim), dtype),
+        K: T.Tensor((B, G, S, head_dim), dtype),
+        V: T.Tensor((B, G, S, head_dim), dtype),
+        indices: T.Tensor((B, G2, NT, W), "int32"),
+        counts: T.Tensor((B, NT), "int32"),
+        head_map: T.Tensor((G,), "int32"),
+        query_start: T.Tensor((B,), "int32"),
+        kv_start: T.Tensor((B,), "int32"),
+        kv_len: T.Tensor((B,), "int32"),
+        O: T.Tensor((B, NQ, H, head_dim), dtype),
+        scale: T.float32,
+    ):
+        # Tiles of one KV head run side by side, the heaviest first: its keys stay in L2.
+        with T.Kernel(NT * chunks, G, B, threads=consumers + 128) as (x, g, b):
+            Qs = T.alloc_shared((rows, head_dim), dtype)
+            Ks = T.alloc_shared((stages, keys, head_dim), dtype)
+            Vs = T.alloc_shared((stages, keys, head_dim), dtype)
+            acc = T.alloc_fragment((rows, keys), f32)
+            prob = T.alloc_fragment((rows, keys), dtype)
+            out = T.alloc_fragment((rows, head_dim), f32)
+            peak = T.alloc_fragment((rows,), f32)
+            old = T.alloc_fragment((rows,), f32)
+            decay = T.alloc_fragment((rows,), f32)
+            part = T.alloc_fragment((rows,), f32)
+            total = T.alloc_fragment((rows,), f32)
+            kfull = T.alloc_barrier([128] * stages)
+            vfull = T.alloc_barrier([128] * stages)
+            kfree = T.alloc_barrier([consumers] * stages)
+            vfree = T.alloc_barrier([consumers] * stages)
+            ready = T.alloc_barrier(128)
+            row = T.alloc_local((passes,), "int32")
+            tx = T.get_thread_binding()
+            t = T.alloc_var("int32")
+            h0 = T.alloc_var("int32")  # first head, within the group
+            lo = T.alloc_var("int32")
+            edge = T.alloc_var("int32")  # slot of the tile's first token
+            q0 = T.alloc_var("int32")  # its query, negative where the tile began before this chunk
+            end = T.alloc_var("int32")  # queries before this one are the row's
+            begin = T.alloc_var("int32")  # queries from this one are the row's
+            covered = T.alloc_var("int32")  # like end, but not past the last tile there are indices for
+            used = T.alloc_var("int32")  # keys of this tile
+            n = T.alloc_var("int32")
+            hm = T.alloc_var("int32")
+            t = NT - 1 - x // chunks
+            h0 = x % chunks * heads
+            lo = kv_start[b]
+            edge = lo + (T.max(query_start[b] - lo, 0) // tile + t) * tile
+            q0 = edge - query_start[b]
+            begin = T.max(lo - query_start[b], 0)
+            end = T.min(lo + kv_len[b] - query_start[b], NQ)
+            hm = head_map[g]
+            covered = T.min(end, q0 + (NT - t) * tile)
+            used = T.max(T.min(counts[b, t], W), 0) + tile
+            n = T.ceildiv(used, keys)
+            if q0 >= end:
+                n = 0
+            if tx >= consumers:
+                T.set_max_nreg(regs, 0)
+                if n > 0:
+                    for i in T.serial(rows // step):
+                        T.ptx_cp_async(
+                            T.access_ptr(Qs[i * step + (tx - consumers) // lanes, (tx - consumers) % lanes * 8], "w", 8),
+                            T.access_ptr(
+                                Q[
+                                    b,
+                                    T.max(T.min(q0 + (i * step + (tx - consumers) // lanes) // heads, end - 1), 0),
+                                    g * group + T.min(h0 + (i * step + (tx - consumers) // lanes) % heads, group - 1),
+                                    (tx - consumers) % lanes * 8,
+                                ],
+                                "r",
+                                8,
+                            ),
+                            8,
+                        )
+                    T.cp_async_barrier_noinc(ready)
+                    for k in T.serial(n):
+                        for i in T.unroll(passes):
+                            row[i] = indices[
+                                b, hm, t, T.max(T.min(k * keys + i * step + (tx - consumers) // lanes, used - 1) - tile, 0)
+                            ]
+                        for i in T.unroll(passes):
+                            row[i] = T.max(
+                                T.min(
+                                    T.if_then_else(
+                                        k * keys + i * step + (tx - consumers) // lanes < tile,
+                                        edge + i * step + (tx - consumers) // lanes,
+                                        row[i],
+                                    ),
+                                    S - 1,
+                                ),
+                                0,
+                            )
+                        T.barrier_wait(kfree[k % stages], ((k // stages) & 1) ^ 1)
+                        for i in T.unroll(passes):
+                            T.ptx_cp_async(
+                                T.access_ptr(Ks[k % stages, i * step + (tx - consumers) // lanes, (tx - consumers) % lanes * 8], "w", 8),
+                                T.access_ptr(K[b, g, row[i], (tx - consumers) % lanes * 8], "r", 8),
+                                8,
+                            )
+                        T.cp_async_barrier_noinc(kfull[k % stages])
+                        T.barrier_wait(vfree[k % stages], ((k // stages) & 1) ^ 1)
+                        for i in T.unroll(passes):
+                            T.ptx_cp_async(
+                                T.access_ptr(Vs[k % stages, i * step + (tx - consumers) // lanes, (tx - consumers) % lanes * 8], "w", 8),
+                                T.access_ptr(V[b, g, row[i], (tx - consumers) % lanes * 8], "r", 8),
+                                8,
+                            )
+                        T.cp_async_barrier_noinc(vfull[k % stages])
+            else:
+                T.set_max_nreg(216, 1)
+                if n > 0:
+                    T.fill(out, 0)
+                    T.fill(total, 0)
+                    T.fill(peak, LOWEST)
+                    T.barrier_wait(ready, 0)
+                    T.barrier_wait(kfull[0], 0)
+                    T.fence_proxy_async()
+                    T.wgmma_gemm(Qs, Ks[0, :, :], acc, transpose_B=True, clear_accum=True, policy=policy)
+                    T.wait_wgmma(0)
+                    T.barrier_arrive(kfree[0])
+                    for i, j in T.Parallel(rows, keys):
+                        acc[i, j] = T.if_then_else(
+                            (j < tile and j <= i // heads) or (j >= tile and j < used), acc[i, j], -T.infinity(f32)
+                        )
+                    update(acc, peak, old, decay, part, total, scale)
+                    T.copy(acc, prob)
+                    for k in T.serial(n - 1):
+                        T.barrier_wait(kfull[(k + 1) % stages], ((k + 1) // stages) & 1)
+                        T.fence_proxy_async()
+                        T.wgmma_gemm(Qs, Ks[(k + 1) % stages, :, :], acc, transpose_B=True, clear_accum=True, policy=policy)
+                        T.barrier_wait(vfull[k % stages], (k // stages) & 1)
+                        T.fence_proxy_async()
+                        T.wgmma_gemm(prob, Vs[k % stages, :, :], out, policy=policy)
+                        T.wait_wgmma(1)
+                        T.barrier_arrive(kfree[(k + 1) % stages])
+                        if (k + 2) * keys > used:
+                            for i, j in T.Parallel(rows, keys):
+                                acc[i, j] = T.if_then_else((k + 1) * keys + j < used, acc[i, j], -T.infinity(f32))
+                        update(acc, peak, old, decay, part, total, scale)
+                        T.wait_wgmma(0)
+                        T.barrier_arrive(vfree[k % stages])
+                        for i, j in T.Parallel(rows, head_dim):
+                            out[i, j] *= decay[i]
+                        T.copy(acc, prob)
+                    T.barrier_wait(vfull[(n - 1) % stages], ((n - 1) // stages) & 1)
+                    T.fence_proxy_async()
+                    T.wgmma_gemm(prob, Vs[(n - 1) % stages, :, :], out, policy=policy)
+                    T.wait_wgmma(0)
+                    for i, j in T.Parallel(rows, head_dim):
+                        out[i, j] /= total[i]
+                    T.copy(out, Qs)
+                    for i, h, j in T.Parallel(tile, heads, head_dim):
+                        if q0 + i >= 0 and q0 + i < end and h0 + h < group:
+                            O[b, q0 + i, g * group + h0 + h, j] = Qs[i * heads + h, j]
+                # Other queries belong to no tile: the CTA that shares their position zeroes them.
+                for i, h, j in T.Parallel(tile, heads, head_dim):
+                    if t * tile + i < NQ and (t * tile + i < begin or t * tile + i >= covered) and h0 + h < group:
+                        O[b, t * tile + i, g * group + h0 + h, j] = 0
+
+    return main
+
+
+def sparse_heads(group: int, tile: int) -> int:
+    """Heads per CTA, so that tile * heads rows are 64 or 128; the fewest CTAs, then the fewest idle rows."""
+    chunks = -(-group // max(1, 128 // tile))
+    return 64 // tile if tile <= 64 and -(-group // chunks) * tile <= 64 else 128 // tile
+
+
+def prefill_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    head_map: Tensor,
+    query_start: Tensor,
+    kv_start: Tensor,
+    kv_len: Tensor,
+    *,
+    scale: float,
+    tile: int,
+) -> Tensor:
+    """Attention over selected keys plus the diagonal tile; see `kascade_cli.kernels.reference.prefill_sparse`.
+
+    q [B, H, T, D] (memory [B, T, H, D]); k, v [B, G, S, D]; indices int32 [B, G2, NT, K] of slots; counts int32 [B, NT];
+    head_map int32 [G] into G2. Returns [B, H, T, D] as a view of [B, T, H, D]; zeros for padding and for queries past tile NT.
+    Raises KascadeError for what the kernels do not take.
+    """
+    shape = check("prefill_sparse", q, k, v, (query_start, kv_start, kv_len), tile)
+    if indices.dim() != 4 or indices.shape[0] != shape.batch or indices.shape[1] == 0:
+        raise KascadeError(f"prefill_sparse: indices must be [{shape.batch}, kv_heads, tiles, keys], not {list(indices.shape)}")
+    sources, tiles, width = indices.shape[1:]
+    if tiles * tile < shape.queries:
+        raise KascadeError(f"prefill_sparse: indices for {tiles} tiles of {tile} do not cover {shape.queries} queries")
+    vector("prefill_sparse", "indices", indices, (shape.batch, sources, tiles, width), q.device)
+    vector("prefill_sparse", "counts", counts, (shape.batch, tiles), q.device)
+    vector("prefill_sparse", "head_map", head_map, (shape.groups,), q.device)
+    require_hopper(q.device)
+    sizes = (shape.batch, shape.queries, shape.heads, shape.head_dim)
+    out = allocate("prefill_sparse", sizes, q.dtype, q.device, "prefill in smaller chunks")
+    if width == 0:  # the kernel reads one entry ahead of every count
+        indices, counts = torch.zeros_like(indices.new_empty(*indices.shape[:3], 1)), torch.zeros_like(counts)
+    if out.numel():
+        heads = sparse_heads(shape.ratio, tile)
+        run = sparse_kernel(dtype=shape.dtype, head_dim=shape.head_dim, group=shape.ratio, heads=heads, tile=tile)
+        run(queries_view(q), cache_view(k), cache_view(v), indices.contiguous(), counts.contiguous(), head_map.contiguous(),
+            query_start.contiguous(), kv_start.contiguous(), kv_len.contiguous(), out, scale * LOG2E)
+    return out.transpose(1, 2)
