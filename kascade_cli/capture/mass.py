@@ -6,7 +6,7 @@ import torch
 
 # Bytes of float32 attention that may exist at once: small enough for a CPU's cache, large enough to fill a
 # GPU.
-SCRATCH_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+SCRATCH_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 KEPT_BITS = 7
 
 

@@ -62,8 +62,8 @@ class CapturePlan:
 
     @property
     def expected_bytes(self) -> int:
-        """A guess at the size on disk: rounded mass of real models takes about half of what is not zero."""
-        return self.nonzero_bytes // 2
+        """A guess at the size on disk: rounded mass compresses to about two thirds of what is not zero."""
+        return self.nonzero_bytes * 2 // 3
 
 
 @dataclass(frozen=True)
@@ -147,39 +147,52 @@ def run_capture(
     """
     plan = plan or plan_capture(info, devset, options)
     meta = capture_meta(model, info, devset, options)
-    lengths = [len(prompt) for prompt in devset.prompts]
     sha256 = [token_sha256(prompt) for prompt in devset.prompts]
-    report = on_progress or (lambda done, total: None)
-    with open_store(output, meta, info.profiled_layers, sha256, resume=resume, overwrite=overwrite) as store:
-        remaining = store.remaining
-        done = sum(lengths[index] for index in store.done)
-        report(done, sum(lengths))
-        try:
-            with Probe(model, info) as probe:
-                for index in remaining:
-                    tokens, tiles = devset.prompts[index], plan.tiles[index]
-                    before = done
-
-                    def within(share: float, before: int = before, length: int = len(tokens)) -> None:
-                        report(before + int(share * length), sum(lengths))
-
-                    _capture_prompt(probe, store, index, tokens, tiles, options.decode_tokens, within)
-                    done += len(tokens)
-                    report(done, sum(lengths))
-        except OSError as error:
-            raise _stopped(_disk_reason(error), "make room", store) from error
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                raise
-            length = max(lengths[index] for index in store.remaining)
-            advice = "take another --device, or a lower --max-length"
-            raise _stopped(f"out of memory at a prompt of up to {length} tokens", advice, store) from error
-        finally:
-            store.discard_if_empty()
-        joined = not store.parts.exists()
-        if not joined:
-            joined = _join(store)
+    try:
+        with open_store(output, meta, info.profiled_layers, sha256, resume=resume, overwrite=overwrite) as store:
+            remaining = store.remaining
+            try:
+                _capture_prompts(model, info, devset, options, plan, store, on_progress or (lambda done, total: None))
+            finally:
+                store.discard_if_empty()
+            joined = not store.parts.exists() or _join(store)
+    except OSError as error:
+        raise KascadeError(f"{output}: {_disk_reason(error)}; nothing was captured in this run") from error
     return CaptureResult(len(store.done), len(remaining), joined)
+
+
+def _capture_prompts(
+    model: nn.Module,
+    info: ModelInfo,
+    devset: DevSet,
+    options: CaptureOptions,
+    plan: CapturePlan,
+    store: CaptureStore,
+    report: Callable[[int, int], None],
+) -> None:
+    lengths = [len(prompt) for prompt in devset.prompts]
+    done, total = sum(lengths[index] for index in store.done), sum(lengths)
+    report(done, total)
+    index = 0
+    try:
+        with Probe(model, info) as probe:
+            for index in store.remaining:
+
+                def within(share: float, before: int = done, length: int = lengths[index]) -> None:
+                    report(before + int(share * length), total)
+
+                _capture_prompt(
+                    probe, store, index, devset.prompts[index], plan.tiles[index], options.decode_tokens, within
+                )
+                done += lengths[index]
+                report(done, total)
+    except OSError as error:
+        raise _stopped(_disk_reason(error), "make room", store) from error
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a bare RuntimeError on a CPU
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        reason = f"out of memory at prompt {index} ({lengths[index]} tokens)"
+        raise _stopped(reason, "take another --device, or a lower --max-length", store) from error
 
 
 def _capture_prompt(

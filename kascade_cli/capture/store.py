@@ -258,7 +258,12 @@ def open_store(
             if stale.name != "lock":
                 remove(stale)
         store.done = [i for i, sha256 in enumerate(prompts_sha256) if store._part_is_good(i, sha256)]
-        store.write_index()
+        try:
+            store.write_index()
+        except OSError:
+            if not store.done:
+                remove(store.parts)
+            raise
         sync_folder(path.parent)
         yield store
 
