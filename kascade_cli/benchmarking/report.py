@@ -1,0 +1,187 @@
+"""What a benchmark leaves behind: rows, the machine they were measured on, tables, CSV and pictures."""
+
+import csv
+import datetime
+import importlib.metadata
+import io
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kascade_cli.benchmarking.shapes import Shape, describe_sizes
+from kascade_cli.errors import require_extra
+
+Row = dict[str, Any]
+
+SCHEMA = "kascade-bench/v1"
+_PACKAGES = ("kascade-cli", "torch", "transformers", "tilelang", "flash-attn-4", "flash-attn-3", "flashinfer-python")
+_COLUMNS = {
+    "kind": "what",
+    "name": "name",
+    "size": "batch x context",
+    "ms_p20": "p20 ms",
+    "ms_p50": "p50 ms",
+    "ms_p80": "p80 ms",
+    "gb_s": "GB/s",
+    "tflop_s": "TFLOP/s",
+    "tokens_s": "tokens/s",
+    "speedup": "speed-up",
+    "baseline": "over",
+}
+
+
+def base_row(shape: Shape, phase: str, batch: int, context: int, setting: Any) -> Row:
+    """The part that all rows of one measurement share."""
+    return {
+        "phase": phase,
+        "batch": batch,
+        "context": context,
+        "size": describe_sizes(batch, context),
+        "shape": shape.name,
+        "query_heads": shape.query_heads,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "dtype": setting.dtype_name,
+        "ratio": setting.budget.ratio,
+        "backend": setting.backend.name,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of the source tree that this package runs from, `+` if it has changes; None outside a git tree.
+
+    `KASCADE_COMMIT` stands in where the tree was copied without its history.
+    """
+    if given := os.environ.get("KASCADE_COMMIT"):
+        return given
+    folder = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(folder)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
+        if head.returncode:
+            return None
+        options = {"capture_output": True, "text": True, "timeout": 10}
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **options).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if changed else "")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Name, capability and versions of what measures, the date (UTC) and the commit."""
+    versions = {name: found for name in _PACKAGES if (found := _version(name))}
+    versions |= {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
+    about: dict[str, Any] = {"device": "cpu", "gpu": None}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        about = {
+            "device": properties.name,
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+        }
+    else:
+        about["threads"] = torch.get_num_threads()
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return about | {"versions": versions, "date": date, "commit": commit()}
+
+
+def document(device: torch.device, rows: Sequence[Row], ceilings: dict[str, float], **more: Any) -> dict[str, Any]:
+    """The result file: what was measured and on what. `rows` is what `select-anchors --cost` reads."""
+    rounded = {name: round(value, 1) for name, value in ceilings.items()}
+    return {"schema": SCHEMA, **machine(device), "ceilings": rounded, **more, "rows": list(rows)}
+
+
+def caption(result: dict[str, Any]) -> str:
+    """Two facts a reader needs: the machine, and what it can do at best."""
+    best = result["ceilings"]
+    limits = f"copies {best['copy_gb_s']:.0f} GB/s, multiplies {best['matmul_tflop_s']:.3g} TFLOP/s"
+    if result["gpu"] is None:
+        return f"CPU figures (no GPU here): they say nothing about the kernels' speed. This CPU {limits}."
+    return f"{result['gpu']}, measured here: {limits}."
+
+
+def _format(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        if name == "speedup":
+            return f"{value:.2f}x"
+        return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.3f}"
+    return str(value)
+
+
+def render(result: dict[str, Any], console: Any) -> None:
+    """The rich table of a result."""
+    from rich.table import Table
+
+    rows = [_display(row) for row in result["rows"]]
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        here = [row for row in rows if row["phase"] == phase]
+        shown = [row for row in here if "skipped" not in row and "error" not in row]
+        names = [name for name in _COLUMNS if any(row.get(name) is not None for row in shown)]
+        table = Table(title=phase, title_justify="left")
+        for name in names:
+            table.add_column(_COLUMNS[name], justify="left" if name in ("kind", "name", "baseline") else "right")
+        for before, row in zip([None, *shown], shown, strict=False):
+            if before and before["size"] != row["size"]:
+                table.add_section()
+            table.add_row(*(_format(name, row.get(name)) for name in names))
+        console.print(table)
+        for row in here:
+            if reason := row.get("skipped") or row.get("error"):
+                console.print(f"{row['name']} {row['size']}: {reason}", markup=False)
+    console.print(caption(result), markup=False)
+
+
+def _display(row: Row) -> Row:
+    """A model row shows its mean per layer where others show their median."""
+    return {**row, "ms_p50": row["mean_ms"], "name": "mean layer"} if row["kind"] == "model" else row
+
+
+def to_csv(rows: Iterable[Row]) -> str:
+    """One line per row, all fields that any row has."""
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """A PNG of medians per size: bars for every row that has one. Needs matplotlib (extra `plot`)."""
+    require_extra("matplotlib", "plot").use("Agg")
+    pyplot = require_extra("matplotlib.pyplot", "plot")
+    rows = [row for row in map(_display, result["rows"]) if row.get("ms_p50")]
+    phases = list(dict.fromkeys(row["phase"] for row in rows))
+    figure, axes = pyplot.subplots(1, max(1, len(phases)), figsize=(6.4 * max(1, len(phases)), 4.2), squeeze=False)
+    for axis, phase in zip(axes[0], phases, strict=False):
+        here = [row for row in rows if row["phase"] == phase and row["name"] != "pass"]
+        sizes = list(dict.fromkeys(row["size"] for row in here))
+        names = list(dict.fromkeys(row["name"] for row in here))
+        width = 0.8 / len(names)
+        for n, name in enumerate(names):
+            points = [(sizes.index(row["size"]), row["ms_p50"]) for row in here if row["name"] == name]
+            axis.bar([x + n * width for x, _ in points], [y for _, y in points], width, label=name)
+        axis.set_xticks([i + 0.4 - width / 2 for i in range(len(sizes))], sizes)
+        axis.set(yscale="log", ylabel="milliseconds, median", xlabel="batch x context", title=phase)
+        axis.legend(fontsize=7, ncols=2)
+    figure.suptitle(caption(result), fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)

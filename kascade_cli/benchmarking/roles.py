@@ -1,0 +1,108 @@
+"""Inputs of one measurement, and the three roles of a layer run as an attached model runs them.
+
+The roles go through `attention.forward.Forward`, so that what is timed is what runs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kascade_cli.attention.forward import Forward
+from kascade_cli.attention.plan import LayerPlan, Plan
+from kascade_cli.benchmarking.shapes import Shape
+from kascade_cli.benchmarking.timing import set_count
+from kascade_cli.benchmarking.work import Case
+from kascade_cli.kernels import Backend
+from kascade_cli.schema import Budget
+
+ROLES = ("layer0", "anchor", "reuse")
+_LAYER = {"layer0": 0, "anchor": 1, "reuse": 2}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and with what a case runs."""
+
+    backend: Backend
+    device: torch.device
+    dtype: torch.dtype
+    budget: Budget
+    seconds: float = 0.4  # of repeats for each timing
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+@dataclass
+class Inputs:
+    """One input set. q [B, H, T, D] (memory [B, T, H, D]); k, v [B, G, S, D]; forward: the state of its pass."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    forward: Forward
+
+    @property
+    def scale(self) -> float:
+        return self.q.shape[-1] ** -0.5
+
+
+def case_of(shape: Shape, phase: str, batch: int, context: int, setting: Setting) -> Case:
+    """The sizes that operations and bytes are counted from."""
+    element = torch.empty(0, dtype=setting.dtype).element_size()
+    return Case(phase, batch, context, shape.query_heads, shape.kv_heads, shape.head_dim, element, setting.budget)
+
+
+def role_plan(kv_heads: int, budget: Budget) -> Plan:
+    """Three layers: dense and anchor, anchor, and one that reuses layer 1 through a head map that is no identity."""
+    sources = tuple((1, kv_heads - 1 - head) for head in range(kv_heads))
+    layers = {0: LayerPlan("dense", True), 1: LayerPlan("selected", True), 2: LayerPlan("selected", sources=sources)}
+    roles = {0: "dense", 1: "anchor", 2: "reuse"}
+    return Plan("kascade", budget, False, {"decode": layers, "prefill": layers}, roles)
+
+
+def make_inputs(case: Case, setting: Setting, seed: int = 0) -> Inputs:
+    """Random normal q, k, v of a case, and the state of a forward pass over them."""
+    generator = torch.Generator(setting.device).manual_seed(seed)
+    options = {"device": setting.device, "dtype": setting.dtype, "generator": generator}
+    queries = 1 if case.phase == "decode" else case.context
+    q = torch.randn(case.batch, queries, case.query_heads, case.head_dim, **options).transpose(1, 2)
+    k, v = (torch.randn(case.batch, case.kv_heads, case.context, case.head_dim, **options) for _ in range(2))
+    plan = role_plan(case.kv_heads, setting.budget)
+    return Inputs(q, k, v, Forward(plan, setting.backend, q, k, None))
+
+
+def make_sets(case: Case, setting: Setting, touched: float, have: Sequence[Inputs] = ()) -> list[Inputs]:
+    """As many input sets as leave L2 cold when a call touches `touched` bytes of its set; `have` is kept."""
+    sets = list(have)
+    wanted = set_count(touched, case.kv_bytes, setting.device) if case.phase == "decode" else 1
+    while len(sets) < wanted:
+        sets.append(make_inputs(case, setting, seed=len(sets)))
+    return sets
+
+
+def role_call(role: str, inputs: Inputs) -> Callable[[], Any]:
+    """The attention of one layer of that role. A reuse layer needs `run_anchor` first."""
+    forward, layer = inputs.forward, _LAYER[role]
+    plan = forward.plan.layers[forward.phase][layer]
+    return lambda: forward.attend(layer, plan, inputs.q, inputs.k, inputs.v, inputs.scale)
+
+
+def run_anchor(inputs: Inputs) -> None:
+    """Leaves the indices that reuse layers read."""
+    with torch.no_grad():
+        role_call("anchor", inputs)()
+
+
+def pass_call(inputs: Inputs) -> Callable[[], Any]:
+    """What a forward pass does once, whatever the number of layers: lengths and budgets."""
+
+    def begin() -> Any:
+        forward = Forward(inputs.forward.plan, inputs.forward.backend, inputs.q, inputs.k, None)
+        return forward.counts
+
+    return begin
