@@ -276,8 +276,8 @@ class _ParquetRows:
 
 
 def _read_parquet(path: Path) -> _ParquetRows:
-    parquet = require_extra("pyarrow.parquet", "hub")
-    arrow = require_extra("pyarrow", "hub")
+    parquet = require_extra("pyarrow.parquet", "parquet")
+    arrow = require_extra("pyarrow", "parquet")
     try:
         return _ParquetRows(parquet.read_table(path))
     except arrow.ArrowInvalid as error:

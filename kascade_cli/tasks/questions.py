@@ -149,18 +149,20 @@ def make_prompt(
     """
     kinds = list(dict.fromkeys(kind for name in tasks for kind in member_tasks(name)))
     layout = layout or get_task(tasks[0]).layout
+    if layout not in LAYOUTS:
+        raise KascadeError(f"no layout is called {layout!r}: choose from {', '.join(LAYOUTS)}")
     haystack = haystack_of_length(rng, length, LAYOUTS[layout])
     missing = [kind for kind in kinds if not item_count(kind, haystack)]
     if missing:
         raise KascadeError(f"the layout {layout!r} has no {missing[0]} questions: use the layout 'hops'")
 
-    # The kind with the fewest candidates chooses first; the kinds take turns, one question at a time.
-    kinds.sort(key=lambda kind: -TASKS[kind].hops)
     candidates = {kind: list(rng.permutation(item_count(kind, haystack))) for kind in kinds}
     used: set[int] = set()
     questions: list[Question] = []
-    for _ in range(questions_per_task):
-        for kind in kinds:
+    # Kinds with few candidates choose first and take turns; single-hop has every record to choose from.
+    kinds.sort(key=lambda kind: -TASKS[kind].hops)
+    for group in ([k for k in kinds if TASKS[k].hops > 1], [k for k in kinds if TASKS[k].hops == 1]):
+        for kind in group * questions_per_task:
             while candidates[kind]:
                 item = candidates[kind].pop()
                 record = final_record(kind, haystack, item)
