@@ -162,7 +162,8 @@ class Ring:
         self.next_eager = self.next_captured = 0
 
     def take(self, count: int) -> Tensor:
-        """`count` counters, all zero."""
+        """`count` counters or a few more, all zero, on a 256-byte boundary."""
+        count = -(-count // 64) * 64
         if count > self.SIZE:
             return torch.zeros(count, dtype=torch.int32, device=self.eager.device)
         if torch.cuda.is_current_stream_capturing():

@@ -31,6 +31,7 @@ def score(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK, 
     N, splits = T.dynamic("N"), T.dynamic("splits")
     cache = (S, page, G, head_dim) if page else (B, G, S, head_dim)
     wide = 8 if group <= 8 else 16
+    block = min(block, page) if page >= 64 else block  # a block within one page comes by TMA
     tma = not page or page % block == 0
     sub = WIDTH // block
 

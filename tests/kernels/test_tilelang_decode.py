@@ -1,0 +1,196 @@
+"""The decode half of the TileLang backend: what compiles without a GPU, what is refused, and, on a GPU, the numerics."""
+
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("tilelang")
+
+from kascade_cli.errors import KascadeError
+from kascade_cli.kernels import check, get_backend
+from kascade_cli.kernels.backend import Unsupported
+from kascade_cli.kernels.tilelang import arguments, decode_score, select_topk, specs
+from kascade_cli.kernels.tilelang.compile import Report, Spec, prebuild, require_hopper
+from kascade_cli.kernels.tilelang.decode_dense import decode_dense
+from kascade_cli.kernels.tilelang.decode_sparse import decode_sparse
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+SHARED = 227 << 10  # bytes a CTA may have on sm_90
+# One corner each: the benchmark's shape, small heads with the widest group and small pages, plain multi-head, odd group.
+CORNERS = (
+    (4, 128, "bfloat16", 0),
+    (16, 64, "float16", 16),
+    (1, 128, "bfloat16", 256),
+    (7, 128, "float16", 64),
+)
+
+
+def reports(found: list[Spec]) -> list[tuple[Spec, Report]]:
+    """Compile in two processes (kept on disk beside TileLang's cache), then read the reports."""
+    failed = prebuild(found, jobs=2, task="report")
+    assert not failed
+    return [(spec, spec.kernel.report(**spec.config)) for spec in found]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("corner", CORNERS, ids=lambda c: "R{}-D{}-{}-page{}".format(*c))
+def test_decode_kernels_compile_without_spills(corner: tuple[int, int, str, int]):
+    page = corner[3]
+    for spec, report in reports(specs.decode_specs(*corner)):
+        print(report.row())
+        assert report.spills == 0, str(spec)
+        assert not report.warnings, str(spec)
+        assert all(r.static_shared + r.dynamic_shared <= SHARED for r in report.resources)
+        if spec.name == "sparse":
+            assert report.marks["cp_async"]
+            assert report.marks["fence"]
+            # Two CTAs per SM: half of the registers and of the shared memory (1 KB of each CTA is reserved).
+            assert all(r.registers <= 128 and r.dynamic_shared <= 114 << 10 for r in report.resources)
+        if spec.name in ("dense", "score", "score_cluster"):
+            assert report.marks["cp_async" if page == 16 else "tma_load"], str(spec)
+            assert report.marks["wgmma"]
+
+
+@needs_nvcc
+def test_selection_compiles_without_spills():
+    for spec, report in reports(specs.select_specs()):
+        assert report.spills == 0
+        # Two CTAs of 512 threads per SM.
+        assert all(r.registers <= 64 and r.dynamic_shared <= 114 << 10 for r in report.resources), str(spec)
+
+
+def decode_inputs(**change: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Valid arguments of decode_sparse on the CPU: batch 2, 8 heads over 2, 64 slots of 64."""
+    made = {
+        "q": torch.zeros(2, 8, 64, dtype=torch.bfloat16),
+        "k": torch.zeros(2, 2, 64, 64, dtype=torch.bfloat16),
+        "v": torch.zeros(2, 2, 64, 64, dtype=torch.bfloat16),
+        "indices": torch.zeros(2, 2, 16, dtype=torch.int32),
+        "counts": torch.zeros(2, dtype=torch.int32),
+        "head_map": torch.zeros(2, dtype=torch.int32),
+    }
+    return {**made, **change}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 8, 64)}, "bfloat16 and float16"),
+        ({"k": torch.zeros(2, 2, 64, 64, dtype=torch.float16)}, "use one dtype"),
+        ({"v": torch.zeros(2, 2, 32, 64, dtype=torch.bfloat16)}, "must agree"),
+        ({"q": torch.zeros(2, 8, 96, dtype=torch.bfloat16)}, "head size"),
+        ({"q": torch.zeros(2, 7, 64, dtype=torch.bfloat16)}, "whole groups"),
+        ({"q": torch.zeros(2, 34, 64, dtype=torch.bfloat16)}, "groups of 1 to 16"),
+        ({"q": torch.zeros(3, 8, 64, dtype=torch.bfloat16)}, "batch 3"),
+        ({"counts": torch.zeros(2, dtype=torch.int64)}, "must be int32"),
+        ({"counts": torch.zeros(3, dtype=torch.int32)}, r"needs \[2\]"),
+        ({"indices": torch.zeros(3, 2, 16, dtype=torch.int32)}, "indices has shape"),
+        ({"head_map": torch.zeros(3, dtype=torch.int32)}, "head_map has shape"),
+        ({"k": torch.zeros(2, 2, 64, 128, dtype=torch.bfloat16)[..., ::2]}, "strides"),
+        ({"k": torch.zeros(2, 64, 2, 64, dtype=torch.bfloat16).transpose(1, 2)}, "strides"),
+        ({"k": torch.zeros(2 * 2 * 64 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 2, 64, 64)}, "16-byte"),
+        ({}, "Hopper GPU"),
+    ],
+)
+def test_one_line_says_what_is_wrong(change: dict[str, torch.Tensor], message: str):
+    with pytest.raises(KascadeError, match=message) as caught:
+        decode_sparse(**decode_inputs(**change), scale=1.0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("page", "table", "message"),
+    [
+        (24, torch.zeros(2, 4, dtype=torch.int32), "powers of two"),
+        (512, torch.zeros(2, 4, dtype=torch.int32), "powers of two"),
+        (16, torch.zeros(3, 4, dtype=torch.int32), "block_table has shape"),
+        (16, torch.zeros(2, 4, dtype=torch.int64), "block_table is int64"),
+    ],
+)
+def test_paged_arguments(page: int, table: torch.Tensor, message: str):
+    pages = torch.zeros(8, page, 2, 64, dtype=torch.bfloat16)
+    lengths = torch.zeros(2, dtype=torch.int32)
+    q = torch.zeros(2, 8, 64, dtype=torch.bfloat16)
+    with pytest.raises(Unsupported, match=message):
+        decode_dense(q, pages, pages, lengths, lengths, scale=1.0, block_table=table)
+
+
+def test_a_slice_of_a_static_cache_is_seen_whole():
+    cache = torch.arange(2 * 3 * 40 * 64, dtype=torch.float32).view(2, 3, 40, 64).half()
+    view = arguments.cache_view(cache[:, :, :17], "k")
+    assert view.shape == (2, 3, 40, 64)
+    assert view.data_ptr() == cache.data_ptr()
+    one = arguments.cache_view(cache[:1, :1, :17], "k")
+    assert torch.equal(one[:, :, :17], cache[:1, :1, :17])
+    with pytest.raises(Unsupported, match="contiguous"):
+        arguments.cache_view(cache[:, :, 3:], "k")
+
+
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (1, 8192), (8, 2048), (32, 512), (128, 205), (512, 512), (5000, 9)])
+def test_splits_fill_the_machine(rows: int, blocks: int):
+    splits = arguments.split_count(rows, blocks, 132)
+    assert 1 <= splits <= min(64, blocks)
+    if rows >= 512:
+        assert splits == 1
+    if rows < 64 and blocks >= 512:
+        assert rows * splits >= 132 or splits == 64
+
+
+def test_short_and_long_rows_choose_their_scoring_kernel():
+    assert decode_score.kept_blocks(32768, 4) < decode_score.kept_blocks(131072, 4)
+    assert decode_score.kept_blocks(1 << 19, 4) == 0
+    assert decode_score.kept_blocks(1, 16) > 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "full"), [((), (3, 4, 5)), ((5,), (3, 4, 5)), ((3, 1, 1), (3, 4, 5)), ((3, 1, 5), (3, 4, 5)),
+                        ((3, 4, 5), (3, 4, 5)), ((1, 4, 1), (3, 4, 5)), ((1, 1), (1, 7)), ((2, 1), (2, 7))]
+)  # fmt: skip
+def test_row_parameters_are_read_where_broadcasting_puts_them(shape: tuple[int, ...], full: tuple[int, ...]):
+    value = torch.arange(max(1, torch.Size(shape).numel()), dtype=torch.int32).reshape(shape)
+    flat, over, of = select_topk.spread(value, torch.Size(full))
+    row = torch.arange(torch.Size(full).numel())
+    assert torch.equal(flat[row // over * of + row % of], value.expand(full).reshape(-1))
+
+
+def test_score_rows_are_viewed_where_they_can_be():
+    padded = torch.rand(2, 3, 128)
+    rows = select_topk.row_view(padded[..., :100])
+    assert rows.shape == (6, 32, 4)
+    assert rows.data_ptr() == padded.data_ptr()
+    odd = torch.rand(2, 3, 33)
+    rows = select_topk.row_view(odd)
+    assert rows.shape == (6, 9, 4)
+    assert torch.equal(rows.view(6, 36)[:, :33], odd.view(6, 33))
+    cut = torch.rand(4, 64)[:, 1:61]
+    assert torch.equal(select_topk.row_view(cut).view(4, -1)[:, :60], cut)
+
+
+def test_hopper_is_required():
+    with pytest.raises(KascadeError, match="Hopper GPU"):
+        require_hopper(torch.device("cpu"))
+
+
+def test_the_check_itself_passes_on_the_reference():
+    """The rule, the poisoning and the cases hold for plain PyTorch."""
+    ops, device = get_backend("torch", "cpu"), torch.device("cpu")
+    rows = check.check_decode(ops, device, check.CASES[:2] + check.CASES[10:11])
+    rows += check.check_select(ops, device, (1, 33))
+    assert rows
+    assert check.summary(rows)
+
+
+@needs_gpu
+def test_numerics_on_the_gpu():
+    ops, device = get_backend("tilelang", "cuda"), torch.device("cuda")
+    found = specs.select_specs()
+    for case in check.CASES:
+        found += specs.decode_specs(case.heads // case.kv_heads, case.dim, str(case.dtype)[6:], case.page)
+    assert not prebuild(list({str(spec): spec for spec in found}.values()))
+    rows = check.check_decode(ops, device) + check.check_select(ops, device)
+    rows += check.stress_decode(ops, device) + check.check_graph(ops, device)
+    assert check.summary(rows)
