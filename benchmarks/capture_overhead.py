@@ -82,9 +82,7 @@ def main() -> None:
 
         seconds(model.device, dense)
         seconds(model.device, captured)
-        pairs = [
-            (seconds(model.device, dense), seconds(model.device, captured)) for _ in range(arguments.repeats)
-        ]
+        pairs = [(seconds(model.device, dense), seconds(model.device, captured)) for _ in range(arguments.repeats)]
         size = target.stat().st_size
     plain, with_capture = ([pair[i] for pair in pairs] for i in (0, 1))
     meta = capture_meta(model, info, devset, options)

@@ -14,12 +14,18 @@ DEFAULT_LENGTH = 8192
 
 def profile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo / demo-small.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The HDF5 file to write.")] = Path("capture.h5"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The HDF5 file to write.")] = Path(
+        "capture.h5"
+    ),
     dev_set: Annotated[
         str,
-        typer.Option(help="Built-in task, hub id (org/name[:config]:split), .jsonl, .parquet, or folder of .txt."),
+        typer.Option(
+            metavar="SET", help="Built-in task, hub id (org/name[:config]:split), .jsonl, .parquet, folder of .txt."
+        ),
     ] = "hops",
-    text_field: Annotated[str | None, typer.Option(help="Field of a record that holds the text or the chat.")] = None,
+    text_field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Field of a record that holds the text or the chat.")
+    ] = None,
     chat_template: Annotated[
         bool | None,
         typer.Option(
@@ -27,19 +33,25 @@ def profile(
             help="Wrap text in the model's chat template, or never use it. Default: for chats only.",
         ),
     ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="How many prompts to capture.")] = 16,
+    num_prompts: Annotated[int, typer.Option(metavar="N", min=1, help="How many prompts to capture.")] = 16,
     max_length: Annotated[
-        str | None, typer.Option(help="Longest prompt in tokens, such as 32k. Default: 8k, or what the model takes.")
+        str | None,
+        typer.Option(metavar="N", help="Longest prompt in tokens, such as 32k. Default: 8k, or what the model takes."),
     ] = None,
     tiles_per_prompt: Annotated[
-        str, typer.Option(help="Query tiles per prompt: half prefill tiles, half single decode rows; or 'all'.")
+        str,
+        typer.Option(metavar="N", help="Query tiles per prompt: half prefill tiles, half decode rows; or 'all'."),
     ] = "32",
-    tile: Annotated[int, typer.Option(help="Queries per prefill tile.")] = 32,
-    decode_tokens: Annotated[int, typer.Option(help="Also generate this many tokens and record each.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the prompts and the tiles.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the hub.")] = None,
+    tile: Annotated[int, typer.Option(metavar="N", help="Queries per prefill tile.")] = 32,
+    decode_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Also generate this many tokens, and record each as a decode row.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Chooses the prompts and the tiles.")] = 0,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Branch, tag or commit of the model on the hub.")
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished capture.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
@@ -88,9 +100,13 @@ def profile(
         chat_template=chat_template,
     )
     for note in devset.notes():
-        err.print(f"{dev_set}: {note}", markup=False)
+        err.print(f"{dev_set}: {note}", markup=False, soft_wrap=True)
     if len(devset.prompts) < num_prompts:
-        err.print(f"{dev_set}: {len(devset.prompts)} prompts, fewer than the {num_prompts} asked for", markup=False)
+        err.print(
+            f"{dev_set}: {len(devset.prompts)} prompts, fewer than the {num_prompts} asked for",
+            markup=False,
+            soft_wrap=True,
+        )
     plan = plan_capture(info, devset, chosen)
     _announce(output, plan, devset, info)
 
@@ -110,7 +126,9 @@ def profile(
             )
         except KeyboardInterrupt:
             if output.exists():
-                err.print(f"stopped; the finished prompts are in {output}: go on with --resume", markup=False)
+                err.print(
+                    f"stopped; the finished prompts are in {output}: go on with --resume", markup=False, soft_wrap=True
+                )
             raise
     seconds = time.perf_counter() - started
     if not result.joined:
@@ -118,6 +136,7 @@ def profile(
             f"no room to join the parts: {output} reads from {output}.parts, keep them together; "
             "make room and run again with --resume to make one file",
             markup=False,
+            soft_wrap=True,
         )
     document = _summary(output) | {"captured_now": result.captured, "seconds": round(seconds, 3)}
     print_json(document) if as_json else _render(document)
@@ -151,6 +170,7 @@ def _announce(output: Path, plan: Any, devset: Any, info: Any) -> None:
         f"{len(info.profiled_layers)} of {info.layers} layers: {output} will take about "
         f"{format_bytes(plan.expected_bytes)} ({format_bytes(plan.raw_bytes)} before compression)",
         markup=False,
+        soft_wrap=True,
     )
     free = disk_free(output)
     if plan.expected_bytes > free:
@@ -207,12 +227,14 @@ def _render(document: dict[str, Any]) -> None:
         values = (mass["64"], mass["5%"], mass["10%"], row["worst_head"]["10%"])
         table.add_row(str(row["layer"]), f"{row['importance']:.4f}", *(f"{value:.3f}" for value in values))
     out.print(table)
-    out.print("importance: 1 - cos(x, x + attention); the rest: share of attention on the largest keys, decode rows")
+    legend = "importance: 1 - cos(x, x + attention); the rest: share of attention on the largest keys, decode rows"
+    out.print(legend, soft_wrap=True)
     tiles, kept = document["tiles"], document["prompts"] - document["captured_now"]
-    earlier = f", {kept} of them earlier" if kept else ""
+    earlier = f" ({kept} of them earlier)" if kept else ""
     out.print(
         f"{document['output']}: {document['prompts']} prompts{earlier}, {document['tokens']} tokens, "
         f"{tiles['prefill']} prefill tiles, {tiles['decode']} decode rows, {format_bytes(document['bytes'])}, "
         f"{document['seconds']:.1f} s",
         markup=False,
+        soft_wrap=True,
     )

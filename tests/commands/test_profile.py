@@ -1,0 +1,206 @@
+"""`kascade profile` as a user meets it: output, options, mistakes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from kascade_cli.app import main
+from kascade_cli.capture.store import open_capture
+from kascade_cli.demo import DEMO_MODELS
+from tests.capture.conftest import make_model
+
+SMALL = ["--max-length", "256", "--num-prompts", "2", "--tiles-per-prompt", "6"]
+
+
+@pytest.fixture
+def kascade(capsys):
+    """Runs the command line: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return caught.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def save_model(tmp_path):
+    """Saves a random model with the demo tokenizer; returns its folder."""
+    from transformers import AutoTokenizer
+
+    def save(family, **changes):
+        folder = tmp_path / family
+        make_model(family, vocab_size=512, **changes).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(str(DEMO_MODELS["demo-small"])).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def test_json_is_one_document_and_says_what_was_captured(kascade, tmp_path):
+    path = tmp_path / "c.h5"
+    code, out, err = kascade("profile", "demo-small", "-o", path, "--json", *SMALL)
+    assert code == 0
+    document = json.loads(out)
+    with open_capture(path) as capture:
+        assert capture.complete
+        assert document["prompts"] == len(capture) == 2
+        assert document["tokens"] == sum(prompt.n_tokens for prompt in capture)
+        assert document["bytes"] == path.stat().st_size
+        importance = np.mean([prompt.importance for prompt in capture], axis=0)
+        assert [row["importance"] for row in document["layers"]] == pytest.approx(importance.tolist(), abs=1e-6)
+        assert capture.meta["options"]["tiles_per_prompt"] == 6
+    assert document["tiles"] == {"prefill": 6, "decode": 6}
+    assert [row["layer"] for row in document["layers"]] == list(range(8))
+    assert "will take about" in " ".join(err.split())
+    assert "before compression" in " ".join(err.split())
+
+
+def test_people_get_a_table_and_a_complete_capture_stays(kascade, tmp_path):
+    path = tmp_path / "c.h5"
+    code, out, _ = kascade("profile", "demo-small", "-o", path, *SMALL)
+    assert code == 0
+    assert "worst head" in out
+    assert "2 prompts, " in out
+    before = path.read_bytes()
+    code, out, err = kascade("profile", "demo-small", "-o", path, *SMALL)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert "complete capture (2 prompts); pass --overwrite" in err
+    code, out, _ = kascade("profile", "demo-small", "-o", path, "--resume", *SMALL)
+    assert code == 0
+    assert "2 prompts (2 of them earlier)" in " ".join(out.split())
+    assert path.read_bytes() == before
+    code, _, err = kascade("profile", "demo-small", "-o", path, "--resume", *SMALL, "--seed", "1")
+    assert code == 2
+    assert "--seed was 0, now 1" in err
+    assert kascade("profile", "demo-small", "-o", path, "--overwrite", *SMALL, "--seed", "1")[0] == 0
+    with open_capture(path) as capture:
+        assert capture.meta["seed"] == 1
+
+
+@pytest.mark.parametrize("family", ["Gemma3Text", "Phi3"])
+def test_saved_models_of_other_architectures(kascade, save_model, tmp_path, family):
+    path = tmp_path / "c.h5"
+    options = ["--dtype", "bfloat16", "--decode-tokens", "2", "--tile", "16"]
+    code, out, err = kascade("profile", save_model(family), "-o", path, "--json", *options, *SMALL)
+    assert code == 0, err
+    with open_capture(path) as capture:
+        assert capture.meta["dtype"] == "bfloat16"
+        assert capture.profiled_layers == ([1, 3] if family == "Gemma3Text" else [0, 1, 2])
+        for prompt in capture:
+            assert set(prompt.tiles[:, 1].tolist()) == {16, 1}
+            assert prompt.n_tokens - prompt.n_prompt_tokens <= 2
+            for t in range(len(prompt.tiles)):
+                np.testing.assert_allclose(prompt.read_tile(t).astype(np.float64).sum(-1), 1, atol=5e-3)
+    assert len(json.loads(out)["layers"]) == len(capture.profiled_layers)
+
+
+def test_text_sources(kascade, tmp_path):
+    words = "@ k1 v1 v2 " * 60
+    (tmp_path / "texts").mkdir()
+    for index in range(3):
+        (tmp_path / "texts" / f"{index}.txt").write_text(f"# k{index} " + words)
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"body": f"# k{i} " + words}) + "\n" for i in range(3)))
+    for source, more in ((tmp_path / "texts", []), (tmp_path / "d.jsonl", ["--text-field", "body"])):
+        path = tmp_path / "c.h5"
+        code, _, err = kascade(
+            "profile", "demo-small", "-o", path, "--dev-set", source, *more, *SMALL, "--overwrite", "--num-prompts", 5
+        )
+        assert code == 0, err
+        assert "3 prompts, fewer than the 5 asked for" in " ".join(err.split())
+        with open_capture(path) as capture:
+            assert capture.meta["dev_set_name"] == str(source)
+    code, _, err = kascade("profile", "demo-small", "-o", path, "--dev-set", tmp_path / "d.jsonl", "--overwrite")
+    assert code == 1
+    assert "--text-field" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["--tile", "1"], 2, "--tile must be at least 2"),
+        (["--tiles-per-prompt", "0"], 2, "--tiles-per-prompt must be at least 1"),
+        (["--tiles-per-prompt", "many"], 2, "a number or 'all', not 'many'"),
+        (["--decode-tokens", "-1"], 2, "--decode-tokens cannot be negative"),
+        (["--max-length", "long"], 2, "'long' is not a length"),
+        (["--max-length", "8k"], 1, "demo-small takes 4096: pass --max-length 4096 or less"),
+        (["--decode-tokens", "5000"], 2, "leaves no room"),
+        (["--dtype", "int8"], 2, "dtype 'int8'"),
+        (["--device", "cuda:99"], 2, "cuda:99"),
+        (["--dev-set", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+        (["--num-prompts", "0"], 2, "num-prompts"),
+        (["--resume", "--overwrite"], 2, "pass one of them"),
+        (["-o", "missing-folder/c.h5"], 2, "missing-folder does not exist"),
+        (["-o", "."], 2, "is a folder"),
+    ],
+)
+def test_mistakes_get_one_line_and_leave_nothing(kascade, tmp_path, monkeypatch, arguments, code, line):
+    monkeypatch.chdir(tmp_path)
+    got, out, err = kascade("profile", "demo-small", *arguments)
+    assert got == code, err
+    assert out == ""
+    errors = [text for text in err.splitlines() if text.startswith("error: ")]
+    assert len(errors) == 1
+    assert line in errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_numbers(kascade, save_model, tmp_path):
+    folder = save_model("Llama")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    code, out, err = kascade("profile", folder, "-o", tmp_path / "c.h5", *SMALL)
+    assert (code, out) == (1, "")
+    assert "model.layers.1.mlp.up_proj.weight holds NaN" in err
+    assert not (tmp_path / "c.h5").exists()
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_work(kascade, tmp_path, monkeypatch):
+    from kascade_cli.capture import store
+
+    monkeypatch.setattr(store, "disk_free", lambda path: 1000)
+    code, _, err = kascade("profile", "demo-small", "-o", tmp_path / "c.h5", *SMALL)
+    assert code == 1
+    assert "the disk has 1.0 kB left" in err
+    assert not (tmp_path / "c.h5").exists()
+
+
+def test_all_tiles(kascade, tmp_path):
+    path = tmp_path / "c.h5"
+    assert kascade("profile", "demo-small", "-o", path, *SMALL, "--tiles-per-prompt", "all")[0] == 0
+    with open_capture(path) as capture:
+        for prompt in capture:
+            prefill = prompt.tiles[prompt.tiles[:, 1] > 1]
+            assert prefill[:, 0].tolist() == list(range(0, prompt.n_tokens - 1, 32))
+            # The tiles together are all queries: their mean is the mean of the whole attention.
+            assert prefill[:, 1].sum() in (prompt.n_tokens, prompt.n_tokens - 1)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom kascade_cli.app import main\n"
+        "try:\n    main(['profile', '--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'h5py', 'numpy')))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0
+    assert "--tiles-per-prompt" in run.stdout
+
+
+def test_random_models_are_really_random():
+    """The fixtures would hide mistakes if attention were uniform."""
+    model = make_model("Llama", vocab_size=512)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attention = model(torch.arange(3, 99)[None], output_attentions=True).attentions
+    assert torch.stack(attention)[:, 0, :, -1].max(-1).values.mean() > 5 / 96
