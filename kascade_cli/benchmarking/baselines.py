@@ -95,9 +95,7 @@ def _flashinfer(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[], A
     if queries > 1:
         rows = q.transpose(1, 2).contiguous()
         return lambda: [
-            flashinfer.single_prefill_with_kv_cache(
-                rows[b], k[b], v[b], causal=True, kv_layout="HND", sm_scale=scale
-            )
+            flashinfer.single_prefill_with_kv_cache(rows[b], k[b], v[b], causal=True, kv_layout="HND", sm_scale=scale)
             for b in range(batch)
         ]
     page = 16

@@ -21,16 +21,15 @@ Row = dict[str, Any]
 SCHEMA = "kascade-bench/v1"
 _PACKAGES = ("kascade-cli", "torch", "transformers", "tilelang", "flash-attn-4", "flash-attn-3", "flashinfer-python")
 _COLUMNS = {
-    "kind": "what",
+    "size": "size",
     "name": "name",
-    "size": "batch x context",
-    "ms_p20": "p20 ms",
+    "ms_p20": "p20",
     "ms_p50": "p50 ms",
-    "ms_p80": "p80 ms",
+    "ms_p80": "p80",
     "gb_s": "GB/s",
     "tflop_s": "TFLOP/s",
     "tokens_s": "tokens/s",
-    "speedup": "speed-up",
+    "speedup": "speedup",
     "baseline": "over",
 }
 
@@ -101,7 +100,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def document(device: torch.device, rows: Sequence[Row], ceilings: dict[str, float], **more: Any) -> dict[str, Any]:
     """The result file: what was measured and on what. `rows` is what `select-anchors --cost` reads."""
-    rounded = {name: round(value, 1) for name, value in ceilings.items()}
+    rounded = {name: float(f"{value:.4g}") for name, value in ceilings.items()}
     return {"schema": SCHEMA, **machine(device), "ceilings": rounded, **more, "rows": list(rows)}
 
 
@@ -126,6 +125,7 @@ def _format(name: str, value: Any) -> str:
 
 def render(result: dict[str, Any], console: Any) -> None:
     """The rich table of a result."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     rows = [_display(row) for row in result["rows"]]
@@ -133,23 +133,28 @@ def render(result: dict[str, Any], console: Any) -> None:
         here = [row for row in rows if row["phase"] == phase]
         shown = [row for row in here if "skipped" not in row and "error" not in row]
         names = [name for name in _COLUMNS if any(row.get(name) is not None for row in shown)]
-        table = Table(title=phase, title_justify="left")
+        table = Table(title=phase, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
         for name in names:
-            table.add_column(_COLUMNS[name], justify="left" if name in ("kind", "name", "baseline") else "right")
+            left = name in ("size", "name", "baseline")
+            table.add_column(_COLUMNS[name], justify="left" if left else "right", no_wrap=True)
         for before, row in zip([None, *shown], shown, strict=False):
             if before and before["size"] != row["size"]:
                 table.add_section()
             table.add_row(*(_format(name, row.get(name)) for name in names))
         console.print(table)
+        reasons: dict[str, list[str]] = {}
         for row in here:
             if reason := row.get("skipped") or row.get("error"):
-                console.print(f"{row['name']} {row['size']}: {reason}", markup=False)
+                where = row["name"] if "skipped" in row else f"{row['name']} {row['size']}"
+                reasons.setdefault(reason, []).append(where)
+        for reason, names in reasons.items():
+            console.print(f"not measured: {', '.join(dict.fromkeys(names))}: {reason}", markup=False)
     console.print(caption(result), markup=False)
 
 
 def _display(row: Row) -> Row:
     """A model row shows its mean per layer where others show their median."""
-    return {**row, "ms_p50": row["mean_ms"], "name": "mean layer"} if row["kind"] == "model" else row
+    return {**row, "ms_p50": row["mean_ms"], "name": "mean"} if row["kind"] == "model" else row
 
 
 def to_csv(rows: Iterable[Row]) -> str:

@@ -103,9 +103,7 @@ def shape_of_profile(profile: Profile) -> Shape:
     card = profile.model
     layers = profile.attention_layers
     chosen = tuple(layers.index(anchor) for anchor in profile.anchors)
-    return Shape(
-        card.name, card.query_heads, card.kv_heads, card.head_dim, len(layers), len(chosen), chosen=chosen
-    )
+    return Shape(card.name, card.query_heads, card.kv_heads, card.head_dim, len(layers), len(chosen), chosen=chosen)
 
 
 def shape_of_model(name: str) -> Shape:
@@ -124,9 +122,7 @@ def shape_of_model(name: str) -> Shape:
     if not layers:
         raise KascadeError(f"{name}: no layer has full attention")
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Shape(
-        name, heads, getattr(config, "num_key_value_heads", None) or heads, size, layers, min(5, layers)
-    )
+    return Shape(name, heads, getattr(config, "num_key_value_heads", None) or heads, size, layers, min(5, layers))
 
 
 def with_layers(shape: Shape, layers: int | None, anchors: int | None) -> Shape:

@@ -1,8 +1,8 @@
 """Time calls on a GPU or a CPU, and measure what the machine can do at best.
 
-On a GPU: CUDA events around every repeat, all queued before one synchronisation, so that the host is out of the numbers.
-Short calls are captured in a CUDA graph that runs many of them over rotating input sets; long ones are timed singly with
-the L2 cache overwritten before each.
+On a GPU: CUDA events around every repeat, all queued before one synchronisation, so that the host is out of the
+numbers. Short calls are captured in a CUDA graph that runs many of them over rotating input sets; long ones are timed
+singly with the L2 cache overwritten before each.
 """
 
 import functools
@@ -18,7 +18,7 @@ Call = Callable[[], Any]
 
 _FLUSH_BYTES = 256 * 1024**2
 # A graph of rotating calls lasts at least this long, so that its launch does not show.
-_GRAPH_MS = 1.0
+_GRAPH_MS = 2.0
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ def _time_cpu(calls: Sequence[Call], seconds: float, fewest: int, most: int) -> 
     return Timing(*quantiles(samples), len(samples), "cpu")
 
 
-def _events(
-    calls: Sequence[Call], repeats: int, device: torch.device, flush: torch.Tensor | None
-) -> list[float]:
+def _events(calls: Sequence[Call], repeats: int, device: torch.device, flush: torch.Tensor | None) -> list[float]:
     """Milliseconds of each of `repeats` calls in turn, L2 overwritten before each where `flush` is given."""
     pairs = []
     for i in range(repeats):
@@ -127,7 +125,13 @@ def _time_graph(
     calls: Sequence[Call], device: torch.device, estimate: float, seconds: float, fewest: int, most: int
 ) -> Timing:
     rounds = max(1, min(200, math.ceil(_GRAPH_MS / max(estimate, 1e-3) / len(calls))))
-    graph = capture(lambda: [call() for _ in range(rounds) for call in calls], device)
+
+    def run() -> None:
+        for _ in range(rounds):
+            for call in calls:
+                call()
+
+    graph = capture(run, device)
     count = rounds * len(calls)
     graph.replay()
     torch.cuda.synchronize(device)
@@ -174,7 +178,6 @@ def ceilings(device: torch.device) -> dict[str, float]:
     target = torch.empty_like(source)
     copy = time_calls([lambda: target.copy_(source)], device, seconds=0.2)
     moved = 2 * source.numel() * source.element_size()
-    del source, target
     left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     product = time_calls([lambda: left @ right], device, seconds=0.2)
     return {"copy_gb_s": moved / copy.p50 / 1e6, "matmul_tflop_s": 2 * side**3 / product.p50 / 1e9}

@@ -1,7 +1,7 @@
 """Operations and bytes that each op must do and move: what achieved rates are computed from.
 
-A multiply-add counts as two operations. Bytes are the fewest that an op can move (inputs once, outputs once); q and the
-output of a decode step are left out (they are thousands of times smaller than K and V).
+A multiply-add counts as two operations. Bytes are the fewest that an op can move (inputs once, outputs once); q and
+the output of a decode step are left out (they are thousands of times smaller than K and V).
 """
 
 from dataclasses import dataclass
@@ -97,7 +97,8 @@ def work_of(op: str, case: Case, *, tiles: tuple[int, int] | None = None) -> Wor
     if op == "prefill_dense":
         return Work(2 * pair * case.dense_pairs(), cache + io, "compute")
     if op == "prefill_score":
-        return Work(pair * case.before_pairs(), cache / 2 + io / 2 + 4 * batch * groups * sum(case.befores()), "compute")
+        moved = cache / 2 + io / 2 + 4 * batch * groups * sum(case.befores())
+        return Work(pair * case.before_pairs(), moved, "compute")
     if op == "prefill_sparse":
         indices = 4 * batch * groups * sum(case.budget.count(before) for before in case.befores())
         return Work(2 * pair * case.sparse_pairs(), cache + io + indices, "compute")

@@ -1,0 +1,226 @@
+"""A whole model: time to first token and decode tokens per second, dense against sparse.
+
+Decode runs one step over and over at a full static cache: the graph sets the cache's length, and the step writes its
+last slot. The dense side runs the fastest dense attention there is on the same cache, without a mask, also in a graph.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kascade_cli.attention import attach
+from kascade_cli.benchmarking.baselines import BASELINES, Baseline, why_missing
+from kascade_cli.benchmarking.model import Say, failure, timing_fields
+from kascade_cli.benchmarking.report import Row, base_row
+from kascade_cli.benchmarking.roles import Setting, case_of, make_inputs
+from kascade_cli.benchmarking.shapes import Shape, describe_sizes
+from kascade_cli.benchmarking.timing import capture, free_memory, time_calls
+from kascade_cli.errors import KascadeError
+from kascade_cli.models import describe
+from kascade_cli.schema import Profile
+
+DENSE = "kascade-bench-dense"
+
+
+def fastest_dense(shape: Shape, phase: str, batch: int, context: int, setting: Setting) -> Baseline:
+    """The fastest dense attention that needs no plan, measured now on one layer of this size."""
+    case = case_of(shape, phase, batch, context, setting)
+    inputs = make_inputs(case, setting)
+    found: dict[str, float] = {}
+    for baseline in BASELINES.values():
+        if baseline.attend is None or why_missing(baseline.name, setting.device, phase):
+            continue
+        with contextlib.suppress(Exception):
+            call = baseline.prepare(inputs.q, inputs.k, inputs.v, inputs.scale)
+            graph = phase == "decode"
+            found[baseline.name] = time_calls([call], setting.device, graph=graph, seconds=0.1, fewest=3).p50
+    del inputs
+    free_memory(setting.device)
+    if not found:
+        raise KascadeError(f"no dense attention runs {shape.name} in {setting.dtype_name} here")
+    return BASELINES[min(found, key=lambda name: found[name])]
+
+
+@contextlib.contextmanager
+def dense_attention(model: Any, baseline: Baseline) -> Iterator[None]:
+    """`model` with `baseline` as its attention, no mask: every slot of the cache is a key, prefill is causal."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **_: Any
+    ) -> tuple[Tensor, None]:
+        out = baseline.attend(query, key, value, scaling or query.shape[-1] ** -0.5)
+        out = out[0] if isinstance(out, tuple) else out
+        # FlashAttention gives [B, T, H, D] already, SDPA [B, H, T, D].
+        return (out if baseline.name in ("fa3", "fa4") else out.transpose(1, 2)).contiguous(), None
+
+    AttentionInterface.register(DENSE, attention)
+    AttentionMaskInterface.register(DENSE, lambda *args, **kwargs: None)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(DENSE)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def profile_for(model: Any, shape: Shape, setting: Setting) -> Profile:
+    """A profile with the shape's anchors and identity head maps: what is chosen does not matter to a clock."""
+    info = describe(model, shape.name)
+    heads = list(range(info.kv_heads))
+    anchors = [info.profiled_layers[index] for index in shape.anchor_layers()]
+    maps = {layer: {"decode": heads, "prefill": heads} for layer in info.profiled_layers if layer not in set(anchors)}
+    return Profile.build(
+        model=info.card, anchors=anchors, profiled_layers=info.profiled_layers, head_maps=maps, budget=setting.budget
+    )
+
+
+def filled_cache(model: Any, batch: int, context: int, setting: Setting) -> tuple[Any, Tensor]:
+    """A static cache of `context` slots filled with random normal keys and values, and its lengths (int64 [L]).
+
+    Setting the lengths to n makes the next step write slot n. They are views of one tensor, so one kernel sets all.
+    """
+    from transformers import StaticCache
+
+    config = model.config.get_text_config(decoder=True)
+    info_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = StaticCache(config=config, max_cache_len=context)
+    cache.early_initialization(batch, info_heads, head_dim, setting.dtype, setting.device)
+    lengths = torch.zeros(len(cache.layers), dtype=torch.long, device=setting.device)
+    for index, layer in enumerate(cache.layers):
+        layer.keys.normal_()
+        layer.values.normal_()
+        layer.cumulative_length = lengths[index]
+    return cache, lengths
+
+
+def decode_row(model: Any, batch: int, cache: Any, lengths: Tensor, context: int, setting: Setting) -> Row:
+    """One decode step at `context` keys, timed: milliseconds and tokens per second."""
+    tokens = torch.randint(5, 200, (batch, 1), device=setting.device)
+
+    def step() -> None:
+        lengths.fill_(context - 1)
+        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+        tokens.copy_(logits[:, -1:].argmax(-1) % 200 + 5)
+
+    with torch.no_grad():
+        step()
+        row = _time_step(step, setting)
+    return row | {"tokens_s": round(batch * 1000 / row["ms_p50"], 1)}
+
+
+def _time_step(step: Callable[[], None], setting: Setting) -> Row:
+    """A step in a CUDA graph where that works; eager, with the reason, where it does not."""
+    device, note = setting.device, ""
+    seconds = max(setting.seconds, 0.5)
+    if device.type == "cuda":
+        try:
+            graph = capture(step, device)
+            graph.replay()
+            torch.cuda.synchronize(device)
+            timing = time_calls([graph.replay], device, seconds=seconds, fewest=8)
+            return timing_fields(timing) | {"method": "graph"}
+        except Exception as error:
+            torch.cuda.synchronize(device)
+            note = f"no CUDA graph: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    fields = timing_fields(time_calls([step], device, seconds=seconds, fewest=5))
+    return fields | ({"note": note} if note else {})
+
+
+def prefill_row(model: Any, batch: int, context: int, setting: Setting) -> Row:
+    """Time to first token: a whole prefill into a dynamic cache, logits of the last position only."""
+    tokens = torch.randint(5, 200, (batch, context), device=setting.device)
+
+    def run() -> None:
+        logits = model(input_ids=tokens, use_cache=True, logits_to_keep=1).logits
+        logits[:, -1].argmax(-1)
+
+    fewest = 2 if context * batch >= 1 << 15 else 3
+    timing = time_calls([run], setting.device, seconds=setting.seconds, fewest=fewest, most=10)
+    return timing_fields(timing) | {"tokens_s": round(batch * context * 1000 / timing.p50, 1)}
+
+
+def run_e2e(
+    model: Any,
+    shape: Shape,
+    phase: str,
+    sizes: Sequence[tuple[int, int]],
+    setting: Setting,
+    profile: Profile | None = None,
+    say: Say = lambda text: None,
+    done: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Rows `dense` and `sparse` per (batch, context): in prefill the time to first token, in decode the step.
+
+    The decode cache holds random values instead of a prefill (`cache: random` in the row).
+    """
+    profile = profile or profile_for(model, shape, setting)
+    rows: list[Row] = []
+    for batch, context in sizes:
+        here: list[Row] = []
+        base = base_row(shape, phase, batch, context, setting) | {"kind": "e2e"}
+        base |= {"layers": shape.layers, "anchors": shape.anchors}
+        try:
+            here += _one_size(model, shape, phase, batch, context, setting, profile, base, say)
+        except Exception as error:
+            here.append(base | {"kind": "failed", "name": "e2e", "error": failure(error)})
+        rows += here
+        done(here)
+        free_memory(setting.device)
+    if rows and all(row["kind"] == "failed" for row in rows):
+        raise KascadeError(rows[0]["error"])
+    return rows
+
+
+def _one_size(
+    model: Any,
+    shape: Shape,
+    phase: str,
+    batch: int,
+    context: int,
+    setting: Setting,
+    profile: Profile,
+    base: Row,
+    say: Say,
+) -> list[Row]:
+    check_memory(shape, phase, batch, context, setting)
+    baseline = fastest_dense(shape, phase, batch, context, setting)
+    cache: Any = None
+    if phase == "decode":
+        cache, lengths = filled_cache(model, batch, context, setting)
+        base = base | {"cache": "random"}
+
+    def measure() -> Row:
+        if phase == "decode":
+            return decode_row(model, batch, cache, lengths, context, setting)
+        return prefill_row(model, batch, context, setting)
+
+    say(f"{phase} {base['size']}: dense, {baseline.label}")
+    with dense_attention(model, baseline):
+        dense = base | {"name": "dense", "attention": baseline.name, "backend": "torch"} | measure()
+    free_memory(setting.device)
+    say(f"{phase} {base['size']}: sparse")
+    backend = setting.backend.name
+    with attach(model, profile, backend=backend, allow_other_weights=True) as attachment:
+        sparse = base | {"name": "sparse"} | measure()
+        report = attachment.report()
+    sparse |= {"density": round(report["density"], 4), "fallbacks": report["fallbacks"]}
+    speedup = round(dense["ms_p50"] / sparse["ms_p50"], 3)
+    return [dense | {"speedup": 1.0}, sparse | {"speedup": speedup, "baseline": baseline.name}]
+
+
+def check_memory(shape: Shape, phase: str, batch: int, context: int, setting: Setting) -> None:
+    """Raises KascadeError if the cache alone does not fit the GPU; says how much it needs."""
+    if setting.device.type != "cuda":
+        return
+    needed = case_of(shape, phase, batch, context, setting).kv_bytes * shape.layers
+    free, _ = torch.cuda.mem_get_info(setting.device)
+    if needed > free:
+        raise KascadeError(
+            f"the KV cache of {describe_sizes(batch, context)} takes {needed / 1e9:.1f} GB and the GPU has "
+            f"{free / 1e9:.1f} GB free: lower --batch or --context"
+        )
