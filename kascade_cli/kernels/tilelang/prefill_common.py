@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import tilelang.language as T
 import torch
 from torch import Tensor
 
@@ -94,3 +95,17 @@ def allocate(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
     except torch.OutOfMemoryError as error:
         need = torch.Size(shape).numel() * dtype.itemsize / 2**30
         raise KascadeError(f"{op}: no {need:.1f} GiB of GPU memory for {list(shape)} {str(dtype).removeprefix('torch.')}; {advice}") from error
+
+
+def exp2_fma(x: T.PrimExpr) -> T.PrimExpr:
+    """2**x for x <= 0 on the FMA pipe, to 4e-6: relieves the special-function unit, which is as busy as the tensor cores are.
+
+    x is split into an integer, that goes into the exponent's bits, and a rest in [-0.5, 0.5] under a polynomial.
+    """
+    low = T.max(x, T.float32(-126.0))
+    shifted = low + T.float32(12582912.0)  # 1.5 * 2**23: the integer nearest to x is in the low bits
+    rest = low - (T.abs(shifted) - T.float32(12582912.0))  # abs keeps the simplifier from cancelling the two constants
+    power = T.float32(0.00961812910762848)
+    for coefficient in (0.0555041086648216, 0.240226506959101, 0.693147180559945, 1.0):
+        power = power * rest + T.float32(coefficient)
+    return T.reinterpret(T.reinterpret(power, "int32") + (T.reinterpret(shifted, "int32") << 23), "float32")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
-from kascade_cli.kernels.tilelang.prefill_common import LOG2E, allocate, cache_view, check, queries_view
+from kascade_cli.kernels.tilelang.prefill_common import LOG2E, allocate, cache_view, check, exp2_fma, queries_view
 
 KEYS = 128  # keys per block
 CONSUMERS = 256  # two warpgroups, 64 rows each
@@ -15,7 +15,7 @@ LOWEST = -(2.0**30)  # running maximum of a row that has seen nothing: finite, s
 
 
 @kernel(tl__disable_safe_memory_legalize=True, tl__disable_buffer_init_check=True)
-def lse_kernel(dtype: str, head_dim: int, group: int, stages: int = 3, unroll: int = 2):
+def lse_kernel(dtype: str, head_dim: int, stages: int = 3, unroll: int = 2, emulate: int = 0):
     """Log-sum-exp of 256 queries of one head per CTA, as row blocks A and B that share every block of keys.
 
     While one row block is in the tensor cores, the other one's exponentials are taken; `unroll` key blocks between two full
@@ -25,12 +25,17 @@ def lse_kernel(dtype: str, head_dim: int, group: int, stages: int = 3, unroll: i
     policy = T.GemmWarpPolicy.FullRow
     B, G, S, H, NQ = (T.dynamic(x) for x in ("B", "G", "S", "H", "NQ"))
 
+    def exp2(x, column):
+        if emulate == 0:
+            return T.exp2(x)
+        return T.if_then_else(column // 8 % emulate == 0, exp2_fma(x), T.exp2(x))
+
     @T.macro
     def update(logits, prob, peak, old, part, total, scale):
         T.copy(peak, old)
         T.reduce_max(logits, peak, dim=1, clear=False)
         for i, j in T.Parallel(half, KEYS):
-            prob[i, j] = T.exp2(logits[i, j] * scale - peak[i] * scale)
+            prob[i, j] = exp2(logits[i, j] * scale - peak[i] * scale, j)
         T.reduce_sum(prob, part, dim=1)
         for i in T.Parallel(half):
             total[i] = total[i] * T.exp2((old[i] - peak[i]) * scale) + part[i]
@@ -67,6 +72,7 @@ def lse_kernel(dtype: str, head_dim: int, group: int, stages: int = 3, unroll: i
             free = T.alloc_barrier([CONSUMERS] * stages)
             ready = T.alloc_barrier(32)
             tx = T.get_thread_binding()
+            kv = T.alloc_var("int32")
             q0 = T.alloc_var("int32")  # first query
             token = T.alloc_var("int32")  # its token index
             lo = T.alloc_var("int32")
@@ -74,6 +80,7 @@ def lse_kernel(dtype: str, head_dim: int, group: int, stages: int = 3, unroll: i
             open_ = T.alloc_var("int32")  # of which every query sees every key
             q0 = (T.ceildiv(NQ, 2 * half) - 1 - x) * 2 * half
             lo = kv_start[b]
+            kv = h // (H // G)
             token = query_start[b] + q0 - lo
             n = T.ceildiv(T.max(T.min(token + T.min(2 * half, NQ - q0), kv_len[b]), 0), KEYS)
             if token >= kv_len[b]:
@@ -88,7 +95,7 @@ def lse_kernel(dtype: str, head_dim: int, group: int, stages: int = 3, unroll: i
                     for k in T.serial(n):
                         T.barrier_wait(free[k % stages], ((k // stages) & 1) ^ 1)
                         T.tma_copy(
-                            K[b, h // group, lo + k * KEYS : lo + (k + 1) * KEYS, :],
+                            K[b, kv, lo + k * KEYS : lo + (k + 1) * KEYS, :],
                             Ks[k % stages, :, :],
                             barrier=full[k % stages],
                         )
@@ -143,7 +150,7 @@ def lse_kernel(dtype: str, head_dim: int, group: int, stages: int = 3, unroll: i
 
 
 @kernel(tl__disable_safe_memory_legalize=True, tl__disable_buffer_init_check=True)
-def dense_kernel(dtype: str, head_dim: int, group: int, stages: int = 2):
+def dense_kernel(dtype: str, head_dim: int, stages: int = 2):
     """Attention of 128 queries of one head per CTA, from the diagonal backwards.
 
     QK of the next block and PV of the last one are issued together; the softmax runs while PV does (FlashAttention-3).
@@ -199,12 +206,14 @@ def dense_kernel(dtype: str, head_dim: int, group: int, stages: int = 2):
             vfree = T.alloc_barrier([CONSUMERS] * stages)
             ready = T.alloc_barrier(32)
             tx = T.get_thread_binding()
+            kv = T.alloc_var("int32")
             q0 = T.alloc_var("int32")
             token = T.alloc_var("int32")
             lo = T.alloc_var("int32")
             n = T.alloc_var("int32")
             q0 = (T.ceildiv(NQ, rows) - 1 - x) * rows
             lo = kv_start[b]
+            kv = h // (H // G)
             token = query_start[b] + q0 - lo
             n = T.ceildiv(T.max(T.min(token + T.min(rows, NQ - q0), kv_len[b]), 0), KEYS)
             if token >= kv_len[b]:
@@ -217,14 +226,14 @@ def dense_kernel(dtype: str, head_dim: int, group: int, stages: int = 2):
                     for k in T.serial(n):
                         T.barrier_wait(kfree[k % stages], ((k // stages) & 1) ^ 1)
                         T.tma_copy(
-                            K[b, h // group, lo + (n - 1 - k) * KEYS : lo + (n - k) * KEYS, :],
+                            K[b, kv, lo + (n - 1 - k) * KEYS : lo + (n - k) * KEYS, :],
                             Ks[k % stages, :, :],
                             barrier=kfull[k % stages],
                         )
                         T.barrier_arrive(kfull[k % stages])
                         T.barrier_wait(vfree[k % stages], ((k // stages) & 1) ^ 1)
                         T.tma_copy(
-                            V[b, h // group, lo + (n - 1 - k) * KEYS : lo + (n - k) * KEYS, :],
+                            V[b, kv, lo + (n - 1 - k) * KEYS : lo + (n - k) * KEYS, :],
                             Vs[k % stages, :, :],
                             barrier=vfull[k % stages],
                         )
@@ -301,7 +310,7 @@ def prefill_dense(
         out = allocate("prefill_dense", sizes, q.dtype, q.device, "prefill in smaller chunks")
     if lse.numel():
         lengths = (query_start.contiguous(), kv_start.contiguous(), kv_len.contiguous())
-        config = {"dtype": shape.dtype, "head_dim": shape.head_dim, "group": shape.ratio}
+        config = {"dtype": shape.dtype, "head_dim": shape.head_dim}
         if out is None:
             lse_kernel(**config)(queries_view(q), cache_view(k), *lengths, lse, scale * LOG2E)
         else:

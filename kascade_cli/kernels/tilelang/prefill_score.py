@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kascade_cli.errors import KascadeError
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
-from kascade_cli.kernels.tilelang.prefill_common import LOG2E, allocate, cache_view, check, queries_view, vector
+from kascade_cli.kernels.tilelang.prefill_common import LOG2E, allocate, cache_view, check, exp2_fma, queries_view, vector
 from kascade_cli.kernels.tilelang.prefill_dense import prefill_dense
 
 KEYS = 128  # keys per block
@@ -15,7 +15,7 @@ CONSUMERS = 256  # two warpgroups, 64 keys each
 
 @kernel(tl__disable_safe_memory_legalize=True, tl__disable_buffer_init_check=True)
 def score_kernel(
-    dtype: str, head_dim: int, group: int, heads: int, tile: int, pair: bool, add: bool = False, stages: int = 3, unroll: int = 2
+    dtype: str, head_dim: int, group: int, heads: int, tile: int, pair: bool, add: bool = False, stages: int = 3, unroll: int = 2, emulate: int = 0
 ):
     """Scores of two row blocks of `tile` queries x `heads` heads per CTA, which share every block of keys.
 
@@ -31,10 +31,15 @@ def score_kernel(
     B, G, S, H, NQ = (T.dynamic(x) for x in ("B", "G", "S", "H", "NQ"))
     N = T.dynamic("N", "int64")
 
+    def exp2(x, column):
+        if emulate == 0:
+            return T.exp2(x)
+        return T.if_then_else(column // 8 % emulate == 0, exp2_fma(x), T.exp2(x))
+
     @T.macro
     def pool(acc, norm, prob, total, scale):
         for i, j in T.Parallel(KEYS, rows):
-            prob[i, j] = T.exp2(acc[i, j] * scale - norm[j])
+            prob[i, j] = exp2(acc[i, j] * scale - norm[j], j)
         T.reduce_sum(prob, total, dim=1)
 
     @T.macro

@@ -99,7 +99,8 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
             if q0 >= end:
                 n = 0
             if tx >= consumers:
-                T.set_max_nreg(regs, 0)
+                if consumers > 128:  # with one consumer warpgroup there are registers enough for all
+                    T.set_max_nreg(regs, 0)
                 if n > 0:
                     for i in T.serial(rows // step):
                         T.ptx_cp_async(
@@ -151,7 +152,8 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
                             )
                         T.cp_async_barrier_noinc(vfull[k % stages])
             else:
-                T.set_max_nreg(216, 1)
+                if consumers > 128:
+                    T.set_max_nreg(216, 1)
                 if n > 0:
                     T.fill(out, 0)
                     T.fill(total, 0)
