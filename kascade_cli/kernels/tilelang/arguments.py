@@ -130,14 +130,16 @@ def cache_view(cache: Tensor, name: str) -> Tensor:
 
 
 @functools.cache
-def split_count(rows: int, blocks: int, sms: int, *, per_sm: int = 2, most: int = 64) -> int:
+def split_count(rows: int, blocks: int, sms: int, *, thin: float = 1.0, most: int = 64) -> int:
     """How many CTAs share a row of `blocks` blocks, from shapes only.
 
-    The least time for `per_sm` resident CTAs per SM, counted in blocks: waves x (blocks per CTA + 4 to fill and drain).
+    The least time, in blocks: what the busiest SM reads (`thin` times as long when it has less than two CTAs to
+    overlap), plus a little per split for merging. Fitted to an H200.
     """
 
-    def cost(splits: int) -> int:
-        return -(-rows * splits // (sms * per_sm)) * (-(-blocks // splits) + 4)
+    def cost(splits: int) -> float:
+        busiest = -(-rows * splits // sms) * -(-blocks // splits)
+        return busiest * (1.0 if rows * splits > 1.8 * sms else thin) + 0.15 * splits
 
     return min(range(1, max(1, min(most, blocks)) + 1), key=cost)
 

@@ -200,66 +200,68 @@ def prebuild(
 
     task: "compile" (for running) or "report" (for `Kernel.report`). done(spec, seconds, error): called as each one ends.
     """
-    todo = list(specs)
-    jobs = max(1, min(jobs or os.cpu_count() or 1, len(todo)))
+    waiting = list(specs)
     failed: dict[str, str] = {}
+    lock = threading.Lock()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    command = [sys.executable, "-c", "from kascade_cli.kernels.tilelang.compile import work; work()"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": env}
 
-    def follow(share: list[Spec]) -> None:
-        code = "from kascade_cli.kernels.tilelang.compile import work; work()"
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-        with (
-            tempfile.TemporaryFile("w+") as log,
-            subprocess.Popen(
-                [sys.executable, "-c", code],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=env,
-            ) as child,
-        ):
-            assert child.stdin and child.stdout
-            child.stdin.write(json.dumps({"task": task, "specs": [[s.module, s.name, s.config] for s in share]}))
-            child.stdin.close()
-            seen = 0
-            for line in child.stdout:
-                if not line.startswith("KERNEL "):
-                    continue
-                answer = json.loads(line[len("KERNEL ") :])
-                item = share[answer["index"]]
-                seen += 1
-                if answer["error"]:
-                    failed[str(item)] = answer["error"]
+    def follow() -> None:
+        with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stderr=log, **pipes) as child:
+            while True:
+                with lock:
+                    if not waiting:
+                        break
+                    item = waiting.pop(0)
+                seconds, error = _ask(child, item, task)
+                if error is None:
+                    log.seek(0)
+                    error = f"the compiling process ended: {(log.read().strip().splitlines() or ['no message'])[-1]}"
+                if error:
+                    failed[str(item)] = error
                 if done:
-                    done(item, answer["seconds"], answer["error"])
-            if child.wait() or seen < len(share):
-                log.seek(0)
-                tail = (log.read().strip().splitlines() or ["no message"])[-1]
-                for item in share[seen:]:
-                    failed[str(item)] = f"the compiling process ended early: {tail}"
+                    done(item, seconds, error)
+                if child.poll() is not None:
+                    break
+            child.stdin.close()
 
-    threads = [threading.Thread(target=follow, args=(todo[i::jobs],)) for i in range(jobs)] if todo else []
+    threads = [threading.Thread(target=follow) for _ in range(min(jobs or os.cpu_count() or 1, len(waiting)))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    for item in waiting:  # every process died
+        failed[str(item)] = "not compiled: the compiling processes ended early"
     return failed
 
 
+def _ask(child: subprocess.Popen, item: Spec, task: str) -> tuple[float, str | None]:
+    """Hand one kernel to a compiling process; (seconds, error), the error None when the process died over it."""
+    try:
+        child.stdin.write(json.dumps([task, item.module, item.name, item.config]) + "\n")
+        child.stdin.flush()
+    except OSError:
+        return 0.0, None
+    for line in child.stdout:
+        if line.startswith("KERNEL "):
+            seconds, error = json.loads(line[len("KERNEL ") :])
+            return seconds, error
+    child.wait()
+    return 0.0, None
+
+
 def work() -> None:
-    """The body of a compiling process: a JSON job on stdin, one `KERNEL {...}` line per kernel on stdout."""
-    job = json.load(sys.stdin)
-    for index, (module, name, config) in enumerate(job["specs"]):
+    """The body of a compiling process: one JSON job a line on stdin, one `KERNEL [seconds, error]` line for each."""
+    for line in sys.stdin:
+        task, module, name, config = json.loads(line)
         start, error = time.perf_counter(), ""
         try:
             found = Spec(module, name, config).kernel
-            found.report(**config) if job["task"] == "report" else found(**config)
+            found.report(**config) if task == "report" else found(**config)
         except Exception as caught:
             error = _last_line(caught)
-        print(
-            "KERNEL " + json.dumps({"index": index, "seconds": time.perf_counter() - start, "error": error}),
-            flush=True,
-        )
+        print("KERNEL " + json.dumps([time.perf_counter() - start, error]), flush=True)
 
 
 def _inspect(name: str, config: dict[str, Any], func: Any, pass_configs: dict[str, Any]) -> Report:

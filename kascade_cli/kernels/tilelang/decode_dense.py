@@ -10,10 +10,9 @@ from torch import Tensor
 
 from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, split_count
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
-from kascade_cli.kernels.tilelang.pool import WIDTH, pooled_scores, workspace
+from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pooled_scores, workspace
 
 BLOCK = 64
-FLOAT16_MAX = 65504.0
 M = 64
 
 
@@ -35,7 +34,7 @@ def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: 
         Table: T.Tensor((B, MP), "int32"),
         Start: T.Tensor((B,), "int32"),
         Length: T.Tensor((B,), "int32"),
-        Logits: T.Tensor((B, G, group, N, WIDTH), "float16"),
+        Logits: T.Tensor((B, G, group, N, WIDTH), LOGITS[dtype]),
         PartOut: T.Tensor((B, G, splits, group, head_dim), f32),
         Lse: T.Tensor((B, G, splits, group), f32),
         scale: T.float32,
@@ -59,6 +58,8 @@ def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: 
             T.annotate_min_blocks_per_sm(2)
             T.annotate_producer_reg_dealloc(40)
             T.annotate_consumer_reg_alloc(208)
+            T.pdl_sync()
+            T.pdl_trigger()
             begin = Start[b]
             end = begin + Length[b]
             n = T.if_then_else(end > begin, T.ceildiv(end, block) - begin // block, 0)
@@ -166,6 +167,8 @@ def merge(group: int, head_dim: int, dtype: str):
             mass = T.alloc_var(f32)
             value = T.alloc_var(f32)
             d = T.get_thread_binding()
+            T.pdl_sync()
+            T.pdl_trigger()
             peak = -(2.0**30)
             mass = 0.0
             value = 0.0
@@ -197,7 +200,7 @@ def decode_dense(
     """
     call = check_decode(q, k, v, block_table, kv_start=kv_start, kv_len=kv_len)
     splits = split_count(call.rows, -(-call.slots // BLOCK), require_hopper(q.device))
-    logits, lse = workspace(call.batch, call.kv_heads, call.group, call.slots if scores else 1, splits, q.device)
+    logits, lse = workspace(call.batch, call.kv_heads, call.group, call.slots if scores else 1, splits, call.dtype, q.device)
     parts = torch.empty(
         (call.batch, call.kv_heads, splits, call.group, call.head_dim), dtype=torch.float32, device=q.device
     )

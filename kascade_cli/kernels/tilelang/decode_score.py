@@ -1,26 +1,18 @@
 """decode_score: post-softmax scores pooled over the group, from one pass over K.
 
 S^T = K Q^T: the keys are WGMMA's 64-row side and the group its narrow one (8 or 16), so nothing is padded 16-fold. Each
-thread keeps the running maximum and sum of its own rows; they meet once, at the end. Raw logits go out in float16, and
-`pool` turns them into scores when the log-sum-exp of every split is known.
+thread keeps the running maximum and sum of its own rows; they meet once, at the end. Raw logits go out in 16 or 32
+bits, and `pool` turns them into scores when the log-sum-exp of every split is known.
 """
 
 import tilelang.language as T
-import torch
 from torch import Tensor
 
 from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, split_count
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
-from kascade_cli.kernels.tilelang.pool import WIDTH, pooled_scores, workspace
+from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pooled_scores, workspace
 
-BLOCK = 128  # keys per block of the two-launch kernel
-NARROW = 64  # and of the cluster kernel
-CLUSTER = 8
-KEPT_BYTES = (
-    32 << 10,
-    144 << 10,
-)  # logits that a CTA keeps: two CTAs fit an SM with the first size, one with the second
-FLOAT16_MAX = 65504.0
+BLOCK = 128
 
 
 @kernel()
@@ -42,7 +34,7 @@ def score(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK, 
         Table: T.Tensor((B, MP), "int32"),
         Start: T.Tensor((B,), "int32"),
         Length: T.Tensor((B,), "int32"),
-        Logits: T.Tensor((B, G, group, N, WIDTH), "float16"),
+        Logits: T.Tensor((B, G, group, N, WIDTH), LOGITS[dtype]),
         Lse: T.Tensor((B, G, splits, group), f32),
         scale: T.float32,
     ):
@@ -53,7 +45,7 @@ def score(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK, 
             top = T.alloc_fragment((block, wide), f32)
             total = T.alloc_fragment((block, wide), f32)
             higher = T.alloc_fragment((block, wide), f32)
-            flip = T.alloc_shared((wide, block), "float16")
+            flip = T.alloc_shared((wide, block), LOGITS[dtype])
             tops = T.alloc_shared((block, wide), f32)
             totals = T.alloc_shared((block, wide), f32)
             toprow = T.alloc_fragment((wide, block), f32)
@@ -64,6 +56,8 @@ def score(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK, 
             lo = T.alloc_var("int32")
             begin = T.alloc_var("int32")
             end = T.alloc_var("int32")
+            T.pdl_sync()
+            T.pdl_trigger()
             begin = Start[b]
             end = begin + Length[b]
             n = T.if_then_else(end > begin, T.ceildiv(end, block) - begin // block, 0)
@@ -127,150 +121,6 @@ def score(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK, 
     return decode_score_kernel
 
 
-@kernel()
-def score_cluster(
-    group: int,
-    head_dim: int,
-    dtype: str,
-    page: int,
-    keep: int,
-    block: int = NARROW,
-    stages: int = 4,
-    cluster: int = CLUSTER,
-):
-    """Builder: the same scores in one launch. A cluster shares a row and its logits stay in shared memory.
-
-    keep: blocks of logits that a CTA has room for; the row's blocks over the cluster must not exceed it.
-    """
-    f32, policy, low = "float32", T.GemmWarpPolicy.FullRow, -(2.0**30)
-    B, G, S, MP, N = T.dynamic("B"), T.dynamic("G"), T.dynamic("S"), T.dynamic("MP"), T.dynamic("N")
-    cache = (S, page, G, head_dim) if page else (B, G, S, head_dim)
-    wide = 8 if group <= 8 else 16
-    tma = not page or page % block == 0
-
-    @T.prim_func
-    def decode_score_cluster_kernel(
-        Q: T.Tensor((B, G, group, head_dim), dtype),
-        Keys: T.Tensor(cache, dtype),
-        Table: T.Tensor((B, MP), "int32"),
-        Start: T.Tensor((B,), "int32"),
-        Length: T.Tensor((B,), "int32"),
-        Lse: T.Tensor((B, G, cluster, group), f32),
-        Scores: T.Tensor((B, G, N, block), f32),
-        scale: T.float32,
-    ):
-        with T.Kernel(cluster, G, B, threads=128, cluster_dims=(cluster, 1, 1)) as (s, g, b):
-            Qs = T.alloc_shared((wide, head_dim), dtype)
-            Ks = T.alloc_shared((block, head_dim), dtype)
-            held = T.alloc_shared((keep, group, block), "float16")
-            logit = T.alloc_fragment((block, wide), f32)
-            top = T.alloc_fragment((block, wide), f32)
-            total = T.alloc_fragment((block, wide), f32)
-            higher = T.alloc_fragment((block, wide), f32)
-            tops = T.alloc_shared((block, wide), f32)
-            totals = T.alloc_shared((block, wide), f32)
-            toprow = T.alloc_fragment((wide, block), f32)
-            totalrow = T.alloc_fragment((wide, block), f32)
-            peak = T.alloc_fragment((wide,), f32)
-            mass = T.alloc_fragment((wide,), f32)
-            whole = T.alloc_shared((group,), f32)
-            pooled = T.alloc_fragment((2 * block,), f32)
-            n = T.alloc_var("int32")
-            lo = T.alloc_var("int32")
-            begin = T.alloc_var("int32")
-            end = T.alloc_var("int32")
-            ahead = T.alloc_var("int32")
-            behind = T.alloc_var("int32")
-            best = T.alloc_var(f32)
-            sum_ = T.alloc_var(f32)
-            tx = T.get_thread_binding()
-            begin = Start[b]
-            end = begin + Length[b]
-            n = T.if_then_else(end > begin, T.ceildiv(end, block) - begin // block, 0)
-            ahead = T.if_then_else(end > begin, begin // block, N)
-            behind = ahead + n
-            lo = s * T.ceildiv(n, cluster)
-            n = T.max(T.min(T.ceildiv(n, cluster), n - lo), 0)
-            lo = lo + begin // block
-            for i, j in T.Parallel(wide, head_dim):
-                Qs[i, j] = T.if_then_else(i < group, Q[b, g, T.min(i, group - 1), j], 0)
-            T.fill(top, low)
-            T.fill(total, 0)
-            for k in T.Pipelined(n, num_stages=stages):
-                if page:
-                    if tma:
-                        T.copy(
-                            Keys[
-                                Table[b, (lo + k) * block // page],
-                                (lo + k) * block % page : (lo + k) * block % page + block,
-                                g,
-                                :,
-                            ],
-                            Ks,
-                        )
-                    else:
-                        for i, j in T.Parallel(block, head_dim):
-                            Ks[i, j] = Keys[
-                                Table[b, T.max(T.min((lo + k) * block + i, end - 1), begin) // page],
-                                T.max(T.min((lo + k) * block + i, end - 1), begin) % page,
-                                g,
-                                j,
-                            ]
-                else:
-                    T.copy(Keys[b, g, (lo + k) * block : (lo + k + 1) * block, :], Ks)
-                T.gemm(Ks, Qs, logit, transpose_B=True, clear_accum=True, policy=policy)
-                for i, j in T.Parallel(block, wide):
-                    logit[i, j] = T.if_then_else(
-                        (lo + k) * block + i >= begin and (lo + k) * block + i < end, logit[i, j] * scale, low
-                    )
-                for i, j in T.Parallel(block, wide):
-                    higher[i, j] = T.max(top[i, j], logit[i, j])
-                    total[i, j] = total[i, j] * T.exp2(top[i, j] - higher[i, j]) + T.exp2(logit[i, j] - higher[i, j])
-                    top[i, j] = higher[i, j]
-                for i, j in T.Parallel(block, wide):
-                    if j < group:
-                        held[k, j, i] = T.min(T.max(logit[i, j], -FLOAT16_MAX), FLOAT16_MAX)
-            T.copy(top, tops)
-            T.copy(total, totals)
-            for j, i in T.Parallel(wide, block):
-                toprow[j, i] = tops[i, j]
-                totalrow[j, i] = totals[i, j]
-            T.reduce_max(toprow, peak, dim=1)
-            for j, i in T.Parallel(wide, block):
-                totalrow[j, i] = totalrow[j, i] * T.exp2(toprow[j, i] - peak[j])
-            T.reduce_sum(totalrow, mass, dim=1)
-            for j in T.Parallel(wide):
-                if j < group:
-                    Lse[b, g, s, j] = T.if_then_else(
-                        mass[j] > 0 and peak[j] > low, peak[j] + T.log2(mass[j]), -T.infinity(f32)
-                    )
-            T.cluster_sync()
-            for j in T.Parallel(group):
-                best = low
-                sum_ = 0.0
-                for o in T.serial(cluster):
-                    best = T.max(best, Lse[b, g, o, j])
-                for o in T.serial(cluster):
-                    sum_ += T.exp2(Lse[b, g, o, j] - best)
-                whole[j] = best + T.log2(sum_)
-            for k in T.serial(T.ceildiv(n, 2)):
-                T.fill(pooled, 0)
-                for h in T.unroll(group):
-                    for i in T.Parallel(2 * block):
-                        pooled[i] += T.exp2(
-                            T.cast(held[T.min(2 * k + i // block, keep - 1), h, i % block], f32) - whole[h]
-                        )
-                for i in T.Parallel(2 * block):
-                    if 2 * k + i // block < n:
-                        Scores[b, g, lo + 2 * k + i // block, i % block] = pooled[i]
-            for k in T.serial(T.ceildiv(N, cluster)):
-                if k * cluster + s < N and (k * cluster + s < ahead or k * cluster + s >= behind):
-                    for i in T.Parallel(block):
-                        Scores[b, g, k * cluster + s, i] = 0
-
-    return decode_score_cluster_kernel
-
-
 def decode_score(
     q: Tensor, k: Tensor, kv_start: Tensor, kv_len: Tensor, *, scale: float, block_table: Tensor | None = None
 ) -> Tensor:
@@ -280,29 +130,8 @@ def decode_score(
     memory. Raises Unsupported for what the kernel does not take.
     """
     call = check_decode(q, k, None, block_table, kv_start=kv_start, kv_len=kv_len)
-    sms = require_hopper(q.device)
-    keep = kept_blocks(call.slots, call.group)
-    if keep:
-        blocks = -(-call.slots // NARROW)
-        shape = (call.batch, call.kv_heads, CLUSTER, call.group)
-        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-        shape = (call.batch, call.kv_heads, blocks, NARROW)
-        scores = torch.empty(shape, dtype=torch.float32, device=q.device)
-        score_cluster(**call.config(), keep=keep)(
-            call.grouped, call.k, call.table, kv_start, kv_len, lse, scores, scale * LOG2E
-        )
-        return scores.view(call.batch, call.kv_heads, blocks * NARROW)[..., : call.slots]
-    splits = split_count(call.rows, -(-call.slots // BLOCK), sms)
-    logits, lse = workspace(call.batch, call.kv_heads, call.group, call.slots, splits, q.device)
+    splits = split_count(call.rows, -(-call.slots // BLOCK), require_hopper(q.device))
+    logits, lse = workspace(call.batch, call.kv_heads, call.group, call.slots, splits, call.dtype, q.device)
     score(**call.config())(call.grouped, call.k, call.table, kv_start, kv_len, logits, lse, scale * LOG2E)
     return pooled_scores(logits, lse, kv_start, kv_len, call.slots)
 
-
-def kept_blocks(slots: int, group: int) -> int:
-    """Blocks of logits for which a CTA of `score_cluster` needs room, in two sizes; 0: the row is too long for it."""
-    share = -(-(-(-slots // NARROW) + 1) // CLUSTER)
-    for room in KEPT_BYTES:
-        keep = room // (group * NARROW * 2)
-        if share <= keep:
-            return keep
-    return 0

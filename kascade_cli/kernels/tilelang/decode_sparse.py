@@ -72,6 +72,8 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK,
             kfree = T.alloc_barrier([128] * stages)
             vfree = T.alloc_barrier([128] * stages)
             T.annotate_min_blocks_per_sm(2)
+            T.pdl_sync()
+            T.pdl_trigger()
             source = HeadMap[g]
             used = T.min(Count[b], K)
             lo = s * T.ceildiv(T.ceildiv(used, block), splits)
@@ -228,7 +230,7 @@ def decode_sparse(
     if not indices.shape[-1] or not call.rows:
         return out.zero_().flatten(1, 2)
     sms = require_hopper(q.device)
-    splits = split_count(call.rows, -(-indices.shape[-1] // BLOCK), sms)
+    splits = split_count(call.rows, -(-indices.shape[-1] // BLOCK), sms, thin=1.1)
     parts = call.rows * splits if splits > 1 else 1
     part_out = torch.empty((parts, call.group, call.head_dim), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((parts, call.group), dtype=torch.float32, device=q.device)

@@ -6,38 +6,50 @@ from torch import Tensor
 
 from kascade_cli.kernels.tilelang.compile import kernel
 
+EACH = 4  # slots per thread
 WIDTH = 1024  # slots per CTA; logits and scores are allocated in multiples of it
+FLOAT16_MAX = 65504.0
+# Logits are kept to 11 bits for bfloat16 models, finer than their own products; float16 models need more than their own.
+LOGITS = {"bfloat16": "float16", "float16": "float32"}
 
 
 @kernel()
-def pool(group: int):
+def pool(group: int, logits: str):
     """Builder: Scores[b, g, j] = sum over the group's heads of exp2(Logits - lse), zero outside the row's keys.
 
-    Logits (log2 units, float16) are only valid inside the row's keys. Lse is per split, in log2 units.
+    Logits (log2 units, of dtype `logits`) are only valid inside the row's keys. Lse is per split, in log2 units.
     """
     f32 = "float32"
     B, G, N, splits = T.dynamic("B"), T.dynamic("G"), T.dynamic("N"), T.dynamic("splits")
 
     @T.prim_func
     def pool_kernel(
-        Logits: T.Tensor((B, G, group, N, WIDTH), "float16"),
+        Logits: T.Tensor((B, G, group, N, WIDTH), logits),
         Lse: T.Tensor((B, G, splits, group), f32),
         Start: T.Tensor((B,), "int32"),
         Length: T.Tensor((B,), "int32"),
         Scores: T.Tensor((B, G, N, WIDTH), f32),
     ):
-        with T.Kernel(N, G, B, threads=256) as (n, g, b):
+        with T.Kernel(N, G, B, threads=WIDTH // EACH) as (n, g, b):
             total = T.alloc_shared((group,), f32)
-            pooled = T.alloc_fragment((WIDTH,), f32)
+            raw = T.alloc_local((group, EACH), logits)
+            pooled = T.alloc_local((EACH,), f32)
             lo = T.alloc_var("int32")
             hi = T.alloc_var("int32")
             peak = T.alloc_var(f32)
             mass = T.alloc_var(f32)
             tx = T.get_thread_binding()
+            T.pdl_sync()
+            T.pdl_trigger()
             lo = Start[b] - n * WIDTH
             hi = lo + Length[b]
-            T.fill(pooled, 0)
+            for e in T.unroll(EACH):
+                pooled[e] = 0.0
             if lo < WIDTH and hi > 0:
+                # The logits are on their way while the log-sum-exps are put together.
+                for h in T.unroll(group):
+                    for e in T.vectorized(EACH):
+                        raw[h, e] = Logits[b, g, h, n, tx * EACH + e]
                 if tx < group:
                     peak = -(2.0**30)
                     mass = 0.0
@@ -47,23 +59,23 @@ def pool(group: int):
                         mass += T.exp2(Lse[b, g, s, tx] - peak)
                     total[tx] = peak + T.log2(mass)
                 T.sync_threads()
-                for h in T.serial(group):
-                    for i in T.Parallel(WIDTH):
-                        pooled[i] += T.exp2(T.cast(Logits[b, g, h, n, i], f32) - total[h])
-                for i in T.Parallel(WIDTH):
-                    pooled[i] = T.if_then_else(i >= lo and i < hi, pooled[i], 0.0)
-            for i in T.Parallel(WIDTH):
-                Scores[b, g, n, i] = pooled[i]
+                for h in T.unroll(group):
+                    for e in T.unroll(EACH):
+                        pooled[e] += T.exp2(T.cast(raw[h, e], f32) - total[h])
+                for e in T.unroll(EACH):
+                    pooled[e] = T.if_then_else(tx * EACH + e >= lo and tx * EACH + e < hi, pooled[e], 0.0)
+            for e in T.vectorized(EACH):
+                Scores[b, g, n, tx * EACH + e] = pooled[e]
 
     return pool_kernel
 
 
 def workspace(
-    batch: int, kv_heads: int, group: int, slots: int, splits: int, device: torch.device
+    batch: int, kv_heads: int, group: int, slots: int, splits: int, dtype: str, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(logits float16 [B, G, R, N, WIDTH], split log-sum-exps float32 [B, G, splits, R]) for a scoring kernel."""
+    """(logits [B, G, R, N, WIDTH], split log-sum-exps float32 [B, G, splits, R]) for a scoring kernel."""
     blocks = -(-slots // WIDTH)
-    logits = torch.empty((batch, kv_heads, group, blocks, WIDTH), dtype=torch.float16, device=device)
+    logits = torch.empty((batch, kv_heads, group, blocks, WIDTH), dtype=getattr(torch, LOGITS[dtype]), device=device)
     return logits, torch.empty((batch, kv_heads, splits, group), dtype=torch.float32, device=device)
 
 
@@ -71,5 +83,5 @@ def pooled_scores(logits: Tensor, lse: Tensor, kv_start: Tensor, kv_len: Tensor,
     """Scores float32 [B, G, slots]: the first slots of an allocation whose rows are multiples of WIDTH."""
     batch, kv_heads, group, blocks, _ = logits.shape
     scores = torch.empty((batch, kv_heads, blocks, WIDTH), dtype=torch.float32, device=logits.device)
-    pool(group=group)(logits, lse, kv_start, kv_len, scores)
+    pool(group=group, logits=str(logits.dtype)[6:])(logits, lse, kv_start, kv_len, scores)
     return scores.view(batch, kv_heads, blocks * WIDTH)[..., :slots]

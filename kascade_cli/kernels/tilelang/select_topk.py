@@ -1,9 +1,9 @@
 """select_topk: exact radix selection, without a sort and without the host.
 
-Scores are probabilities, so their bits order them. Three histogram passes (11, 11 and 9 bits) find the count-th
-highest value; one pass counts what each warp keeps, one writes the slots, ascending. Few rows are shared out over
-clusters of up to 8 CTAs, whose histograms meet in global memory. All sums are of integers: the same input gives the
-same bits.
+Scores are probabilities, so their bits order them. A histogram of the top 11 bits finds the bin of the count-th highest
+value; one more pass over the row sets that bin's values aside, and the last 20 bits are settled among those. A last pass
+writes the slots, ascending. Few rows are shared out over clusters of up to 8 CTAs, whose histograms meet in global
+memory. All sums are of integers: the same input gives the same bits.
 """
 
 import tilelang.language as T
@@ -15,6 +15,8 @@ from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
 
 BINS = 2048
 VEC = 4
+ROOM = 8  # values that a thread can set aside; with more it goes through its share again
+AHEAD = 2  # vectors that a thread has in flight in the first pass
 
 
 # Barriers are all written out: TileLang's own placement puts two in every turn of the histogram loops.
@@ -26,19 +28,22 @@ def topk(cluster: int, staged: int, threads: int):
     warps, per = threads // 32, BINS // threads
 
     @T.macro
-    def fetch(Scores, kept, value, bits, row, base, i):
-        if staged:
-            if i < staged:
-                for e in T.vectorized(VEC):
-                    value[e] = kept[i, e]
-            else:
-                for e in T.vectorized(VEC):
-                    value[e] = Scores[row, base + i, e]
+    def convert(value, bits, slot, first, last):
+        """Scores to ordered integers; -1, below every score, for slots that are not the row's."""
+        for e in T.unroll(VEC):
+            bits[e] = T.if_then_else(
+                slot + e >= first and slot + e < last, T.max(T.reinterpret(value[e], "int32"), 0), -1
+            )
+
+    @T.macro
+    def fetch(Scores, kept, value, bits, row, base, i, first, last):
+        if i < staged:
+            for e in T.vectorized(VEC):
+                bits[e] = kept[i, e]
         else:
             for e in T.vectorized(VEC):
                 value[e] = Scores[row, base + i, e]
-        for e in T.unroll(VEC):
-            bits[e] = T.reinterpret(value[e], "uint32") & T.uint32(0x7FFFFFFF)
+            convert(value, bits, (base + i) * VEC, first, last)
 
     @T.prim_func
     def select_topk_kernel(
@@ -63,36 +68,38 @@ def topk(cluster: int, staged: int, threads: int):
             found = T.alloc_shared((3,), "int32")
             over = T.alloc_shared((warps,), "int32")
             ties = T.alloc_shared((warps,), "int32")
-            kept = T.alloc_shared((staged if staged else 1, VEC), "float32")
+            aside = T.alloc_shared((ROOM, threads), "int32")
+            kept = T.alloc_shared((staged, VEC), "int32")
             value = T.alloc_local((VEC,), "float32")
-            bits = T.alloc_local((VEC,), "uint32")
-            above = T.alloc_local((VEC,), "uint32")
-            equal = T.alloc_local((VEC,), "uint32")
+            many = T.alloc_local((AHEAD, VEC), "float32")
+            bits = T.alloc_local((VEC,), "int32")
             held = T.alloc_local((per,), "int32")
             first = T.alloc_var("int32")  # the row's slots are [first, last)
             last = T.alloc_var("int32")
             want = T.alloc_var("int32")
             need = T.alloc_var("int32")  # how many of the threshold's bin are still wanted
             inside = T.alloc_var("int32")  # how many values that bin holds
-            prefix = T.alloc_var("uint32")  # the threshold's bits so far
+            prefix = T.alloc_var("int32")  # the threshold's bits so far
             base = T.alloc_var("int32")  # this CTA's vectors are [base, base + share)
             share = T.alloc_var("int32")
             turns = T.alloc_var("int32")
             mine = T.alloc_var("int32")
             rest = T.alloc_var("int32")
             high = T.alloc_var("int32")
+            sure = T.alloc_var("int32")  # this thread's values above the threshold's first bin
             low = T.alloc_var("int32")
+            put = T.alloc_var("int32")  # this thread's values in that bin
             at = T.alloc_var("int32")
             tie = T.alloc_var("int32")
             rank = T.alloc_var("int32")
-            slot = T.alloc_var("int32")
             lane = T.alloc_var("int32")
             warp = T.alloc_var("int32")
-            below = T.alloc_var("uint32")
+            origin = T.alloc_var("int32")
+            T.pdl_sync()
+            T.pdl_trigger()
             tx = T.get_thread_binding()
             lane = tx % 32
             warp = tx // 32
-            below = (T.uint32(1) << T.cast(lane, "uint32")) - T.uint32(1)
             first = T.max(Start[T.truncdiv(r, start_over) * start_of + T.truncmod(r, start_of)], 0)
             last = Length[T.truncdiv(r, length_over) * length_of + T.truncmod(r, length_of)]
             last = T.min(first + T.max(last, 0), width)
@@ -106,44 +113,61 @@ def topk(cluster: int, staged: int, threads: int):
                 share = T.ceildiv(T.ceildiv(last, VEC) - first // VEC, cluster)
                 base = first // VEC + c * share
                 share = T.max(T.min(share, T.ceildiv(last, VEC) - base), 0)
+                # Each warp owns a contiguous stretch of `turns` groups of 128 slots, in every pass.
                 turns = T.ceildiv(share, threads)
+                origin = warp * turns * 32 + lane
                 need = want
                 inside = last - first
-                prefix = T.uint32(0)
+                prefix = 0
+                sure = 0
+                put = 0
                 for p in T.unroll(3):
                     for i in T.unroll(per):
                         bins[i * threads + tx] = 0
                     T.sync_threads()
-                    for i in T.serial(turns):
-                        if i * threads + tx < share:
-                            if p == 0:
-                                for e in T.vectorized(VEC):
-                                    value[e] = Scores[r, base + i * threads + tx, e]
-                                for e in T.unroll(VEC):
-                                    bits[e] = T.reinterpret(value[e], "uint32") & T.uint32(0x7FFFFFFF)
-                                if staged:
-                                    if i * threads + tx < staged:
+                    # Digit 0 is counted by subtraction: rows full of zeros would queue for one address.
+                    if p == 0:
+                        for i in T.serial(T.ceildiv(turns, AHEAD)):
+                            for w in T.unroll(AHEAD):
+                                if i * AHEAD + w < turns and origin + (i * AHEAD + w) * 32 < share:
+                                    for e in T.vectorized(VEC):
+                                        many[w, e] = Scores[r, base + origin + (i * AHEAD + w) * 32, e]
+                            for w in T.unroll(AHEAD):
+                                if i * AHEAD + w < turns and origin + (i * AHEAD + w) * 32 < share:
+                                    for e in T.unroll(VEC):
+                                        value[e] = many[w, e]
+                                    convert(value, bits, (base + origin + (i * AHEAD + w) * 32) * VEC, first, last)
+                                    if origin + (i * AHEAD + w) * 32 < staged:
                                         for e in T.vectorized(VEC):
-                                            kept[i * threads + tx, e] = value[e]
-                            else:
-                                fetch(Scores, kept, value, bits, r, base, i * threads + tx)
-                            for e in T.unroll(VEC):
-                                slot = (base + i * threads + tx) * VEC + e
-                                # Digit 0 is counted by subtraction: rows full of zeros would queue for one address.
-                                if slot >= first and slot < last:
-                                    if p == 0:
-                                        if bits[e] >= T.uint32(1 << 20):
-                                            T.atomic_add(bins[T.cast(bits[e] >> T.uint32(20), "int32")], 1)
-                                    if p == 1:
-                                        if bits[e] >> T.uint32(20) == prefix >> T.uint32(20):
-                                            if (bits[e] & T.uint32(0xFFE00)) != T.uint32(0):
-                                                T.atomic_add(
-                                                    bins[T.cast((bits[e] >> T.uint32(9)) & T.uint32(2047), "int32")], 1
-                                                )
-                                    if p == 2:
-                                        if bits[e] >> T.uint32(9) == prefix >> T.uint32(9):
-                                            if (bits[e] & T.uint32(511)) != T.uint32(0):
-                                                T.atomic_add(bins[T.cast(bits[e] & T.uint32(511), "int32")], 1)
+                                            kept[origin + (i * AHEAD + w) * 32, e] = bits[e]
+                                    for e in T.unroll(VEC):
+                                        if bits[e] >= 1 << 20:
+                                            T.atomic_add(bins[bits[e] >> 20], 1)
+                    if p == 1:
+                        for i in T.serial(turns):
+                            if origin + i * 32 < share:
+                                fetch(Scores, kept, value, bits, r, base, origin + i * 32, first, last)
+                                for e in T.unroll(VEC):
+                                    if (bits[e] >> 20) > (prefix >> 20):
+                                        sure += 1
+                                    if (bits[e] >> 20) == (prefix >> 20):
+                                        if ((bits[e] >> 9) & 2047) != 0:
+                                            T.atomic_add(bins[(bits[e] >> 9) & 2047], 1)
+                                        if put < ROOM:
+                                            aside[put, tx] = bits[e]
+                                        put += 1
+                    if p == 2:
+                        if put <= ROOM:
+                            for i in T.serial(put):
+                                if (aside[i, tx] >> 9) == (prefix >> 9) and (aside[i, tx] & 511) != 0:
+                                    T.atomic_add(bins[aside[i, tx] & 511], 1)
+                        else:
+                            for i in T.serial(turns):
+                                if origin + i * 32 < share:
+                                    fetch(Scores, kept, value, bits, r, base, origin + i * 32, first, last)
+                                    for e in T.unroll(VEC):
+                                        if (bits[e] >> 9) == (prefix >> 9) and (bits[e] & 511) != 0:
+                                            T.atomic_add(bins[bits[e] & 511], 1)
                     T.sync_threads()
                     for i in T.unroll(per):
                         held[i] = bins[per * tx + i]
@@ -182,20 +206,25 @@ def topk(cluster: int, staged: int, threads: int):
                     need = found[1]
                     inside = found[2]
                     if p == 0:
-                        prefix = T.cast(found[0], "uint32") << T.uint32(20)
+                        prefix = found[0] << 20
                     if p == 1:
-                        prefix = prefix | (T.cast(found[0], "uint32") << T.uint32(9))
+                        prefix = prefix | (found[0] << 9)
                     if p == 2:
-                        prefix = prefix | T.cast(found[0], "uint32")
-                # Each warp owns a contiguous stretch of `turns` groups of 128 slots: count, then write without waiting.
-                high = 0
+                        prefix = prefix | found[0]
+                high = sure
                 low = 0
-                for i in T.serial(turns):
-                    if (warp * turns + i) * 32 + lane < share:
-                        fetch(Scores, kept, value, bits, r, base, (warp * turns + i) * 32 + lane)
-                        for e in T.unroll(VEC):
-                            slot = (base + (warp * turns + i) * 32 + lane) * VEC + e
-                            if slot >= first and slot < last:
+                if put <= ROOM:
+                    for i in T.serial(put):
+                        if aside[i, tx] > prefix:
+                            high += 1
+                        if aside[i, tx] == prefix:
+                            low += 1
+                else:
+                    high = 0
+                    for i in T.serial(turns):
+                        if origin + i * 32 < share:
+                            fetch(Scores, kept, value, bits, r, base, origin + i * 32, first, last)
+                            for e in T.unroll(VEC):
                                 if bits[e] > prefix:
                                     high += 1
                                 if bits[e] == prefix:
@@ -224,34 +253,37 @@ def topk(cluster: int, staged: int, threads: int):
                 # Before this warp come `at` values above the threshold and `tie` equal to it; of all ties the first
                 # `need` are taken, so the next entry goes to at + min(tie, need).
                 for i in T.serial(turns):
-                    if (warp * turns + i) * 32 < share:
+                    if warp * turns * 32 + i * 32 < share:
                         for e in T.unroll(VEC):
-                            bits[e] = T.uint32(0)
-                        if (warp * turns + i) * 32 + lane < share:
-                            fetch(Scores, kept, value, bits, r, base, (warp * turns + i) * 32 + lane)
+                            bits[e] = -1
+                        if origin + i * 32 < share:
+                            fetch(Scores, kept, value, bits, r, base, origin + i * 32, first, last)
+                        rest = 0
                         for e in T.unroll(VEC):
-                            slot = (base + (warp * turns + i) * 32 + lane) * VEC + e
-                            high = T.if_then_else(
-                                slot >= first and slot < last and (warp * turns + i) * 32 + lane < share, 1, 0
-                            )
-                            above[e] = T.cast(T.ballot_sync(high == 1 and bits[e] > prefix), "uint32")
-                            equal[e] = T.cast(T.ballot_sync(high == 1 and bits[e] == prefix), "uint32")
-                        rank = tie
-                        mine = at
-                        for e in T.unroll(VEC):
-                            rank += T.cast(T.popcount(equal[e] & below), "int32")
-                            mine += T.cast(T.popcount(above[e] & below), "int32")
-                            tie += T.cast(T.popcount(equal[e]), "int32")
-                            at += T.cast(T.popcount(above[e]), "int32")
-                        for e in T.unroll(VEC):
-                            slot = (base + (warp * turns + i) * 32 + lane) * VEC + e
-                            if (above[e] >> T.cast(lane, "uint32")) & T.uint32(1) == T.uint32(1):
-                                Out[r, mine + T.min(rank, need)] = slot
-                                mine += 1
-                            if (equal[e] >> T.cast(lane, "uint32")) & T.uint32(1) == T.uint32(1):
-                                if rank < need:
-                                    Out[r, mine + rank] = slot
-                                rank += 1
+                            if bits[e] > prefix:
+                                rest += 1
+                            if bits[e] == prefix:
+                                rest += 1 << 16
+                        mine = rest
+                        for d in T.unroll(5):
+                            high = T.shfl_up(mine, 1 << d)
+                            if lane >= (1 << d):
+                                mine += high
+                        high = T.shfl_sync(mine, 31)
+                        mine -= rest
+                        rank = tie + (mine >> 16)
+                        mine = at + (mine & 65535)
+                        at += high & 65535
+                        tie += high >> 16
+                        if rest != 0:
+                            for e in T.unroll(VEC):
+                                if bits[e] > prefix:
+                                    Out[r, mine + T.min(rank, need)] = (base + origin + i * 32) * VEC + e
+                                    mine += 1
+                                if bits[e] == prefix:
+                                    if rank < need:
+                                        Out[r, mine + rank] = (base + origin + i * 32) * VEC + e
+                                    rank += 1
             for i in T.serial(T.ceildiv(K - want, threads * cluster)):
                 if want + (i * cluster + c) * threads + tx < K:
                     Out[r, want + (i * cluster + c) * threads + tx] = -1

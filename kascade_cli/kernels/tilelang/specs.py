@@ -7,15 +7,13 @@ from kascade_cli.kernels.tilelang.compile import Spec
 def decode_specs(group: int, head_dim: int, dtype: str, page: int = 0) -> list[Spec]:
     """The decode kernels of a GQA group, head size, dtype ("bfloat16", "float16") and page size (0: contiguous)."""
     config = {"group": group, "head_dim": head_dim, "dtype": dtype, "page": page}
-    rooms = {room // (group * decode_score.NARROW * 2) for room in decode_score.KEPT_BYTES}
     return [
         decode_dense.dense.spec(**config, write=True),
         decode_dense.dense.spec(**config, write=False),
         decode_dense.merge.spec(group=group, head_dim=head_dim, dtype=dtype),
         decode_score.score.spec(**config),
-        *(decode_score.score_cluster.spec(**config, keep=keep) for keep in sorted(rooms)),
         decode_sparse.sparse.spec(**config),
-        pool.pool.spec(group=group),
+        pool.pool.spec(group=group, logits=pool.LOGITS[dtype]),
     ]
 
 
