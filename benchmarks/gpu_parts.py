@@ -1,0 +1,335 @@
+"""The parts of gpu_suite.py. Each takes a Context and leaves rows, failures and a one-line summary in it."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kascade_cli.benchmarking import report
+from kascade_cli.benchmarking.roles import Setting
+from kascade_cli.benchmarking.shapes import SHAPES, named_shape, random_model
+from kascade_cli.benchmarking.timing import ceilings, free_memory
+from kascade_cli.kernels import check, check_prefill, get_backend
+from kascade_cli.schema import Budget, Profile
+
+# (query heads per KV head, head size, dtype) that the prefill numerics cover; the first is the benchmark's.
+PREFILL_CORNERS = (
+    (4, 128, "bfloat16"),
+    (4, 128, "float16"),
+    (1, 128, "bfloat16"),
+    (7, 64, "float16"),
+    (16, 64, "bfloat16"),
+)
+SPEED = {
+    "decode": ((64, 32768), (16, 131072), (1, 131072), (4, 32768)),
+    "prefill": ((1, 32768), (1, 131072)),
+}
+
+
+class Context:
+    """Where a part writes, when it must end, and what it runs on."""
+
+    def __init__(self, into: Path, deadline: float, dry: bool):
+        self.into, self.deadline, self.dry = into, deadline, dry
+        self.device = torch.device("cpu" if dry else "cuda")
+        self.data: dict[str, Any] = {"failures": [], "machine": report.machine(self.device)}
+
+    @property
+    def left(self) -> float:
+        """Seconds to the end."""
+        return self.deadline - time.monotonic()
+
+    def backend(self) -> Any:
+        """TileLang, strictly: a fallback would hide a failure."""
+        return get_backend("torch" if self.dry else "tilelang", self.device)
+
+    def fail(self, line: str) -> None:
+        """Notes a failure."""
+        self.data["failures"].append(line[:400])
+        print("FAILED", line, flush=True)
+
+    def save(self) -> None:
+        """Writes what there is, so that it survives whatever comes next."""
+        temporary = self.into.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.data))
+        temporary.replace(self.into)
+
+
+def part_compile(ctx: Context) -> None:
+    """Builds every kernel that the other parts use, in parallel processes."""
+    if ctx.dry:
+        ctx.data["summary"] = "not on a CPU"
+        return
+    from kascade_cli.kernels.tilelang.compile import prebuild
+
+    found = wanted_specs()
+    times: dict[str, float] = {}
+
+    def done(spec: Any, seconds: float, error: str) -> None:
+        times[str(spec)] = round(seconds, 1)
+        print(f"{seconds:5.1f} s {spec} {error}", flush=True)
+
+    failed = prebuild(found, jobs=max(2, (os.cpu_count() or 4) - 1), done=done)
+    for spec, error in failed.items():
+        ctx.fail(f"{spec}: {error}")
+    ctx.data |= {"kernels": times, "summary": f"{len(found) - len(failed)} of {len(found)} kernels"}
+
+
+def wanted_specs() -> list[Any]:
+    """Kernels of the numerics cases, the demo model and the speed table, each once, slow ones first."""
+    from kascade_cli.kernels.tilelang import specs
+
+    shapes = {(case.heads // case.kv_heads, case.dim, str(case.dtype)[6:], case.page) for case in check.CASES}
+    shapes |= {(4, 128, "bfloat16", 0), (4, 64, "bfloat16", 0)}
+    prefill = getattr(specs, "prefill_specs", None)
+    found: list[Any] = []
+    for corner in (*PREFILL_CORNERS, (4, 64, "bfloat16")):
+        found += prefill(*corner) if prefill else []
+    found += specs.select_specs()
+    for shape in sorted(shapes):
+        found += specs.decode_specs(*shape)
+    return list({str(spec): spec for spec in found}.values())
+
+
+def judge(ctx: Context, rows: list[dict[str, Any]]) -> None:
+    """Adds numerics rows and their failures; the summary counts them per op."""
+    known = ctx.data.setdefault("rows", [])
+    known += rows
+    for row in rows:
+        if not row["ok"]:
+            limit = row.get("bound", row.get("plain"))
+            ctx.fail(f"{row['op']} {row['case']}: error {row.get('error')}, limit {limit} {row.get('note', '')}")
+    good = sum(row["ok"] for row in known)
+    ctx.data["summary"] = f"{good} of {len(known)} checks"
+    ctx.save()
+
+
+def part_decode(ctx: Context) -> None:
+    """Numerics of the decode ops, adversarial Top-k rows, and a CUDA graph replayed with other lengths."""
+    ops = ctx.backend()
+    cases = check.CASES[:2] if ctx.dry else check.CASES
+    for number, case in enumerate(cases):
+        if ctx.left < 5:
+            ctx.fail(f"no time for {len(cases) - number} of {len(cases)} decode cases")
+            break
+        judge(ctx, check.check_decode(ops, ctx.device, (case,), seed=number))
+        free_memory(ctx.device)
+    for width in (1, 33) if ctx.dry else (1, 33, 4097, 40000, 1 << 19):
+        if ctx.left < 5:
+            ctx.fail(f"no time for Top-k rows of {width}")
+            break
+        judge(ctx, check.check_select(ops, ctx.device, (width,)))
+    if not ctx.dry:
+        judge(ctx, check.check_graph(ops, ctx.device))
+
+
+def prefill_cases(dry: bool) -> list[Any]:
+    """Whole prompts of odd lengths, late chunks and ragged batches, over the corners."""
+    if found := getattr(check_prefill, "CASES", None):
+        return list(found[:2] if dry else found)
+    single, late, ragged = check_prefill.single, check_prefill.late, check_prefill.ragged
+    first = (torch.bfloat16, 4, 128)
+    if dry:
+        return [single(*first, 33), ragged(*first, 129)]
+    cases = [single(*first, length) for length in (1, 33, 127, 129, 1000, 4097)]
+    cases += [late(*first, 32768 + 17, 100), late(*first, 131072, 64)]
+    for group, size, dtype in PREFILL_CORNERS:
+        corner = (getattr(torch, dtype), group, size)
+        cases += [single(*corner, 1025), late(*corner, 5000, 333), ragged(*corner, 777)]
+    return cases
+
+
+def part_prefill(ctx: Context) -> None:
+    """Numerics of the prefill ops."""
+    ops = ctx.backend()
+    cases = prefill_cases(ctx.dry)
+    for number, case in enumerate(cases):
+        if ctx.left < 5:
+            ctx.fail(f"no time for {len(cases) - number} of {len(cases)} prefill cases")
+            break
+        try:
+            rows = check_prefill.check(ops, case, seed=number, device=str(ctx.device))
+        except Exception as error:  # one broken case must not hide the others
+            line = " ".join(str(error).split())[:300]
+            rows = [{"op": "all", "case": str(case), "ok": False, "note": f"{type(error).__name__}: {line}"}]
+        judge(ctx, rows)
+        free_memory(ctx.device)
+
+
+def part_stress(ctx: Context) -> None:
+    """The same inputs again and again, other seeds in between: changing bits are a race."""
+    if ctx.dry:
+        ctx.data["summary"] = "not on a CPU"
+        return
+    ops = ctx.backend()
+    judge(ctx, check.stress_decode(ops, ctx.device, repeats=50))
+    free_memory(ctx.device)
+    share = max(10.0, ctx.left * 0.8) / len(PREFILL_CORNERS)
+    rows = []
+    for group, size, dtype in PREFILL_CORNERS:
+        case = check_prefill.ragged(getattr(torch, dtype), group, size, 1500)
+        end, seeds, runs = time.monotonic() + share, 0, 0
+        while time.monotonic() < end and ctx.left > 5:
+            found = check_prefill.stress(ops, case, seeds=4, repeats=5)
+            seeds, runs = seeds + 4, runs + 20
+            changed = {op: times for op, times in found["changed"].items() if times}
+            if changed:
+                rows.append({"op": "stress", "case": str(case), "ok": False, "note": f"bits change: {changed}"})
+                break
+        rows.append({"op": "stress", "case": str(case), "ok": True, "note": f"{runs} runs over {seeds} seeds"})
+    judge(ctx, rows)
+
+
+def demo_profile(model: Any) -> tuple[Profile, str]:
+    """The shipped profile of the demo model; without one, anchors spread evenly with identity head maps."""
+    from kascade_cli.benchmarking.e2e import profile_for
+
+    for path in sorted(Path(__file__).resolve().parents[1].glob("profiles/demo*.yaml")):
+        profile = Profile.load(path)
+        if profile.model.layers == model.config.num_hidden_layers:
+            return profile, path.name
+    shape = named_shape("demo")
+    setting = Setting(get_backend("torch", "cpu"), torch.device("cpu"), torch.float32, Budget())
+    return profile_for(model, shape, setting), "evenly spread anchors"
+
+
+def part_demo(ctx: Context) -> None:
+    """Greedy answers of the demo model to the built-in tasks: dense, and kascade on both backends."""
+    import kascade_cli
+    from kascade_cli.attention import attach
+    from kascade_cli.models import load_model
+    from kascade_cli.tasks import make_prompts
+
+    model, tokenizer = load_model("demo", dtype="float32" if ctx.dry else "bfloat16", device=str(ctx.device))
+    profile, source = demo_profile(model)
+    lengths, count = ((512,), 1) if ctx.dry else ((1024, 4096), 4)
+    prompts = [
+        prompt
+        for length in lengths
+        for prompt in make_prompts("hops", length=length, count=count, questions_per_task=4, seed=7)
+    ]
+    answers: dict[str, list[str]] = {}
+    wanted = [question.answer for prompt in prompts for question in prompt.questions]
+    torch_only = {"dense": None, "torch": "torch"}
+    for name, backend in (torch_only if ctx.dry else {**torch_only, "tilelang": "tilelang"}).items():
+        given: list[str] = []
+        for prompt in prompts:
+            if backend is None:
+                given += greedy(model, tokenizer, prompt)
+            else:
+                with attach(model, profile, backend=backend, allow_other_weights=True) as attachment:
+                    given += greedy(model, tokenizer, prompt)
+                    density = attachment.report()
+                ctx.data.setdefault("density", {})[name] = round(density["density"], 4)
+        answers[name] = given
+        right = sum(a.split() == b.split() for a, b in zip(given, wanted, strict=True)) / len(wanted)
+        ctx.data.setdefault("accuracy", {})[name] = round(right, 4)
+        ctx.save()
+    other = answers["torch" if ctx.dry else "tilelang"]
+    differ = [i for i, (a, b) in enumerate(zip(answers["torch"], other, strict=True)) if a != b]
+    ctx.data |= {"profile": source, "questions": len(wanted), "different_answers": len(differ)}
+    ctx.data["summary"] = f"{len(differ)} of {len(wanted)} answers differ; accuracy {ctx.data['accuracy']}"
+    ctx.data["package"] = kascade_cli.__version__
+    for i in differ[:5]:
+        ctx.fail(f"question {i}: torch '{answers['torch'][i]}', tilelang '{other[i]}', right '{wanted[i]}'")
+
+
+def greedy(model: Any, tokenizer: Any, prompt: Any) -> list[str]:
+    """Answers to all questions of a prompt, one left-padded batch."""
+    from kascade_cli.tasks.encoding import encode_more, encode_text
+
+    haystack = encode_text(tokenizer, prompt.haystack)
+    rows = [haystack + encode_more(tokenizer, question.prompt) for question in prompt.questions]
+    sizes = [len(encode_more(tokenizer, question.answer)) for question in prompt.questions]
+    width = max(len(row) for row in rows)
+    pad = tokenizer.pad_token_id or 0
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    options = {"max_new_tokens": max(sizes), "min_new_tokens": max(sizes), "do_sample": False, "pad_token_id": pad}
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=mask, **options)
+    return [tokenizer.decode(row[width : width + size]) for row, size in zip(out.tolist(), sizes, strict=True)]
+
+
+def speed_setting(ctx: Context, seconds: float) -> Setting:
+    """bfloat16, ratio 0.10 on a GPU; float32 and few keys in a dry run."""
+    dtype = torch.float32 if ctx.dry else torch.bfloat16
+    budget = Budget(ratio=0.10, min_keys=32 if ctx.dry else 128)
+    return Setting(ctx.backend(), ctx.device, dtype, budget, 0.02 if ctx.dry else seconds)
+
+
+def part_model(ctx: Context) -> None:
+    """Table 3 at the sizes of the speed table."""
+    from kascade_cli.benchmarking.baselines import choose
+    from kascade_cli.benchmarking.model import run_model
+
+    setting = speed_setting(ctx, 0.35)
+    shape = named_shape("demo") if ctx.dry else SHAPES["llama-3.1-8b"]
+    ctx.data |= {"rows": [], "ceilings": ceilings(ctx.device)}
+    ctx.data["machine"]["ceilings"] = ctx.data.pop("ceilings")
+    ctx.save()
+    free_memory(ctx.device)
+
+    def done(rows: list[dict[str, Any]]) -> None:
+        ctx.data["rows"] += rows
+        for row in rows:
+            if row["kind"] == "failed":
+                ctx.fail(f"{row['phase']} {row['size']}: {row['error']}")
+            elif row.get("note"):
+                print(row["name"], row["size"], row["note"], flush=True)
+        ctx.save()
+
+    measured = 0
+    for phase, sizes in ({"decode": ((1, 512),), "prefill": ((1, 256),)} if ctx.dry else SPEED).items():
+        chosen = [entry for entry in choose("all", setting.backend) if ctx.dry or entry.name != "sdpa"]
+        for size in sizes:
+            if ctx.left < 8:
+                ctx.fail(f"no time for {phase} {size}")
+                continue
+            try:
+                run_model(shape, phase, [size], setting, chosen, say=print, done=done)
+                measured += 1
+            except Exception as error:
+                print(f"{phase} {size}: {error}", flush=True)
+    ctx.data["summary"] = f"{measured} sizes"
+
+
+def part_e2e(ctx: Context) -> None:
+    """Llama-3.1-8B's shape, random weights: decode at 8 x 64k (fewer rows on a smaller GPU) and a 32k prefill."""
+    from kascade_cli.benchmarking.e2e import run_e2e
+    from kascade_cli.models import load_model
+
+    setting = speed_setting(ctx, 1.0)
+    shape = named_shape("demo") if ctx.dry else SHAPES["llama-3.1-8b"]
+    ctx.data["rows"] = []
+    if ctx.dry:
+        model, _ = load_model("demo", dtype="float32", device="cpu")
+        plan = [("decode", (1, 256)), ("prefill", (1, 256))]
+    else:
+        model = random_model(shape, dtype=torch.bfloat16, device=ctx.device)
+        free, _ = torch.cuda.mem_get_info()
+        row = 2 * 65536 * shape.kv_heads * shape.head_dim * 2 * shape.layers
+        batch = next((b for b in (8, 4, 2) if b * row < 0.85 * free), 1)
+        plan = [("decode", (batch, 65536)), ("prefill", (1, 32768)), ("decode", (1, 131072))]
+
+    def done(rows: list[dict[str, Any]]) -> None:
+        ctx.data["rows"] += rows
+        for row in rows:
+            if row["kind"] == "failed":
+                ctx.fail(f"{row['phase']} {row['size']}: {row['error']}")
+            elif row.get("note"):
+                ctx.fail(f"{row['name']} {row['phase']} {row['size']}: {row['note']}")
+        ctx.save()
+
+    for phase, size in plan:
+        if ctx.left < 10:
+            ctx.fail(f"no time for {phase} {size}")
+            continue
+        try:
+            run_e2e(model, shape, phase, [size], setting, say=print, done=done)
+        except Exception as error:
+            print(f"{phase} {size}: {error}", flush=True)
+    ctx.data["summary"] = f"{len(ctx.data['rows'])} rows"
