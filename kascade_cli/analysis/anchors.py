@@ -137,9 +137,7 @@ def free_value(gains: np.ndarray, anchors: tuple[int, ...]) -> int:
     return int(gains[list(anchors)].max(axis=0).sum())
 
 
-def free_set(
-    gains: np.ndarray, layers: int, size: int, start: tuple[int, ...], time_limit: float = 300.0
-) -> FreeSet:
+def free_set(gains: np.ndarray, layers: int, size: int, start: tuple[int, ...], time_limit: float = 300.0) -> FreeSet:
     """The p-median problem: `size` anchors, layer 0 among them, that maximise `free_value`.
 
     A MILP for HiGHS with binary x[a] (layer a is an anchor) and y[a, c] <= x[a] (client c reads a), sum_a

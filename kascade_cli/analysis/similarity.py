@@ -69,6 +69,7 @@ class Measured:
     reduce: str
     tiles: dict[str, int]
     sim: dict[str, np.ndarray]
+    present: dict[str, np.ndarray]
     importance: np.ndarray
     importance_per_prompt: np.ndarray
     top_mass: np.ndarray
@@ -146,9 +147,7 @@ def _read_slab(prompt: Prompt, layer: int, first: int, count: int) -> np.ndarray
     return slab
 
 
-def _tile_ratio(
-    bits: np.ndarray, start: int, length: int, chosen: list[np.ndarray], top_k: int
-) -> np.ndarray:
+def _tile_ratio(bits: np.ndarray, start: int, length: int, chosen: list[np.ndarray], top_k: int) -> np.ndarray:
     """sim of one tile and layer b against every layer a <= b: float32 [G, (b + 1) * G], column a * G + g'.
 
     bits: uint16 [G, n_tokens]. Appends this layer's own choice to `chosen` (one flat index array per layer).
@@ -218,9 +217,7 @@ def measure(
     results = []
     with open_capture(path) as capture:
         if not capture.prompts:
-            raise KascadeError(
-                f"{path}: no complete prompt; finish the capture with `kascade profile ... --resume`"
-            )
+            raise KascadeError(f"{path}: no complete prompt; finish the capture with `kascade profile ... --resume`")
         if workers is None:
             workers = default_workers(sum(prompt.mass.size * 2 for prompt in capture))
         for result in _results(capture, top_k, reduce, min(len(capture), workers)):
@@ -234,11 +231,12 @@ def _merge(
     path: Path, meta: dict, layers: list[int], results: list[PromptSimilarity], top_k: int, reduce: str
 ) -> Measured:
     results.sort(key=PromptSimilarity.order)
-    sim = {}
+    sim, present = {}, {}
     for phase in PHASES:
-        present = [result.sim[phase] for result in results if phase in result.sim]
-        if present:
-            sim[phase] = np.stack(present)
+        having = [index for index, result in enumerate(results) if phase in result.sim]
+        if having:
+            present[phase] = np.array(having)
+            sim[phase] = np.stack([results[index].sim[phase] for index in having])
     if not sim:
         raise KascadeError(f"{path}: no tile was captured, neither prefill tiles nor decode rows")
     importance = np.stack([result.importance for result in results])
@@ -255,6 +253,7 @@ def _merge(
         reduce=reduce,
         tiles={phase: sum(result.tiles[phase] for result in results) for phase in PHASES},
         sim=sim,
+        present=present,
         importance=importance.mean(axis=0, dtype=np.float64),
         importance_per_prompt=importance,
         top_mass=top_mass,

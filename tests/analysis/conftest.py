@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from toy_captures import random_prompt, write_capture
+
+from tests.toy_captures import random_prompt, write_capture
 
 
 @pytest.fixture

@@ -16,7 +16,9 @@ def random_gains(rng, layers, ties=False):
 
 
 def brute_force(gains, size):
-    """Every set of `size` anchors with layer 0, best first, ties lexicographic; nearest anchor by definition."""
+    """Every set of `size` anchors with layer 0, best first, ties lexicographic; nearest anchor by
+    definition.
+    """
     layers = len(gains)
     ranked = []
     for rest in itertools.combinations(range(1, layers), size - 1):
@@ -77,8 +79,7 @@ def test_free_assignment_is_the_p_median_optimum_and_never_below_the_dp(phases):
         gains = anchors.client_gains(sims, weights)
         for size in range(1, layers + 1):
             best = max(
-                anchors.free_value(gains, (0, *rest))
-                for rest in itertools.combinations(range(1, layers), size - 1)
+                anchors.free_value(gains, (0, *rest)) for rest in itertools.combinations(range(1, layers), size - 1)
             )
             found = anchors.free_set(gains, layers, size, nearest[size - 1].anchors)
             assert found.proven
@@ -98,16 +99,12 @@ def test_free_value_by_hand():
         for b in range(5):
             for g in range(3):
                 wanted += weights[b] * max(sim[a, b, h, g] for a in (0, 2, 3) if a <= b for h in range(3)) / 6
-    assert anchors.free_value(anchors.client_gains(sims, weights), (0, 2, 3)) / anchors.ONE == pytest.approx(
-        wanted
-    )
+    assert anchors.free_value(anchors.client_gains(sims, weights), (0, 2, 3)) / anchors.ONE == pytest.approx(wanted)
 
 
 def test_head_maps_by_hand():
     sim = random_sims(np.random.default_rng(2), 4, 3, ("decode",))["decode"]
-    assert anchors.head_map(sim, 1, 3) == [
-        max(range(3), key=lambda h, g=g: sim[1, 3, h, g]) for g in range(3)
-    ]
+    assert anchors.head_map(sim, 1, 3) == [max(range(3), key=lambda h, g=g: sim[1, 3, h, g]) for g in range(3)]
     for g, (anchor, head) in enumerate(anchors.free_head_map(sim, (0, 1, 2), 3)):
         assert sim[anchor, 3, head, g] == max(sim[a, 3, h, g] for a in (0, 1, 2) for h in range(3))
     sim[1, 3] = 0.5

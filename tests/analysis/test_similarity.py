@@ -4,10 +4,10 @@ import sys
 import h5py
 import numpy as np
 import pytest
-from toy_captures import random_prompt, write_capture
 
 from kascade_cli.analysis.similarity import measure
 from kascade_cli.errors import KascadeError
+from tests.toy_captures import random_prompt, write_capture
 
 
 def naive(prompt, top_k, reduce):
@@ -17,10 +17,7 @@ def naive(prompt, top_k, reduce):
     values = {"decode": [], "prefill": []}
     for t, (start, length) in enumerate(prompt["tiles"]):
         last = start + 1 if length == 1 else start
-        top = [
-            [np.argsort(-mass[a, t, g, :last], kind="stable")[:top_k] for g in range(heads)]
-            for a in range(layers)
-        ]
+        top = [[np.argsort(-mass[a, t, g, :last], kind="stable")[:top_k] for g in range(heads)] for a in range(layers)]
         sim = np.zeros((layers, layers, heads, heads))
         for a in range(layers):
             for b in range(a, layers):
@@ -58,9 +55,7 @@ def test_equals_the_formula(tmp_path, reduce, top_k):
         np.testing.assert_allclose(measured.mean(phase), wanted, atol=2e-7)
         # 5 of ~100 keys is a real choice: unrelated heads lose something.
         assert top_k == 64 or wanted[0, 1].max() < 0.9
-    np.testing.assert_allclose(
-        measured.importance, np.mean([p["importance"] for p in prompts], axis=0), rtol=1e-6
-    )
+    np.testing.assert_allclose(measured.importance, np.mean([p["importance"] for p in prompts], axis=0), rtol=1e-6)
     assert measured.tiles == {"decode": 6, "prefill": 12}
 
 

@@ -1,0 +1,187 @@
+"""What anchor sets really do to a model: KL(dense || sparse) of its next-token distributions, teacher-forced.
+
+On each held-out prompt the dense model runs once. A sparse run prefills all but the last `decode_tokens`
+tokens and then decodes these one by one with the prompt's own tokens, so that one pass measures both phases
+as they follow each other in use. KL is taken where an answer token is predicted (built-in tasks) or on the
+last positions (other texts).
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kascade_cli.attention import attach
+from kascade_cli.devset import DevSet, load_devset
+from kascade_cli.errors import KascadeError
+from kascade_cli.schema import Profile
+
+DECODE_TOKENS = 32  # of each prompt, decoded
+LAST_POSITIONS = 64  # of the prefilled part, where no answer is marked
+HOPELESS = 0.5  # nats above the best so far: not measured on further prompts
+
+
+@dataclass
+class Measurement:
+    """Mean KL per phase over the prompts measured so far, and how many those are."""
+
+    kl: dict[str, float] = field(default_factory=dict)
+    prompts: int = 0
+
+    @property
+    def score(self) -> float:
+        return sum(self.kl.values()) / len(self.kl) if self.kl else float("inf")
+
+    def add(self, kl: dict[str, float]) -> None:
+        for phase, value in kl.items():
+            self.kl[phase] = (self.kl.get(phase, 0.0) * self.prompts + value) / (self.prompts + 1)
+        self.prompts += 1
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Where KL is taken: `prefill` within the first `split` tokens, `decode` at or after them."""
+
+    split: int
+    prefill: list[int]
+    decode: list[int]
+
+
+def split_positions(length: int, answers: Sequence[int], phases: Sequence[str], decode_tokens: int) -> _Positions:
+    """Divides a prompt of `length` tokens. The last position predicts nothing that the prompt holds, but its
+    distribution can be compared all the same. `answers` may be empty. Raises KascadeError for a prompt too
+    short."""
+    split = length if "decode" not in phases else max(1, length - decode_tokens)
+    if answers:
+        prefill = [position for position in answers if position < split]
+        decode = [position for position in answers if position >= split]
+    else:
+        prefill = list(range(max(0, split - LAST_POSITIONS), split))
+        decode = list(range(split, length))
+    found = _Positions(split, prefill if "prefill" in phases else [], decode)
+    if ("prefill" in phases and not prefill) or ("decode" in phases and not decode):
+        raise KascadeError(
+            f"a held-out prompt of {length} tokens is too short to verify on; use a longer --max-length"
+        )
+    return found
+
+
+def held_out_prompts(meta: dict[str, Any], tokenizer: Any, *, num_prompts: int, max_length: int) -> DevSet:
+    """The twin of a capture's dev set, which shares no prompt with it. `meta`: the capture's root
+    attributes.
+    """
+    options = meta["options"]
+    return load_devset(
+        meta["dev_set_name"],
+        tokenizer,
+        num_prompts=num_prompts,
+        max_length=max_length,
+        seed=meta["seed"],
+        text_field=options.get("text_field"),
+        chat_template=options.get("chat_template"),
+        held_out=True,
+    )
+
+
+def measure_kl(
+    model: Any,
+    profiles: Sequence[Profile],
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    phases: Sequence[str],
+    *,
+    backend: str = "auto",
+    decode_tokens: int = DECODE_TOKENS,
+    advance: Callable[[], None] | None = None,
+) -> list[Measurement]:
+    """KL of every profile, in nats, averaged over positions, then prompts.
+
+    prompts: token ids; answers: per prompt the positions whose next token is an answer (empty: the last
+    positions). phases: `prefill`, `decode` or both. With decode alone the prefill is dense. After each
+    prompt a profile whose mean is more than 0.5 nats above the best is measured no further. `advance` is
+    called once per profile and prompt. Raises KascadeError if the dense model itself gives NaN, or a prompt
+    is too short.
+    """
+    results = [Measurement() for _ in profiles]
+    for ids, marked in zip(prompts, answers, strict=True):
+        positions = split_positions(len(ids), marked, phases, decode_tokens)
+        best = min(result.score for result in results)
+        running = [
+            index for index, result in enumerate(results) if not result.prompts or result.score <= best + HOPELESS
+        ]
+        with torch.no_grad():
+            dense = _Dense(model, ids, positions, phases)
+            for index, profile in enumerate(profiles):
+                if index in running:
+                    with attach(model, profile, backend=backend) as attached:
+                        results[index].add(_sparse_kl(model, dense, positions, phases))
+                        attached.report()  # raises if the model did not run the plan
+                if advance:
+                    advance()
+    return results
+
+
+class _Dense:
+    """A prompt, the dense log-probabilities at its measured positions, and the cache of a dense prefill."""
+
+    def __init__(self, model: Any, ids: Sequence[int], positions: _Positions, phases: Sequence[str]) -> None:
+        self.ids = torch.tensor([list(ids)], device=next(model.parameters()).device)
+        wanted = [*positions.prefill, *positions.decode]
+        logits = _logits(model, self.ids, wanted)
+        if torch.isnan(logits).any():
+            raise KascadeError("the dense model gives NaN logits; use another --dtype")
+        logs = logits.float().log_softmax(-1)
+        self.logs = {"prefill": logs[: len(positions.prefill)], "decode": logs[len(positions.prefill) :]}
+        # With decode alone the prefill is dense, and one cache serves every profile.
+        self.cache = None
+        if "prefill" not in phases:
+            self.cache = model(self.ids[:, : positions.split], use_cache=True, **_keep(model, [0])).past_key_values
+
+
+def _keep(model: Any, positions: Sequence[int]) -> dict[str, Any]:
+    """Asks for logits at these positions only, where the model can do that: all of a long prompt take
+    gigabytes.
+    """
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"logits_to_keep": torch.tensor(list(positions), device=next(model.parameters()).device)}
+
+
+def _logits(model: Any, ids: Tensor, positions: Sequence[int], **options: Any) -> Tensor:
+    """[len(positions), vocabulary]."""
+    return _pick(model(ids, **{"use_cache": False, **options}, **_keep(model, positions)).logits[0], positions)
+
+
+def _pick(logits: Tensor, positions: Sequence[int]) -> Tensor:
+    return logits if len(logits) == len(positions) else logits[list(positions)]
+
+
+def _sparse_kl(model: Any, dense: _Dense, positions: _Positions, phases: Sequence[str]) -> dict[str, float]:
+    """One sparse pass over the prompt: mean KL per phase."""
+    found = {}
+    cache = copy.deepcopy(dense.cache)  # decoding appends to it
+    if "prefill" in phases:
+        wanted = positions.prefill
+        output = model(dense.ids[:, : positions.split], use_cache="decode" in phases, **_keep(model, wanted))
+        found["prefill"] = _kl(dense.logs["prefill"], _pick(output.logits[0], wanted))
+        cache = output.past_key_values
+    if "decode" in phases:
+        steps = []
+        for position in range(positions.split, max(positions.decode) + 1):
+            output = model(dense.ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            if position in positions.decode:
+                steps.append(output.logits[0, -1])
+        found["decode"] = _kl(dense.logs["decode"], torch.stack(steps))
+    return found
+
+
+def _kl(dense: Tensor, logits: Tensor) -> float:
+    """Mean over positions of KL(dense || sparse), nats; NaN logits count as infinitely wrong."""
+    sparse = logits.float().log_softmax(-1)
+    terms = torch.where(dense > -torch.inf, dense.exp() * (dense - sparse), 0.0)
+    value = float(terms.sum(-1).mean())
+    return max(0.0, value) if value == value else float("inf")

@@ -1,0 +1,220 @@
+"""`kascade show`: a capture or a profile for people."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kascade_cli.console import format_bytes, out, print_json
+from kascade_cli.errors import KascadeError
+
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+
+
+def show(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A capture (.h5) or a profile (.yaml).")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Print what a capture or a profile holds."""
+    try:
+        with file.open("rb") as handle:
+            head = handle.read(len(_HDF5))
+    except OSError as error:
+        raise KascadeError(f"cannot read {file}: {error.strerror}") from error
+    if head == _HDF5 or file.suffix in (".h5", ".hdf5"):
+        document = capture_document(file)
+        print_json(document) if as_json else _render_capture(document)
+    else:
+        from kascade_cli.schema import Profile
+
+        profile = Profile.load(file)
+        if as_json:
+            print_json(profile.model_dump(by_alias=True, exclude_none=True, mode="json"))
+        else:
+            _render_profile(file, profile)
+
+
+def capture_document(path: Path) -> dict[str, Any]:
+    """A capture as one JSON document: description, prompts, and means over prompts per layer."""
+    import numpy as np
+
+    from kascade_cli.capture.store import open_capture
+
+    with open_capture(path) as capture:
+        prompts = list(capture)
+        keys = capture.meta["top_mass_keys"]
+        layers: list[dict[str, Any]] = [{"layer": layer} for layer in capture.profiled_layers]
+        if prompts:
+            importance = np.mean([prompt.importance for prompt in prompts], axis=0, dtype=np.float64)
+            top = np.mean([prompt.top_mass for prompt in prompts], axis=0, dtype=np.float64)
+            for position, row in enumerate(layers):
+                row["importance"] = round(float(importance[position]), 6)
+                row["top_mass"] = {
+                    key: round(float(top[position, :, index].mean()), 4) for index, key in enumerate(keys)
+                }
+                row["worst_head"] = {
+                    key: round(float(top[position, :, index].min()), 4) for index, key in enumerate(keys)
+                }
+        rows = [
+            {
+                "id": prompt.id,
+                "tokens": prompt.n_tokens,
+                "prompt_tokens": prompt.n_prompt_tokens,
+                "prefill_tiles": int((prompt.tiles[:, 1] != 1).sum()),
+                "decode_rows": int((prompt.tiles[:, 1] == 1).sum()),
+                "token_ids_sha256": prompt.token_ids_sha256,
+            }
+            for prompt in prompts
+        ]
+        return {
+            "kind": "capture",
+            "file": str(path),
+            "bytes": path.stat().st_size,
+            "complete": capture.complete,
+            "meta": capture.meta,
+            "profiled_layers": capture.profiled_layers,
+            "prompts": rows,
+            "layers": layers,
+        }
+
+
+def _plain(title: str) -> Any:
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def _facts(rows: list[tuple[str, str]]) -> Any:
+    table = _plain("")
+    table.title = None
+    table.show_header = False
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, _literal(value))
+    return table
+
+
+def _literal(text: str) -> Any:
+    """Text that rich does not read as markup."""
+    from rich.text import Text
+
+    return Text(text)
+
+
+def _span(values: list[int]) -> str:
+    """`128` or `97 to 255`."""
+    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> `0-2 5`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return " ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def _render_capture(document: dict[str, Any]) -> None:
+    meta, prompts = document["meta"], document["prompts"]
+    tiles = sum(row["prefill_tiles"] for row in prompts), sum(row["decode_rows"] for row in prompts)
+    state = "complete" if document["complete"] else "unfinished: go on with `kascade profile ... --resume`"
+    facts = [
+        ("capture", f"{document['file']} ({format_bytes(document['bytes'])}, {state})"),
+        ("model", f"{meta['model_name']} {meta['model_fingerprint'][:19]}"),
+        ("heads", f"{meta['query_heads']} query, {meta['kv_heads']} KV, size {meta['head_dim']}"),
+        ("layers", f"{ranges(document['profiled_layers'])} profiled, of {meta['layers']}"),
+        ("dev set", f"{meta['dev_set_name']} (seed {meta['seed']}, sha256 {meta['dev_set_sha256'][:12]})"),
+        ("prompts", f"{len(prompts)} of {meta['num_prompts']}"),
+    ]
+    if prompts:
+        tokens = [row["tokens"] for row in prompts]
+        facts += [
+            ("tokens", f"{sum(tokens)} in all, {_span(tokens)} per prompt"),
+            ("tiles", f"{tiles[0]} prefill tiles of {meta['tile']} queries, {tiles[1]} decode rows"),
+        ]
+    facts += [
+        ("made", f"{meta['dtype']} on {meta['device']}, kascade {meta['tool_version']}"),
+        ("versions", ", ".join(f"{name} {value}" for name, value in sorted(meta["versions"].items()))),
+    ]
+    out.print(_facts(facts))
+    if not prompts:
+        return
+    out.print()
+    keys = meta["top_mass_keys"]
+    table = _plain("Per layer, means over prompts: importance w, share of attention on the top keys")
+    for name in ("layer", "w", *(f"top {key}" for key in keys), *([f"worst head, {keys[-1]}"] if keys else [])):
+        table.add_column(name, justify="right")
+    for row in document["layers"]:
+        values = [f"{row['top_mass'][key]:.3f}" for key in keys]
+        worst = [f"{row['worst_head'][keys[-1]]:.3f}"] if keys else []
+        table.add_row(str(row["layer"]), f"{row['importance']:.4f}", *values, *worst)
+    out.print(table)
+
+
+def compact_map(entries: list[tuple[int, int]], anchor: int) -> str:
+    """A head map in one cell: `=` for the identity, `3 1 0 2` for heads of `anchor`, `8:3` for another
+    anchor's.
+    """
+    if entries == [(anchor, head) for head in range(len(entries))]:
+        return "="
+    return " ".join(str(head) if source == anchor else f"{source}:{head}" for source, head in entries)
+
+
+def _render_profile(path: Path, profile: Any) -> None:
+    card, budget, selection, origin = profile.model, profile.budget, profile.selection, profile.provenance
+    facts = [
+        ("profile", f"{path} ({profile.schema_})"),
+        ("model", f"{card.name} {card.fingerprint[:19]}"),
+        ("heads", f"{card.query_heads} query, {card.kv_heads} KV, size {card.head_dim}"),
+        (
+            "budget",
+            f"{budget.ratio:.0%} of the visible keys, at least {budget.min_keys}; tiles of {budget.tile} queries",
+        ),
+        (
+            "anchors",
+            f"{' '.join(map(str, profile.anchors))} ({len(profile.anchors)} of {len(profile.attention_layers)})",
+        ),
+    ]
+    out.print(_facts(facts))
+    out.print()
+    table = _plain("Roles; heads: per KV head, the anchor head whose keys it reads (= its own number)")
+    for name in ("layer", "role", "reads", "decode heads", "prefill heads"):
+        table.add_column(name, justify="right" if name in ("layer", "reads") else "left")
+    for index, layer in enumerate(profile.layers):
+        if layer.role == "reuse":
+            maps = [compact_map(profile.head_map(index, phase), layer.anchor) for phase in ("decode", "prefill")]
+            table.add_row(str(index), "reuse", str(layer.anchor), *maps)
+        else:
+            name = f"[bold]{layer.role}[/bold]" if layer.role in ("dense", "anchor") else layer.role
+            table.add_row(str(index), name, "", "", "")
+    out.print(table)
+    for title, section in (("Selection", selection), ("Provenance", origin)):
+        if section:
+            out.print()
+            out.print(f"[bold]{title}[/bold]")
+            out.print(_facts(list(_flatten(section))))
+
+
+def _flatten(section: dict[str, Any], prefix: str = "") -> Any:
+    """(name, value) rows of nested mappings; long lists of mappings are counted, not printed."""
+    for name, value in section.items():
+        label = f"{prefix}{name}"
+        if isinstance(value, dict):
+            if value and all(not isinstance(entry, dict | list) for entry in value.values()):
+                yield label, ", ".join(f"{key} {_value(entry)}" for key, entry in value.items())
+            else:
+                yield from _flatten(value, f"{label}.")
+        elif isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            yield label, f"{len(value)} rows (see --json)"
+        elif isinstance(value, list):
+            yield label, " ".join(map(str, value))
+        else:
+            yield label, _value(value)
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
