@@ -23,6 +23,7 @@ PREFILL_CORNERS = (
     (7, 64, "float16"),
     (16, 64, "bfloat16"),
 )
+DEMO = (4, 64, "bfloat16")
 SPEED = {
     "decode": ((64, 32768), (16, 131072), (1, 131072), (4, 32768)),
     "prefill": ((1, 32768), (1, 131072)),
@@ -79,19 +80,23 @@ def part_compile(ctx: Context) -> None:
 
 
 def wanted_specs() -> list[Any]:
-    """Kernels of the numerics cases, the demo model and the speed table, each once, slow ones first."""
+    """Kernels of the numerics cases, the demo model and the speed table, each once; the slow ones come first."""
+    from kascade_cli.benchmarking.kernel_list import prefill_specs, unique
     from kascade_cli.kernels.tilelang import specs
 
     shapes = {(case.heads // case.kv_heads, case.dim, str(case.dtype)[6:], case.page) for case in check.CASES}
-    shapes |= {(4, 128, "bfloat16", 0), (4, 64, "bfloat16", 0)}
-    prefill = getattr(specs, "prefill_specs", None)
+    shapes |= {(4, 128, "bfloat16", 0), DEMO + (0,)}
+    prefill = {(case.group, case.head_dim, str(case.dtype)[6:], case.tile) for case in prefill_cases(False)}
+    prefill |= {(case.group, case.head_dim, str(case.dtype)[6:], case.tile) for case in stress_cases()} | {
+        DEMO + (32,)
+    }
     found: list[Any] = []
-    for corner in (*PREFILL_CORNERS, (4, 64, "bfloat16")):
-        found += prefill(*corner) if prefill else []
+    for group, size, dtype, tile in sorted(prefill):
+        found += prefill_specs(group, size, dtype, tile)
     found += specs.select_specs()
     for shape in sorted(shapes):
         found += specs.decode_specs(*shape)
-    return list({str(spec): spec for spec in found}.values())
+    return unique(found)
 
 
 def judge(ctx: Context, rows: list[dict[str, Any]]) -> None:
@@ -159,6 +164,11 @@ def part_prefill(ctx: Context) -> None:
         free_memory(ctx.device)
 
 
+def stress_cases() -> list[Any]:
+    """One ragged batch per corner, large enough to fill the machine."""
+    return [check_prefill.ragged(getattr(torch, dtype), group, size, 1500) for group, size, dtype in PREFILL_CORNERS]
+
+
 def part_stress(ctx: Context) -> None:
     """The same inputs again and again, other seeds in between: changing bits are a race."""
     if ctx.dry:
@@ -167,10 +177,10 @@ def part_stress(ctx: Context) -> None:
     ops = ctx.backend()
     judge(ctx, check.stress_decode(ops, ctx.device, repeats=50))
     free_memory(ctx.device)
-    share = max(10.0, ctx.left * 0.8) / len(PREFILL_CORNERS)
+    cases = stress_cases()
+    share = max(10.0, ctx.left * 0.8) / len(cases)
     rows = []
-    for group, size, dtype in PREFILL_CORNERS:
-        case = check_prefill.ragged(getattr(torch, dtype), group, size, 1500)
+    for case in cases:
         end, seeds, runs = time.monotonic() + share, 0, 0
         while time.monotonic() < end and ctx.left > 5:
             found = check_prefill.stress(ops, case, seeds=4, repeats=5)

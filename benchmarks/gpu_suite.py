@@ -5,10 +5,10 @@
     python benchmarks/gpu_suite.py --dry-run           the same code on a CPU, tiny sizes, PyTorch backend
 
 Parts: `compile` builds the kernels in parallel processes; `decode`, `prefill` (numerics against float64), `stress`
-(races) and `demo` (the demo model's answers on both backends) then run side by side; `model` and `e2e` (the speed table)
-have the GPU to themselves. Every part is a process with a time limit, so that one failure cannot take the others with
-it, and writes its findings as it goes. The parent joins them into one JSON file and prints a summary. Exit code 0 only
-if every part ended well and no check failed.
+(races) and `demo` (the demo model's answers on both backends) then run side by side; `model` and `e2e` (the speed
+table) have the GPU to themselves. Every part is a process with a time limit, so that one failure cannot take the
+others with it, and writes its findings as it goes. The parent joins them into one JSON file and prints a summary. Exit
+code 0 only if every part ended well and no check failed.
 """
 
 import argparse

@@ -1,0 +1,115 @@
+"""Write the README's performance table from a GPU suite's result, between two markers:
+
+    python benchmarks/performance_table.py [RESULT.json] [--readme README.md] [--check]
+
+    <!-- performance:begin -->
+    ...
+    <!-- performance:end -->
+
+Without RESULT, the newest benchmarks/results/gpu_suite*.json by its own date. --check changes nothing and exits with 1
+if the table is not what the result gives.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+LABELS = {
+    "cudnn": "cuDNN",
+    "flash2": "FlashAttention-2",
+    "fa3": "FlashAttention-3",
+    "fa4": "FlashAttention CuTe",
+    "flashinfer": "FlashInfer",
+    "own": "ours",
+    "sdpa": "SDPA",
+}
+
+
+def newest(folder: Path) -> Path:
+    """The result with the latest date. Raises SystemExit if there is none."""
+    found = [path for path in folder.glob("gpu_suite*.json") if json.loads(path.read_text()).get("gpu")]
+    if not found:
+        raise SystemExit(f"no GPU result in {folder}: run benchmarks/gpu_suite.py on a Hopper machine")
+    return max(found, key=lambda path: json.loads(path.read_text())["date"])
+
+
+def milliseconds(value: float) -> str:
+    """Three figures."""
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+def table(result: dict[str, Any]) -> str:
+    """The markdown between the markers. Raises SystemExit if the result has no whole-model row."""
+    models = [row for row in result["rows"] if row["kind"] == "model" and "speedup" in row]
+    if not models:
+        raise SystemExit("the result has no whole-model row")
+    first = models[0]
+    limits = result["ceilings"]
+    lines = [
+        f"Attention time per layer on one {result['gpu']} in milliseconds (medians), "
+        f"{first['query_heads']} query and {first['kv_heads']} KV heads of {first['head_dim']}, {first['dtype']}, "
+        f"{first['ratio']:.0%} of the keys; the last column is {first['layers']} layers with {first['anchors']} "
+        "anchors over the best dense attention of the same run.",
+        "",
+        "| step | batch x context | best dense | layer 0 | anchor | reuse | mean | speed-up |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in models:
+        dense = f"{milliseconds(row['dense_ms'])} ({LABELS.get(row['baseline'], row['baseline'])})"
+        times = [milliseconds(row[f"{name}_ms"]) for name in ("layer0", "anchor", "reuse", "mean")]
+        lines.append(f"| {row['phase']} | {row['size']} | {dense} | {' | '.join(times)} | **{row['speedup']:.2f}x** |")
+    whole = [row for row in result["rows"] if row["kind"] == "e2e"]
+    pairs = {}
+    for row in whole:
+        pairs.setdefault((row["phase"], row["size"]), {})[row["name"]] = row
+    if pairs:
+        lines += ["", f"Whole model ({whole[0]['shape']}, random weights):", ""]
+        lines += ["| step | batch x context | dense | sparse | speed-up |", "|---|---|---|---|---|"]
+    for (phase, size), pair in pairs.items():
+        if len(pair) == 2:
+            if phase == "decode":
+                cells = [f"{pair[name]['tokens_s']:.0f} tokens/s" for name in ("dense", "sparse")]
+            else:
+                cells = [f"{pair[name]['ms_p50'] / 1000:.2f} s to first token" for name in ("dense", "sparse")]
+            lines.append(f"| {phase} | {size} | {' | '.join(cells)} | **{pair['sparse']['speedup']:.2f}x** |")
+    versions = result["versions"]
+    lines += [
+        "",
+        f"The machine copies {limits['copy_gb_s']:,.0f} GB/s and multiplies {limits['matmul_tflop_s']:.0f} TFLOP/s; "
+        f"torch {versions['torch']}, tilelang {versions.get('tilelang', 'none')}; {result['date'][:10]}, commit "
+        f"`{result['commit']}`. Made by `benchmarks/gpu_suite.py` and `benchmarks/performance_table.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def replace(text: str, inside: str) -> str:
+    """`text` with what is between the markers replaced. Raises SystemExit if the markers are missing."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise SystemExit(f"the README needs one line {BEGIN} and, after it, one line {END}")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{inside}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    """Rewrites the table, or checks it; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, nargs="?", help="a GPU suite's JSON file")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the table is out of date")
+    options = parser.parse_args()
+    result = json.loads((options.result or newest(ROOT / "benchmarks" / "results")).read_text())
+    before = options.readme.read_text()
+    after = replace(before, table(result))
+    if options.check:
+        return int(before != after)
+    options.readme.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
