@@ -42,6 +42,7 @@ __all__ = [
     "open_capture",
     "open_store",
     "prompt_id",
+    "stored_bytes",
     "token_sha256",
 ]
 
@@ -60,6 +61,12 @@ def compression() -> dict[str, Any]:
 def parts_folder(path: Path) -> Path:
     """Where the finished prompts of an unfinished capture lie."""
     return path.with_name(path.name + ".parts")
+
+
+def stored_bytes(path: Path) -> int:
+    """What a capture takes on the disk, its parts included; 0 if there is none."""
+    files = [path, *parts_folder(path).glob("*.h5")]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def disk_free(path: Path) -> int:

@@ -108,7 +108,7 @@ def profile(
             soft_wrap=True,
         )
     plan = plan_capture(info, devset, chosen)
-    _announce(output, plan, devset, info)
+    _announce(output, plan, devset, info, resume)
 
     started = time.perf_counter()
     with progress("capturing", total=devset.tokens) as bar:
@@ -161,8 +161,8 @@ def _check_target(output: Path, resume: bool, overwrite: bool) -> None:
         raise UsageError(describe_existing(output))
 
 
-def _announce(output: Path, plan: Any, devset: Any, info: Any) -> None:
-    from kascade_cli.capture.store import disk_free
+def _announce(output: Path, plan: Any, devset: Any, info: Any, resume: bool) -> None:
+    from kascade_cli.capture.store import disk_free, stored_bytes
 
     tiles = sum(len(tiles) for tiles in plan.tiles)
     err.print(
@@ -173,9 +173,10 @@ def _announce(output: Path, plan: Any, devset: Any, info: Any) -> None:
         soft_wrap=True,
     )
     free = disk_free(output)
-    if plan.expected_bytes > free:
+    needed = plan.expected_bytes - (stored_bytes(output) if resume else 0)
+    if needed > free:
         raise KascadeError(
-            f"{output} needs about {format_bytes(plan.expected_bytes)}, and the disk has {format_bytes(free)} left: "
+            f"{output} needs about {format_bytes(needed)} more, and the disk has {format_bytes(free)} left: "
             "make room, or lower --num-prompts or --tiles-per-prompt"
         )
 
@@ -184,7 +185,7 @@ def _summary(output: Path) -> dict[str, Any]:
     """What a capture holds, as one JSON document: totals, and the mean over prompts per layer."""
     import numpy as np
 
-    from kascade_cli.capture.store import open_capture, parts_folder
+    from kascade_cli.capture.store import open_capture, stored_bytes
 
     with open_capture(output) as capture:
         prompts = list(capture)
@@ -202,8 +203,6 @@ def _summary(output: Path) -> dict[str, Any]:
             for position, layer in enumerate(capture.profiled_layers)
         ]
         meta = capture.meta
-    parts = parts_folder(output)
-    size = output.stat().st_size + sum(file.stat().st_size for file in parts.glob("*.h5"))
     return {
         "output": str(output),
         "model": {name: meta[f"model_{name}"] for name in ("name", "fingerprint")} | {"layers": meta["layers"]},
@@ -211,7 +210,7 @@ def _summary(output: Path) -> dict[str, Any]:
         "prompts": len(prompts),
         "tokens": sum(prompt.n_tokens for prompt in prompts),
         "tiles": {"prefill": int((tiles[:, 1] > 1).sum()), "decode": int((tiles[:, 1] == 1).sum())},
-        "bytes": size,
+        "bytes": stored_bytes(output),
         "layers": layers,
     }
 

@@ -70,7 +70,7 @@ def everything(path: Path) -> dict[str, np.ndarray]:
 
 
 def capture(path: Path, **flags) -> None:
-    model = make_model("Llama", seed=1)
+    model = make_model("Llama", seed=1, num_hidden_layers=2)
     model.generation_config.eos_token_id = None
     run_capture(model, describe(model, "tiny"), DEVSET, path, OPTIONS, **flags)
 

@@ -311,13 +311,18 @@ def test_foreign_and_damaged_files_get_one_line(tmp_path, name, line):
             pass
 
 
-def test_damaged_data_name_the_prompt(tmp_path):
-    path = tmp_path / "c.h5"
+def make_even_capture(path):
+    """One prompt whose chunks do compress (noise is stored as it is)."""
     with open_store(path, make_meta(num_prompts=1), [0], SHA256[:1]) as store:
         writer = store.begin(0, PROMPTS[0], np.array([[58, 1], [59, 1]]), 60)
         writer.write_mass(0, 0, np.full((2, 2, 60), 0.5, np.float16))
         writer.finish(np.ones(1), np.ones((1, 4, 1)))
         store.join()
+
+
+def test_damaged_data_name_the_prompt(tmp_path):
+    path = tmp_path / "c.h5"
+    make_even_capture(path)
     with h5py.File(path) as file:
         offset = file["prompts/000000/mass"].id.get_chunk_info_by_coord((0, 1, 0, 0)).byte_offset
     data = bytearray(path.read_bytes())
@@ -328,6 +333,20 @@ def test_damaged_data_name_the_prompt(tmp_path):
         assert prompt.read_tile(0).any()
         with pytest.raises(KascadeError, match="prompt 000000: damaged"):
             prompt.read_tile(1)
+
+
+def test_a_reader_without_the_compressor_is_told_what_to_install(tmp_path):
+    make_even_capture(tmp_path / "c.h5")
+    code = (
+        "import sys; sys.modules['hdf5plugin'] = None\n"
+        "from kascade_cli.capture.store import open_capture\n"
+        "from kascade_cli.errors import KascadeError\n"
+        "with open_capture(sys.argv[1]) as capture:\n"
+        "    try:\n        next(iter(capture)).read_tile(0)\n"
+        "    except KascadeError as error:\n        print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "c.h5")], capture_output=True, text=True)
+    assert "pip install 'kascade-cli[compress]'" in run.stdout, run.stderr
 
 
 def test_wrong_shape_is_refused(tmp_path):

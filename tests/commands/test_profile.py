@@ -173,6 +173,12 @@ def test_a_disk_that_is_too_small_is_told_before_the_work(kascade, tmp_path, mon
     assert code == 1
     assert "the disk has 1.0 kB left" in err
     assert not (tmp_path / "c.h5").exists()
+    # What is stored already needs no more room.
+    monkeypatch.undo()
+    assert kascade("profile", "demo-small", "-o", tmp_path / "c.h5", *SMALL)[0] == 0
+    monkeypatch.setattr(store, "disk_free", lambda path: 100_000)
+    monkeypatch.setattr(store, "stored_bytes", lambda path: 10**6)
+    assert kascade("profile", "demo-small", "-o", tmp_path / "c.h5", "--resume", *SMALL)[0] == 0
 
 
 def test_all_tiles(kascade, tmp_path):
