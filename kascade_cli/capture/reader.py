@@ -96,6 +96,9 @@ class Capture:
                 top_mass=group["top_mass"][:],
                 mass=group["mass"],
             )
+        filters = found.mass.id.get_create_plist()
+        if not all(h5py.h5z.filter_avail(filters.get_filter(i)[0]) for i in range(filters.get_nfilters())):
+            raise KascadeError(f"{self.path} is compressed with Blosc: pip install 'kascade-cli[compress]'")
         expected = (len(self.profiled_layers), len(found.tiles), self.meta["kv_heads"], found.n_tokens)
         if found.mass.shape != expected:
             raise KascadeError(f"{self.path}: prompt {name}: mass has shape {found.mass.shape}, not {expected}")
@@ -154,11 +157,7 @@ def _readable(where: str) -> Iterator[None]:
         yield
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        if "required filter" in text or "filter" in text and "not registered" in text:
-            line = "compressed with Blosc: pip install 'kascade-cli[compress]'"
-        else:
-            line = f"damaged or not a capture ({text[:200]})"
-        raise KascadeError(f"{where}: {line}") from error
+        raise KascadeError(f"{where}: damaged or not a capture ({text[:200]})") from error
 
 
 def _read_meta(path: Path, file: h5py.File) -> dict[str, Any]:
