@@ -3,7 +3,7 @@
 from kascade_cli.kernels.tilelang import prefill_dense, prefill_score, prefill_sparse, specs
 from kascade_cli.kernels.tilelang.compile import Spec
 
-# (query heads per KV head, head size, dtype, page size of the decode cache; 0 is contiguous). The first is the paper's.
+# (query heads per KV head, head size, dtype, page size of the decode cache or 0). The first is the paper's shape.
 CORNERS = ((4, 128, "bfloat16", 0), (1, 128, "float16", 256), (7, 128, "float16", 64), (16, 64, "bfloat16", 16))
 
 

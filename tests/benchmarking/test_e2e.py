@@ -1,0 +1,68 @@
+"""Whole models: what is timed is the model, dense and sparse on the same cache."""
+
+import pytest
+import torch
+
+from kascade_cli.attention import attach
+from kascade_cli.benchmarking import e2e
+from kascade_cli.benchmarking.baselines import BASELINES
+from kascade_cli.benchmarking.shapes import random_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model(shape):
+    torch.manual_seed(0)
+    return random_model(shape, dtype=torch.float32, device=CPU)
+
+
+def test_dense_side_gives_the_models_own_logits(model):
+    tokens = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        with e2e.dense_attention(model, BASELINES["sdpa"]):
+            found = model(input_ids=tokens, use_cache=True)
+            step = model(input_ids=tokens[:, :1], past_key_values=found.past_key_values).logits
+        again = model(input_ids=torch.cat([tokens, tokens[:, :1]], 1)).logits
+    torch.testing.assert_close(found.logits, expected)
+    torch.testing.assert_close(step[:, -1], again[:, -1], rtol=1e-4, atol=1e-4)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_decode_step_writes_the_last_slot_and_sees_the_whole_cache(model, shape, setting):
+    cache, lengths = e2e.filled_cache(model, 2, 64, setting)
+    before = [layer.keys.clone() for layer in cache.layers]
+    tokens = torch.tensor([[7], [9]])
+    logits = []
+    profile = e2e.profile_for(model, shape, setting)
+    with torch.no_grad(), e2e.dense_attention(model, BASELINES["sdpa"]):
+        lengths.fill_(63)
+        logits.append(model(input_ids=tokens, past_key_values=cache).logits)
+    assert lengths.tolist() == [64] * 4
+    for layer, old in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys[:, :, :63], old[:, :, :63])
+        assert not torch.equal(layer.keys[:, :, 63], old[:, :, 63])
+    with torch.no_grad(), attach(model, profile, ratio=1.0, backend="torch") as attachment:
+        lengths.fill_(63)
+        logits.append(model(input_ids=tokens, past_key_values=cache).logits)
+        assert attachment.density == 1.0
+    # with every key selected, sparse is dense
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_rows_of_both_sides(phase, model, shape, setting):
+    rows = e2e.run_e2e(model, shape, phase, [(2, 64)], setting)
+    assert [row["name"] for row in rows] == ["dense", "sparse"]
+    tokens = 2 if phase == "decode" else 128
+    for row in rows:
+        assert row["tokens_s"] == pytest.approx(tokens * 1000 / row["ms_p50"], abs=0.1)
+    assert rows[1]["speedup"] == pytest.approx(rows[0]["ms_p50"] / rows[1]["ms_p50"], abs=1e-3)
+    assert rows[1]["density"] < 1
+    assert ("cache" in rows[0]) == (phase == "decode")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_anchors_of_the_profile_are_the_shapes(model, shape, setting):
+    assert e2e.profile_for(model, shape, setting).anchors == [0, 2]
