@@ -14,11 +14,16 @@ _BLOCK = 16  # resamples computed by one matrix product
 
 @dataclass(frozen=True)
 class Stability:
-    """chosen: share of resamples in which each layer (position) was an anchor; same_set: in which the set
-    came out exactly as chosen; heads: share of head-map entries, over resamples and phases, that stay as
-    chosen."""
+    """How much the search and the head maps depend on the prompts.
+
+    searched: what the dynamic programme gives on the whole capture for as many anchors as were chosen;
+    same_set: share of resamples in which it gives that again; chosen: share in which each layer (position)
+    is among its anchors; heads: share of the chosen set's head-map entries, over resamples and both phases,
+    that stay as they are.
+    """
 
     resamples: int
+    searched: tuple[int, ...]
     chosen: list[float]
     same_set: float
     heads: float | None
@@ -42,6 +47,7 @@ def bootstrap(
     draws = rng.multinomial(measured.prompts, np.full(measured.prompts, 1 / measured.prompts), resamples)
     base = problem_of({name: measured.mean(name) for name in measured.sim}, measured.importance, measured, phase)
     reference = _entries(head_maps(base, anchors, assignment))
+    searched = search.best_sets(base.gains(weights), len(anchors))[-1].anchors
     counts = np.zeros(len(measured.profiled_layers))
     same = kept = total = 0
     for first in range(0, resamples, _BLOCK):
@@ -49,11 +55,12 @@ def bootstrap(
             problem = problem_of(sims, importance, measured, phase)
             found = search.best_sets(problem.gains(weights), len(anchors))[-1].anchors
             counts[list(found)] += 1
-            same += found == anchors
+            same += found == searched
             entries = _entries(head_maps(problem, anchors, assignment))
             kept += sum(a == b for a, b in zip(entries, reference, strict=True))
             total += len(entries)
-    return Stability(resamples, (counts / resamples).tolist(), same / resamples, kept / total if total else None)
+    share = kept / total if total else None
+    return Stability(resamples, searched, (counts / resamples).tolist(), same / resamples, share)
 
 
 def _resampled(measured: Measured, times: np.ndarray) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:

@@ -22,7 +22,7 @@ from kascade_cli.schema import Profile
 
 DECODE_TOKENS = 32  # of each prompt, decoded
 LAST_POSITIONS = 64  # of the prefilled part, where no answer is marked
-HOPELESS = 0.5  # nats above the best so far: not measured on further prompts
+HOPELESS = 0.25  # nats above the best so far: not measured on further prompts
 
 
 @dataclass
@@ -102,7 +102,7 @@ def measure_kl(
 
     prompts: token ids; answers: per prompt the positions whose next token is an answer (empty: the last
     positions). phases: `prefill`, `decode` or both. With decode alone the prefill is dense. After each
-    prompt a profile whose mean is more than 0.5 nats above the best is measured no further. `advance` is
+    prompt a profile whose mean is more than 0.25 nats above the best is measured no further. `advance` is
     called once per profile and prompt. Raises KascadeError if the dense model itself gives NaN, or a prompt
     is too short.
     """

@@ -94,7 +94,8 @@ def stability_document(problem: Any, stable: Any) -> dict[str, Any]:
     chosen = zip(problem.layers, stable.chosen, strict=True)
     return {
         "resamples": stable.resamples,
-        "same_anchors": _number(stable.same_set, 4),
+        "searched": problem.absolute(stable.searched),
+        "searched_again": _number(stable.same_set, 4),
         "head_map_entries_kept": _number(stable.heads, 4),
         "layer_chosen": {str(layer): _number(share, 4) for layer, share in chosen if share > 0},
     }
@@ -228,11 +229,11 @@ def stability_lines(stable: dict[str, Any]) -> list[str]:
     """Two lines about the bootstrap."""
     shares = sorted(stable["layer_chosen"].items(), key=lambda item: int(item[0]))
     kept = stable["head_map_entries_kept"]
-    maps = "" if kept is None else f"; {kept:.0%} of the head-map entries stay"
-    head = f"bootstrap over prompts, {stable['resamples']} resamples"
+    maps = "" if kept is None else f"; {kept:.0%} of the chosen set's head-map entries stay"
+    again = f"the objective alone gives {join(stable['searched'])} again in {stable['searched_again']:.0%}"
     return [
-        f"{head}: the same anchors in {stable['same_anchors']:.0%}{maps}",
-        "how often each layer was chosen: " + ", ".join(f"{layer} {share:.0%}" for layer, share in shares),
+        f"bootstrap over prompts, {stable['resamples']} resamples: {again}{maps}",
+        "how often it chooses each layer: " + ", ".join(f"{layer} {share:.0%}" for layer, share in shares),
     ]
 
 
