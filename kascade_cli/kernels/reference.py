@@ -17,8 +17,10 @@ Pooling is post-softmax (paper, section 3.2). Arithmetic is float32, or float64 
 import torch
 from torch import Tensor
 
-# Elements of the largest temporary. Blocks of tiles are cut so that logits stay near it: nothing is T x S.
-_BLOCK_ELEMENTS = 1 << 24
+# Elements of the largest temporary. Blocks of tiles are cut so that logits stay near it: nothing is T x S. On a CPU a
+# block should stay in the cache, on a GPU it should fill the machine.
+_BLOCK_ELEMENTS = 1 << 20
+_GPU_BLOCKS = 16
 
 
 def tile_count(queries: int, tile: int, aligned: bool = False) -> int:
@@ -39,6 +41,11 @@ def gather_pages(cache: Tensor, block_table: Tensor) -> Tensor:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _steps(device: torch.device, elements: int) -> int:
+    """How many units (tiles, queries) of `elements` logits make a block."""
+    return max(1, _BLOCK_ELEMENTS * (1 if device.type == "cpu" else _GPU_BLOCKS) // elements)
 
 
 def _grouped(q: Tensor, kv_heads: int) -> Tensor:
@@ -169,7 +176,7 @@ def prefill_dense(
     groups, slots = k.shape[1], k.shape[2]
     keys, values = _wide(k).transpose(-1, -2), None if v is None else _wide(v)
     outs, sums = [], []
-    step = max(1, _BLOCK_ELEMENTS // (batch * heads * slots))
+    step = _steps(q.device, batch * heads * slots)
     for begin in range(0, queries, step):
         block = _grouped(_wide(q[:, :, begin : begin + step]), groups).flatten(2, 3)
         slot = query_start[:, None] + torch.arange(begin, begin + block.shape[2] // (heads // groups), device=q.device)
@@ -194,21 +201,25 @@ def _causal(slot: Tensor, kv_start: Tensor, kv_len: Tensor, slots: int) -> Tenso
 def _tile_rows(
     query_start: Tensor, kv_start: Tensor, kv_len: Tensor, queries: int, tile: int, first: int, tiles: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the queries of local tiles [first, first + tiles) are.
+    """Where the queries of local tiles [first, first + tiles) are; W = min(tile, queries) rows hold those of a tile.
 
-    Returns (row into q int64 [B, tiles, tile], whether it is a real query bool [B, tiles, tile],
+    Returns (row into q int64 [B, tiles, W], whether it is a real query bool [B, tiles, W],
     slot at which the tile begins int64 [B, tiles]).
     """
     device = query_start.device
     index = first_tile(query_start, kv_start, tile)[:, None] + torch.arange(first, first + tiles, device=device)
-    token = index[..., None] * tile + torch.arange(tile, device=device)
-    row = token + (kv_start - query_start)[:, None, None]
+    start = index * tile + (kv_start - query_start)[:, None]  # row of the tile's first token
+    width = min(tile, queries)
+    # A chunk shorter than a tile is packed without the rows that it does not have.
+    begin = start + (-start).clamp(0, tile - width)
+    row = begin[..., None] + torch.arange(width, device=device)
+    token = row + (query_start - kv_start)[:, None, None]
     real = (row >= 0) & (row < queries) & (token < kv_len[:, None, None])
     return row.long(), real, (kv_start[:, None] + index * tile).long()
 
 
 def _take_rows(q: Tensor, row: Tensor, kv_heads: int) -> Tensor:
-    """q [B, H, T, D] at rows [B, tiles, tile] -> [B, G, tiles, R * tile, D], heads of a group outermost in a tile."""
+    """q [B, H, T, D] at rows [B, tiles, W] -> [B, G, tiles, R * W, D], heads of a group outermost in a tile."""
     batch, heads, queries, size = q.shape
     flat = row.clamp(0, queries - 1).flatten(1)[:, None, :, None].expand(-1, heads, -1, size)
     taken = _wide(q.gather(2, flat)).unflatten(2, row.shape[1:])
@@ -239,7 +250,7 @@ def prefill_score(
     tiles = tile_count(queries, tile) - first if tiles is None else tiles
     keys = _wide(k).transpose(-1, -2)
     out = torch.zeros(batch, groups, tiles, slots, dtype=keys.dtype, device=q.device)
-    step = max(1, _BLOCK_ELEMENTS // (batch * heads * tile * slots))
+    step = _steps(q.device, batch * heads * min(tile, queries) * slots)
     slot = torch.arange(slots, device=q.device)
     for begin in range(0, tiles, step):
         count = min(step, tiles - begin)
@@ -248,18 +259,22 @@ def prefill_score(
         end = min(slots, max(0, int(begins.max()) + tile))
         if end == 0 or not bool(real.any()):
             continue
-        packed = _take_rows(q, row, groups).flatten(2, 3)
-        logits = (packed @ keys[..., :end] * scale).unflatten(2, (count, heads // groups, tile))
+        packed = (_take_rows(q, row, groups) * scale).flatten(2, 3)
+        logits = (packed @ keys[..., :end]).unflatten(2, (count, heads // groups, -1))
         position = row + query_start.long()[:, None, None]
-        seen = (slot[:end] >= kv_start[:, None, None, None]) & (slot[:end] <= position[..., None]) & real[..., None]
+        seen = (slot[:end] >= kv_start[:, None, None, None]) & (slot[:end] <= position[..., None])
+        # Rows that are no queries may be anything finite: they pool with weight 0.
+        logits.masked_fill_(~seen[:, None, :, None], torch.finfo(logits.dtype).min)
         if lse is None:
-            probability = _softmax(logits, seen[:, None, :, None])
+            probability = torch.softmax(logits, dim=-1)
         else:
             flat = row.clamp(0, queries - 1).flatten(1)[:, None].expand(-1, heads, -1)
             norm = _grouped(lse.gather(2, flat).unflatten(2, row.shape[1:]), groups).transpose(2, 3)
-            probability = torch.exp(logits - norm[..., None]).masked_fill_(~seen[:, None, :, None], 0.0)
-        before = slot[:end] < begins[..., None]
-        out[:, :, begin : begin + count, :end] = probability.sum((3, 4)) * before[:, None]
+            probability = torch.exp(logits - norm[..., None]).masked_fill_(~real[:, None, :, None, :, None], 0.0)
+        weight = real[:, None, :, None].expand(-1, groups, -1, heads // groups, -1).flatten(3).to(keys.dtype)
+        pooled = (weight[..., None, :] @ probability.flatten(3, 4)).squeeze(3)
+        before = (slot[:end] >= kv_start[:, None, None]) & (slot[:end] < begins[..., None])
+        out[:, :, begin : begin + count, :end] = pooled * before[:, None]
     return out
 
 
@@ -287,10 +302,8 @@ def prefill_sparse(
     tiles = indices.shape[2]
     out = q.new_zeros(batch, heads, queries, v.shape[-1])
     mapped = indices[:, head_map.long()]
-    step = max(
-        1,
-        _BLOCK_ELEMENTS // (batch * groups * max(indices.shape[-1] + tile, 1) * max(size, heads // groups * tile)),
-    )
+    packed = heads // groups * min(tile, queries)
+    step = _steps(q.device, batch * groups * (indices.shape[-1] + tile) * max(size, packed))
     within = torch.arange(tile, device=q.device)
     for begin in range(0, tiles, step):
         count = min(step, tiles - begin)
@@ -304,19 +317,19 @@ def prefill_sparse(
         slot = torch.cat([chosen, diagonal], -1).flatten(2)[..., None]
         keys = _wide(k.gather(2, slot.expand(-1, -1, -1, size))).unflatten(2, (count, -1))
         values = _wide(v.gather(2, slot.expand(-1, -1, -1, v.shape[-1]))).unflatten(2, (count, -1))
-        logits = (_take_rows(q, row, groups) @ keys.transpose(-1, -2) * scale).unflatten(3, (heads // groups, tile))
-        used = (torch.arange(width, device=q.device) < block_counts[..., None])[:, :, None].expand(-1, -1, tile, -1)
-        causal = (within[:, None] >= within).expand(batch, count, -1, -1)
-        seen = torch.cat([used, causal], -1) & real[..., None]
-        result = (_softmax(logits, seen[:, None, :, None]).flatten(3, 4) @ values).unflatten(
-            3, (heads // groups, tile)
-        )
+        logits = (_take_rows(q, row, groups) * scale) @ keys.transpose(-1, -2)
+        used = (torch.arange(width, device=q.device) < block_counts[..., None])[:, :, None]
+        place = (row + query_start.long()[:, None, None] - begins[..., None])[..., None]  # of a query in its tile
+        seen = torch.cat([used.expand(-1, -1, row.shape[2], -1), place >= within], -1)
+        logits = logits.unflatten(3, (heads // groups, -1)).masked_fill_(~seen[:, None, :, None], float("-inf"))
+        # A row that is no query may see nothing and become NaN; it is not written.
+        result = (torch.softmax(logits, -1).flatten(3, 4) @ values).unflatten(3, (heads // groups, -1))
         result = result.transpose(2, 3).flatten(1, 2).flatten(2, 3).to(q.dtype)
         _put_rows(out, row, real, result)
     return out
 
 
 def _put_rows(out: Tensor, row: Tensor, real: Tensor, result: Tensor) -> None:
-    """Writes result [B, H, tiles * tile, D] to rows [B, tiles, tile] of out [B, H, T, D] where they are real."""
+    """Writes result [B, H, tiles * W, D] to rows [B, tiles, W] of out [B, H, T, D] where they are real."""
     batch, where = real.flatten(1).nonzero(as_tuple=True)
     out[batch, :, row.flatten(1)[batch, where]] = result[batch, :, where]

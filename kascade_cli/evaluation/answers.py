@@ -1,0 +1,157 @@
+"""Greedy answers to many questions about one context: the context is prefilled once, questions run as a batch.
+
+The shared part of the context ends on a tile's edge, and the rest of it goes before every question. So each question
+sees exactly the tiles that it would see alone, and its answer is that of `model.generate` on context + question.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+# Bytes of repeated cache held at a time, by device type.
+_CACHE_BYTES = {"cpu": 256 * 1024**2, "cuda": 4 * 1024**3}
+
+
+class _SlotsLayer(DynamicLayer):
+    """A cache layer that writes into slots allocated beforehand, where DynamicLayer would copy all keys each step."""
+
+    def __init__(self, keys: Tensor, values: Tensor, filled: int):
+        super().__init__()
+        self.key_slots, self.value_slots = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+        self._show(filled)
+
+    def _show(self, filled: int) -> None:
+        self.keys, self.values = self.key_slots[:, :, :filled], self.value_slots[:, :, :filled]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """key_states, value_states [B, G, T, D] go behind what is there; returns all keys and values so far."""
+        begin = self.keys.shape[2]
+        end = begin + key_states.shape[2]
+        self.key_slots[:, :, begin:end] = key_states
+        self.value_slots[:, :, begin:end] = value_states
+        self._show(end)
+        return self.keys, self.values
+
+
+class _Repeated:
+    """A prefilled cache of one row, as caches of several rows with room for `extra` tokens each.
+
+    Plain layers are repeated once and written over by each `take`; others (sliding windows, linear attention) are
+    copied every time.
+    """
+
+    def __init__(self, cache: DynamicCache, rows: int, extra: int):
+        self.cache, self.filled = cache, cache.get_seq_length()
+        self.slots = [self._allocate(layer, rows, extra) for layer in cache.layers]
+
+    def _allocate(self, layer: Any, rows: int, extra: int) -> tuple[Tensor, Tensor] | None:
+        if type(layer) is not DynamicLayer or not layer.is_initialized:
+            return None
+        pair = []
+        for tensor in (layer.keys, layer.values):
+            _, groups, filled, size = tensor.shape
+            wide = tensor.new_empty(rows, groups, filled + extra, size)
+            wide[:, :, :filled] = tensor
+            pair.append(wide)
+        return pair[0], pair[1]
+
+    def take(self, rows: int) -> DynamicCache:
+        """A cache of `rows` rows, valid until the next call."""
+        taken = copy.copy(self.cache)
+        taken.layers = []
+        for layer, slots in zip(self.cache.layers, self.slots, strict=True):
+            if slots is None:
+                layer = copy.deepcopy(layer)
+                if layer.is_initialized:
+                    layer.batch_repeat_interleave(rows)
+            else:
+                layer = _SlotsLayer(slots[0][:rows], slots[1][:rows], self.filled)
+            taken.layers.append(layer)
+        return taken
+
+
+def _row_bytes(cache: DynamicCache, extra: int) -> int:
+    """Bytes of one row of the cache with `extra` more tokens."""
+    total = 0
+    for layer in cache.layers:
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if tensor is not None and tensor.dim() == 4:
+                total += tensor.numel() // max(tensor.shape[2], 1) * (tensor.shape[2] + extra) * tensor.element_size()
+    return total
+
+
+def shared_tokens(context: int, shortest: int, tile: int) -> int:
+    """How many tokens of a context can be prefilled once for questions of `shortest` tokens and more.
+
+    A multiple of `tile` that leaves every question a chunk of two tokens: a chunk of one would run as a decode step.
+    """
+    shared = context // tile * tile
+    if context + shortest - shared < 2:
+        shared -= tile
+    return shared if shared >= 2 else 0
+
+
+@torch.inference_mode()
+def greedy_answers(
+    model: nn.Module,
+    context: Sequence[int],
+    questions: Sequence[Sequence[int]],
+    new_tokens: Sequence[int],
+    *,
+    tile: int,
+    max_bytes: int | None = None,
+) -> list[list[int]]:
+    """For each question, the first `new_tokens[i]` tokens that greedy decoding writes after context + question.
+
+    Runs whatever attention the model has attached. An answer ends before the model's end-of-sequence token. Rows of a
+    batch share the question's length; `max_bytes` bounds the repeated cache (default: 256 MB, 4 GB on a GPU).
+    """
+    shared = shared_tokens(len(context), min(map(len, questions)), tile)
+    rest = list(context[shared:])
+    cache = DynamicCache(config=model.config)
+    if shared:
+        ids = torch.tensor([list(context[:shared])], device=model.device)
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    by_length: dict[int, list[int]] = {}
+    for index, question in enumerate(questions):
+        by_length.setdefault(len(question), []).append(index)
+    limit = max_bytes or _CACHE_BYTES.get(model.device.type, _CACHE_BYTES["cpu"])
+    answers: list[list[int]] = [[] for _ in questions]
+    for length, members in by_length.items():
+        extra = len(rest) + length + max(new_tokens[index] for index in members)
+        batch = len(members)
+        if shared:
+            batch = max(1, min(batch, limit // max(_row_bytes(cache, extra), 1)))
+            repeated = _Repeated(cache, batch, extra)
+        for begin in range(0, len(members), batch):
+            part = members[begin : begin + batch]
+            rows = repeated.take(len(part)) if shared else DynamicCache(config=model.config)
+            chunk = torch.tensor([rest + list(questions[index]) for index in part], device=model.device)
+            written = _decode(model, rows, chunk, max(new_tokens[index] for index in part))
+            for index, tokens in zip(part, written.tolist(), strict=True):
+                answers[index] = _until_end(tokens[: new_tokens[index]], model)
+    return answers
+
+
+def _decode(model: nn.Module, cache: DynamicCache, chunk: Tensor, steps: int) -> Tensor:
+    """Prefills chunk [B, T] behind the cache and decodes greedily: int64 [B, steps]."""
+    tokens = []
+    for _ in range(steps):
+        logits = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        chunk = logits.argmax(-1, keepdim=True)
+        tokens.append(chunk)
+    return torch.cat(tokens, 1)
+
+
+def _until_end(tokens: list[int], model: nn.Module) -> list[int]:
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [ends] if isinstance(ends, int) else ends or []
+    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]
