@@ -42,7 +42,7 @@ def export(
         text = yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
     if output:
         atomic_write(output, text)
-        err.print(f"wrote {output}", markup=False)
+        err.print(f"wrote {output}", markup=False, soft_wrap=True)
     else:
         typer.echo(text, nl=False)
 

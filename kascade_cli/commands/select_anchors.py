@@ -100,7 +100,7 @@ def select_anchors(
         )
     problem = selection.make_problem(measured, phase)
     for note in problem.notes:
-        err.print(note, markup=False)
+        err.print(note, markup=False, soft_wrap=True)
     sets = selection.search_sets(problem, weights, limit, assignment)
     rows = [selection.make_row(problem, found, assignment, table, length) for found in sets]
     nearest = None
@@ -218,7 +218,10 @@ def _verify(
     info = describe(model, name)
     if info.fingerprint != meta["model_fingerprint"]:
         raise KascadeError(f"the capture was made from {meta['model_name']}, whose weights are not those of {name}")
-    devset = held_out_prompts(meta, tokenizer, num_prompts=num_prompts, max_length=max_length or meta["max_length"])
+    max_length = max_length or meta["max_length"]
+    if info.max_positions and max_length > info.max_positions:
+        raise UsageError(f"--verify-length {max_length} is more than the {info.max_positions} positions of {name}")
+    devset = held_out_prompts(meta, tokenizer, num_prompts=num_prompts, max_length=max_length)
     profiles = [
         Profile.build(
             model=model_card(meta),

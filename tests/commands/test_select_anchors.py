@@ -1,0 +1,291 @@
+"""`kascade select-anchors` from a capture file to a profile file."""
+
+import hashlib
+import json
+
+import h5py
+import numpy as np
+import pytest
+import yaml
+
+from kascade_cli.analysis import anchors as search
+from kascade_cli.analysis.similarity import measure
+from kascade_cli.schema import Profile
+from tests.toy_captures import random_prompt, write_capture
+
+
+def toy(path, *, layers=6, prompts=5, order=None, total=None, **options):
+    rng = np.random.default_rng(11)
+    made = [
+        random_prompt(
+            rng,
+            layers=layers,
+            heads=2,
+            n_tokens=120 + index,
+            tiles=[(64, 32), (96, 24), (100, 1), (90, 1)],
+            related=0.3,
+        )
+        for index in range(prompts)
+    ]
+    return write_capture(path, [made[i] for i in order or range(prompts)], layers=total, **options)
+
+
+@pytest.fixture
+def select(run_kascade, tmp_path):
+    """Runs select-anchors on a toy capture: (exit code, stdout, stderr, profile path)."""
+
+    def run(*options, capture=None, output="profile.yaml"):
+        path = capture or toy(tmp_path / "capture.h5")
+        target = tmp_path / output
+        return *run_kascade(
+            "select-anchors", path, "-o", target, "--top-k", "9", "--bootstrap", "20", *options
+        ), target
+
+    return run
+
+
+def test_profile_holds_what_the_analysis_says(select, tmp_path):
+    code, text, _, target = select("--anchors", "3")
+    assert code == 0
+    profile = Profile.load(target)
+    assert profile.dumps() == target.read_text()  # round trip, byte for byte
+    measured = measure(tmp_path / "capture.h5", top_k=9)
+    sims = {phase: measured.mean(phase) for phase in ("decode", "prefill")}
+    both = np.mean([search.layer_similarity(sim) for sim in sims.values()], axis=0)
+    best = search.best_sets(search.layer_gains(both, measured.importance), 3)[2]
+    assert profile.anchors == list(best.anchors)
+    for layer in set(range(6)) - set(best.anchors):
+        anchor = max(a for a in best.anchors if a < layer)
+        for phase, sim in sims.items():
+            assert profile.head_map(layer, phase) == [(anchor, head) for head in search.head_map(sim, anchor, layer)]
+    selection, origin = profile.selection, profile.provenance
+    assert selection["objective"] == pytest.approx(best.objective, abs=1e-6)
+    assert (selection["method"], selection["rule"], len(selection["budgets"])) == ("dp", "anchors", 3)
+    assert selection["stability"]["resamples"] == 20
+    assert origin["capture_sha256"] == hashlib.sha256((tmp_path / "capture.h5").read_bytes()).hexdigest()
+    assert origin["dev_set"]["name"] == "toy-set"
+    assert profile.model.fingerprint == "sha256:" + "a" * 64
+    assert "because: 3 anchors were asked for" in text
+
+
+def test_json_is_one_document_and_agrees_with_the_profile(select):
+    code, text, _, target = select("--json", "--anchors", "2", "--weights", "uniform", "--phase", "decode")
+    document = json.loads(text)
+    assert code == 0
+    assert document["chosen"]["anchors"] == Profile.load(target).anchors
+    assert [len(row["anchors"]) for row in document["budgets"]] == [1, 2, 3]
+    assert document["cost"]["context"] == 131072
+    assert Profile.load(target).selection["weights"] == "uniform"
+
+
+def test_the_table_shows_every_budget(select):
+    _, text, _, _ = select("--max-anchors", "4")
+    for size in range(1, 5):
+        assert any(line.replace("*", " ").split()[:1] == [str(size)] for line in text.splitlines())
+    assert "recovered" in text
+    assert "because:" in text
+
+
+def test_permuting_prompts_changes_nothing_but_the_files_hash(select, tmp_path):
+    documents = []
+    for name, order in (("a", [0, 1, 2, 3, 4]), ("b", [4, 2, 0, 3, 1])):
+        capture = toy(tmp_path / f"{name}.h5", order=order)
+        _, _, _, target = select("--anchors", "3", capture=capture, output=f"{name}.yaml")
+        document = yaml.safe_load(target.read_text())
+        for key in ("created", "capture", "capture_sha256"):
+            del document["provenance"][key]
+        documents.append(document)
+    assert documents[0] == documents[1]
+
+
+def test_free_assignment_writes_pairs_and_is_compared_with_the_dp(select):
+    code, text, _, target = select("--anchors", "3", "--assignment", "free", "--json")
+    assert code == 0
+    profile = Profile.load(target)
+    raw = yaml.safe_load(target.read_text())["layers"]
+    pairs = [
+        entry for layer in raw if layer["role"] == "reuse" for phase in layer["heads"].values() for entry in phase
+    ]
+    assert pairs
+    assert all(isinstance(entry, list) and entry[0] in profile.anchors for entry in pairs)
+    assert profile.selection["method"] == "milp"
+    for row in json.loads(text)["budgets"]:
+        assert row["objective"] >= row["objective_nearest"] - 1e-6
+        assert "proven_optimal" not in row
+
+
+def test_hybrid_capture_leaves_other_layers_alone(select, tmp_path):
+    capture = toy(tmp_path / "hybrid.h5", layers=4, profiled_layers=[1, 3, 5, 7], total=9)
+    code, _, _, target = select("--anchors", "2", capture=capture)
+    assert code == 0
+    profile = Profile.load(target)
+    assert [layer.role for layer in profile.layers][0::2] == ["passthrough"] * 5
+    assert profile.layers[1].role == "dense"
+    assert profile.anchors[0] == 1
+
+
+def test_budget_options_reach_the_profile(select):
+    _, _, _, target = select("--anchors", "2", "--ratio", "0.05", "--min-keys", "16")
+    assert Profile.load(target).budget.model_dump() == {"ratio": 0.05, "min_keys": 16, "tile": 32}
+
+
+def test_plots(select, tmp_path):
+    code, text, _, _ = select("--anchors", "2", "--plots", str(tmp_path / "plots"))
+    assert code == 0
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 4
+    assert "similarity.png" in text.replace("\n", "")
+
+
+def test_target_speedup_uses_the_cost_table(select, tmp_path):
+    row = {"phase": "decode", "context": 4096, "dense_ms": 1, "layer0_ms": 1, "anchor_ms": 1, "reuse_ms": 0.01}
+    (tmp_path / "cost.json").write_text(json.dumps([row]))
+    _, text, _, target = select("--target-speedup", "2.9", "--cost", str(tmp_path / "cost.json"), "--json")
+    assert len(Profile.load(target).anchors) == 2  # 6 / 2.04 = 2.94x; three give 1.98x
+    assert json.loads(text)["chosen"]["speedup"] == {"decode": 2.941, "prefill": None}
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--anchors", "0"], 2, "--anchors 0 is outside 1..6"),
+        (["--anchors", "7"], 2, "--anchors 7 is outside 1..6"),
+        (["--max-anchors", "0"], 2, "--max-anchors 0"),
+        (["--anchors", "3", "--max-anchors", "2"], 2, "more than --max-anchors"),
+        (["--anchors", "3", "--min-recovered", "0.5"], 2, "two rules"),
+        (["--min-recovered", "2"], 2, "outside (0, 1]"),
+        (["--min-recovered", "0.99999"], 3, "recovers"),
+        (["--target-speedup", "50"], 3, "no set reaches 50x"),
+        (["--ratio", "0"], 2, "--ratio"),
+        (["--min-keys", "0"], 2, "--min-keys"),
+        (["--context", "long"], 2, "long"),
+        (["--cost", "/nonexistent.json"], 1, "cost table"),
+        (["--phase", "both-ish"], 2, "both-ish"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(select, options, code, message):
+    found, text, error, target = select(*options)
+    assert found == code
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert text == ""
+    assert not list(target.parent.glob("*profile.yaml*"))
+
+
+def test_an_existing_profile_is_kept_unless_told(select):
+    _, _, _, target = select("--anchors", "2")
+    before = target.read_text()
+    code, _, error, _ = select("--anchors", "3")
+    assert code == 2
+    assert "--overwrite" in error
+    assert target.read_text() == before
+    assert select("--anchors", "3", "--overwrite")[0] == 0
+    assert len(Profile.load(target).anchors) == 3
+
+
+def test_missing_foreign_and_truncated_captures(select, tmp_path):
+    missing = tmp_path / "missing.h5"
+    text = tmp_path / "text.h5"
+    text.write_text("not hdf5")
+    foreign = tmp_path / "foreign.h5"
+    with h5py.File(foreign, "w") as file:
+        file["x"] = 1
+    short = tmp_path / "short.h5"
+    short.write_bytes(toy(tmp_path / "whole.h5").read_bytes()[:20_000])
+    for path in (missing, text, foreign, short):
+        code, out, error, target = select(capture=path)
+        assert code == 1, path
+        assert error.count("error: ") == 1
+        assert str(path) in error
+        assert out == ""
+        assert not target.exists()
+
+
+def test_an_unfinished_capture_is_used_and_said_to_be(select, tmp_path):
+    capture = toy(tmp_path / "part.h5", incomplete=[2])
+    code, _, error, target = select("--anchors", "2", capture=capture)
+    assert code == 0
+    assert "4 of 5 prompts" in error
+    assert Profile.load(target).provenance["prompts"] == 4
+
+
+def test_nan_in_the_capture(select, tmp_path):
+    capture = toy(tmp_path / "nan.h5")
+    with h5py.File(capture, "r+") as file:
+        file["prompts/000003/mass"][1, 2, 0, 5] = np.nan
+    code, _, error, target = select(capture=capture)
+    assert code == 1
+    assert "NaN" in error
+    assert not target.exists()
+
+
+@pytest.fixture(scope="module")
+def real_capture(tmp_path_factory):
+    """A real capture of the small demo model: 2 short prompts."""
+    from kascade_cli.capture.run import CaptureOptions, plan_capture, run_capture
+    from kascade_cli.devset import load_devset
+    from kascade_cli.models import describe, load_model
+
+    path = tmp_path_factory.mktemp("real") / "capture.h5"
+    model, tokenizer = load_model("demo-small", device="cpu")
+    options = CaptureOptions(num_prompts=2, max_length=384, tiles_per_prompt=8)
+    devset = load_devset("pairs", tokenizer, num_prompts=2, max_length=384, seed=0)
+    info = describe(model, "demo-small")
+    run_capture(model, info, devset, path, options, plan=plan_capture(info, devset, options))
+    return path
+
+
+def test_verify_measures_and_decides(run_kascade, real_capture, tmp_path):
+    target = tmp_path / "profile.yaml"
+    code, text, error = run_kascade(
+        "select-anchors", real_capture, "-o", target, "--verify", "1", "--max-anchors", "4", "--verify-prompts", "1",
+        "--min-keys", "32", "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert code == 0, error
+    document = json.loads(text)
+    profile = Profile.load(target)
+    found = {tuple(entry["anchors"]): entry for entry in profile.selection["verify"]["candidates"]}
+    assert profile.selection["method"] == "verify"
+    assert profile.selection["verify"]["dev_set"] == "pairs/held-out"
+    assert all(set(entry["kl"]) == {"decode", "prefill"} for entry in found.values())
+    best = min(entry["kl_mean"] for entry in found.values())
+    chosen = found[tuple(profile.anchors)]
+    assert chosen["kl_mean"] <= best + 0.02
+    fewer = [entry for key, entry in found.items() if len(key) < len(profile.anchors)]
+    assert fewer
+    assert all(entry["kl_mean"] > best + 0.02 for entry in fewer)
+    assert max(entry["kl_mean"] for entry in fewer) > 1  # layer 0 alone cannot answer
+    assert document["verify"]["candidates"] == profile.selection["verify"]["candidates"]
+    assert document["why"].startswith("the fewest anchors with a measured KL")
+
+
+def test_verify_keeps_to_the_number_asked_for(run_kascade, real_capture, tmp_path):
+    target = tmp_path / "profile.yaml"
+    code, text, error = run_kascade(
+        "select-anchors", real_capture, "-o", target, "--verify", "2", "--anchors", "3", "--verify-prompts", "1",
+        "--min-keys", "32", "--device", "cpu", "--phase", "decode",
+    )  # fmt: skip
+    assert code == 0, error
+    selection = Profile.load(target).selection
+    scores = {tuple(entry["anchors"]): entry["kl_mean"] for entry in selection["verify"]["candidates"]}
+    assert {len(anchors) for anchors in scores} == {3}
+    assert len(scores) > 1
+    assert tuple(selection["anchors"]) == min(scores, key=scores.get)
+    assert "held-out" in text
+
+
+def test_verify_refuses_another_model(run_kascade, real_capture, tmp_path):
+    code, _, error = run_kascade(
+        "select-anchors", real_capture, "-o", tmp_path / "p.yaml", "--verify", "1", "--model", "demo"
+    )
+    assert code == 1
+    assert "weights are not those of demo" in error
+    assert not (tmp_path / "p.yaml").exists()
+
+
+def test_verify_refuses_prompts_longer_than_the_model_takes(run_kascade, real_capture, tmp_path):
+    code, _, error = run_kascade(
+        "select-anchors", real_capture, "-o", tmp_path / "p.yaml", "--verify", "1", "--verify-length", "1m"
+    )
+    assert code == 2
+    assert "positions" in error

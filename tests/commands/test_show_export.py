@@ -1,0 +1,185 @@
+"""`kascade show` and `kascade export`."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from kascade_cli.commands.export import index_topk_pattern
+from kascade_cli.commands.show import compact_map, ranges
+from kascade_cli.schema import Budget, ModelCard, Profile
+from tests.toy_captures import random_prompt, write_capture
+
+CARD = {"name": "toy", "fingerprint": "sha256:" + "a" * 64, "query_heads": 4, "kv_heads": 2, "head_dim": 8}
+
+
+def make_profile(layers=6, profiled=None, anchors=(0, 2), maps=None):
+    profiled = list(range(layers)) if profiled is None else profiled
+    reuse = [layer for layer in profiled if layer not in anchors]
+    maps = maps or {layer: {"decode": [0, 1], "prefill": [1, 1]} for layer in reuse}
+    return Profile.build(
+        model=ModelCard(layers=layers, **CARD), anchors=anchors, profiled_layers=profiled, head_maps=maps,
+        budget=Budget(ratio=0.1, min_keys=64), selection={"method": "dp", "anchors": list(anchors), "why": "a reason"},
+        provenance={"tool": "kascade 0", "dev_set": {"name": "toy-set", "sha256": "b" * 64}},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def profile_file(tmp_path):
+    def save(**options):
+        path = tmp_path / "profile.yaml"
+        make_profile(**options).save(path, overwrite=True)
+        return path
+
+    return save
+
+
+@pytest.fixture
+def capture_file(tmp_path):
+    rng = np.random.default_rng(0)
+    prompts = [
+        random_prompt(rng, layers=3, heads=2, n_tokens=n, tiles=[(32, 32), (70, 1), (64, 20)]) for n in (97, 130)
+    ]
+    path = write_capture(tmp_path / "capture.h5", prompts, profiled_layers=[0, 2, 4], layers=5)
+    return path, prompts
+
+
+def test_show_profile(run_kascade, profile_file):
+    code, text, _ = run_kascade("show", profile_file())
+    assert code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()[:1].isdigit()}
+    assert rows["0"] == ["dense"]
+    assert rows["1"] == ["reuse", "0", "=", "1", "1"]
+    assert rows["2"] == ["anchor"]
+    assert rows["5"] == ["reuse", "2", "=", "1", "1"]
+    for fact in ("a reason", "toy-set", "at least 64", "0 2 (2 of 6)"):
+        assert fact in text
+
+
+def test_show_profile_json_is_the_profile(run_kascade, profile_file):
+    path = profile_file()
+    code, text, _ = run_kascade("show", path, "--json")
+    assert code == 0
+    assert Profile.model_validate(json.loads(text)) == Profile.load(path)
+
+
+def test_show_capture(run_kascade, capture_file):
+    path, prompts = capture_file
+    code, text, _ = run_kascade("show", path)
+    assert code == 0
+    for fact in (
+        "0 2 4 profiled, of 5",
+        "227 in all, 97 to 130 per prompt",
+        "4 prefill tiles",
+        "2 decode rows",
+        "complete",
+    ):
+        assert fact in text
+    importance = np.mean([prompt["importance"] for prompt in prompts], axis=0)
+    mass = np.mean([prompt["top_mass"] for prompt in prompts], axis=0).mean(axis=1)
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()[:1].isdigit()}
+    for position, layer in enumerate((0, 2, 4)):
+        assert rows[str(layer)][0] == f"{importance[position]:.4f}"
+        assert rows[str(layer)][1] == f"{mass[position, 0]:.3f}"
+
+
+def test_show_capture_json(run_kascade, capture_file):
+    path, prompts = capture_file
+    code, text, _ = run_kascade("show", path, "--json")
+    document = json.loads(text)
+    assert code == 0
+    assert document["profiled_layers"] == [0, 2, 4]
+    assert [row["tokens"] for row in document["prompts"]] == [97, 130]
+    mass = np.mean([prompt["top_mass"] for prompt in prompts], axis=0)
+    assert document["layers"][1]["worst_head"]["20%"] == pytest.approx(mass[1, :, 4].min(), abs=1e-4)
+
+
+def test_show_an_unfinished_capture(run_kascade, tmp_path):
+    prompts = [random_prompt(np.random.default_rng(0), layers=2, heads=2, n_tokens=97, tiles=[(70, 1)])]
+    path = write_capture(tmp_path / "c.h5", prompts, incomplete=[0])
+    code, text, _ = run_kascade("show", path)
+    assert code == 0
+    assert "--resume" in text
+    assert "0 of 1" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.yaml", None, "No such file"),
+        ("bad.yaml", "layers: [", "not readable as YAML"),
+        ("other.yaml", "a: 1", "other.yaml"),
+        ("text.h5", "hello", "not an HDF5 file"),
+        ("binary.yaml", b"\xff\xfe\x00", "binary.yaml"),
+    ],
+)
+def test_show_bad_files(run_kascade, tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, text, error = run_kascade("show", path)
+    assert code == 1
+    assert error.count("error: ") == 1
+    assert message in error
+    assert text == ""
+
+
+def test_ranges():
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2 5 7-8"
+    assert ranges([3]) == "3"
+
+
+def test_compact_map():
+    assert compact_map([(2, 0), (2, 1)], 2) == "="
+    assert compact_map([(2, 1), (2, 1)], 2) == "1 1"
+    assert compact_map([(0, 0), (2, 1)], 2) == "0:0 1"
+
+
+def test_pattern():
+    assert index_topk_pattern(make_profile()) == "FSFSSS"
+    assert index_topk_pattern(make_profile(layers=7, profiled=[1, 3, 4, 6], anchors=(1, 4))) == "FFFSFFS"
+
+
+def test_export_to_stdout(run_kascade, profile_file):
+    code, text, _ = run_kascade("export", profile_file(), "--format", "index_topk_pattern")
+    assert code == 0
+    assert text.splitlines()[0] == "index_topk_pattern: FSFSSS"
+    document = yaml.safe_load(text)
+    assert document["sparse_attention_config"] == {
+        "algorithm": "kascade", "topk_ratio": 0.1, "min_topk": 64, "query_tile": 32, "dense_layers": [0],
+    }  # fmt: skip
+
+
+def test_export_config_has_the_head_maps(run_kascade, profile_file, tmp_path):
+    target = tmp_path / "out.json"
+    path = profile_file(layers=5, profiled=[0, 2, 4], anchors=(0, 2))
+    code, text, _ = run_kascade("export", path, "--format", "sparse_attention_config", "--json", "-o", target)
+    assert code == 0
+    assert text == ""
+    config = json.loads(target.read_text())["sparse_attention_config"]
+    assert config["index_topk_pattern"] == "FFFFS"
+    assert config["passthrough_layers"] == [1, 3]
+    assert config["anchor_layers"] == [0, 2]
+    assert config["head_map"] == {"4": {"decode": [0, 1], "prefill": [1, 1]}}
+    assert run_kascade("export", path, "-o", target)[0] == 2  # exists
+    assert run_kascade("export", path, "-o", target, "--overwrite")[0] == 0
+
+
+def test_export_refuses_free_assignment(run_kascade, profile_file, tmp_path):
+    pairs = {layer: {"decode": [(0, 1), (0, 0)], "prefill": [(0, 0), (2, 0)]} for layer in (3, 4, 5)}
+    maps = {1: {"decode": [0, 1], "prefill": [0, 1]}} | pairs
+    code, text, error = run_kascade("export", profile_file(maps=maps), "-o", tmp_path / "out.yaml")
+    assert code == 1
+    assert "layer 3" in error
+    assert "--assignment nearest" in error
+    assert text == ""
+    assert not (tmp_path / "out.yaml").exists()
+
+
+def test_export_accepts_pairs_that_name_the_nearest_anchor(run_kascade, profile_file):
+    maps = {layer: {"decode": [(2, 1), (2, 0)], "prefill": [(2, 0), (2, 0)]} for layer in (3, 4, 5)}
+    maps[1] = {"decode": [0, 1], "prefill": [0, 1]}
+    code, text, _ = run_kascade("export", profile_file(maps=maps), "--format", "sparse_attention_config")
+    assert code == 0
+    assert yaml.safe_load(text)["sparse_attention_config"]["head_map"]["3"]["decode"] == [1, 0]
