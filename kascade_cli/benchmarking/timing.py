@@ -170,16 +170,17 @@ def set_count(touched: float, held: float, device: torch.device, most: int = 16)
 def ceilings(device: torch.device) -> dict[str, float]:
     """What this machine does at best: `copy_gb_s` (bytes read plus written) and `matmul_tflop_s`.
 
-    bfloat16 on a GPU (2 GB copied, 8192^3 product on random data), float32 on a CPU (64 MB, 1024^3).
+    bfloat16 on a GPU (2 GB copied, 8192^3 product on random data), float32 on a CPU (64 MB, 512^3).
     """
     gpu = device.type == "cuda"
-    elements, side, dtype = (1 << 30, 8192, torch.bfloat16) if gpu else (1 << 24, 1024, torch.float32)
+    elements, side, dtype = (1 << 30, 8192, torch.bfloat16) if gpu else (1 << 24, 512, torch.float32)
     source = torch.empty(elements, dtype=dtype, device=device).normal_()
     target = torch.empty_like(source)
-    copy = time_calls([lambda: target.copy_(source)], device, seconds=0.2)
+    seconds = 0.2 if gpu else 0.05
+    copy = time_calls([lambda: target.copy_(source)], device, seconds=seconds)
     moved = 2 * source.numel() * source.element_size()
     left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    product = time_calls([lambda: left @ right], device, seconds=0.2)
+    product = time_calls([lambda: left @ right], device, seconds=seconds)
     return {"copy_gb_s": moved / copy.p50 / 1e6, "matmul_tflop_s": 2 * side**3 / product.p50 / 1e9}
 
 
