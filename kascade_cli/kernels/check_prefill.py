@@ -1,7 +1,8 @@
-"""Numerics of the prefill kernels on a GPU, by FlashAttention's rule: rows for a table, reusable by tests and benchmarks.
+"""Numerics of the prefill kernels on a GPU, by FlashAttention's rule: rows for a table, for tests and benchmarks.
 
-The rule: the largest error against a float64 reference is at most twice that of the same computation in plain PyTorch in the
-inputs' own precision. Also: every element is written (outputs start as NaN), and the same input gives the same bits twice.
+The rule: the largest error against a float64 reference is at most twice that of the same computation in plain PyTorch
+in the inputs' own precision. Also: every element is written (outputs start as NaN), and the same input gives the same
+bits twice.
 """
 
 import contextlib
@@ -36,7 +37,8 @@ class Case:
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
-        return f"{name}-B{len(self.starts)}-H{self.group * self.kv_heads}-G{self.kv_heads}-D{self.head_dim}-T{self.queries}-S{self.slots}"
+        heads = f"H{self.group * self.kv_heads}-G{self.kv_heads}-D{self.head_dim}"
+        return f"{name}-B{len(self.starts)}-{heads}-T{self.queries}-S{self.slots}"
 
 
 @dataclass
@@ -64,8 +66,17 @@ def late(dtype: torch.dtype, group: int, head_dim: int, length: int, queries: in
 def ragged(dtype: torch.dtype, group: int, head_dim: int, queries: int, **kwargs: Any) -> Case:
     """Four rows: left-padded, right-padded, a chunk that begins inside a tile, and one that is padding altogether."""
     slots = queries + 150
-    return Case(dtype, group, head_dim, queries, slots, (0, 0, 101, 20), (45, 0, 7, queries + 60),
-                (queries - 45, max(queries - 33, 1), queries + 94, 1), **kwargs)
+    return Case(
+        dtype,
+        group,
+        head_dim,
+        queries,
+        slots,
+        (0, 0, 101, 20),
+        (45, 0, 7, queries + 60),
+        (queries - 45, max(queries - 33, 1), queries + 94, 1),
+        **kwargs,
+    )
 
 
 def make_inputs(case: Case, seed: int, device: str = "cuda") -> Inputs:
@@ -89,14 +100,19 @@ def make_selection(case: Case, inputs: Inputs, scores: Tensor) -> tuple[Tensor, 
     """(indices, counts) of the top keys of `scores` [B, G, NT, S]; every seventh tile selects nothing."""
     start, begin, _ = inputs.args
     tiles = scores.shape[2]
-    before = (reference.first_tile(start, begin, case.tile)[:, None] + torch.arange(tiles, device=start.device)) * case.tile
+    before = (
+        reference.first_tile(start, begin, case.tile)[:, None] + torch.arange(tiles, device=start.device)
+    ) * case.tile
     before = torch.minimum(before, (case.slots - begin).clamp_min(0)[:, None])
     counts = torch.minimum(before, (before * case.ratio).int().clamp_min(case.floor)).int()
     counts[:, 6::7] = 0
     shape = (-1, case.kv_heads, -1)
     indices = reference.select_topk(
-        scores, counts[:, None].expand(*shape), begin[:, None, None].expand(-1, case.kv_heads, tiles),
-        before[:, None].expand(*shape), max_count=max(int(counts.max()), 1),
+        scores,
+        counts[:, None].expand(*shape),
+        begin[:, None, None].expand(-1, case.kv_heads, tiles),
+        before[:, None].expand(*shape),
+        max_count=max(int(counts.max()), 1),
     )
     return indices, counts
 
@@ -136,8 +152,13 @@ def plain(case: Case, inputs: Inputs, indices: Tensor, counts: Tensor) -> dict[s
     chosen = chosen[:, inputs.head_map.long(), :, : case.slots].repeat_interleave(case.group, 1)
     chosen = chosen.gather(2, local.long()[:, None, :, None].expand(-1, chosen.shape[1], -1, case.slots))
     sparse = logits.masked_fill(~(seen & (chosen | diagonal[:, None])), float("-inf")).softmax(-1).nan_to_num(0.0)
-    return {"prefill_dense": probability @ values, "log-sum-exp": torch.logsumexp(masked.float(), -1), "lse only":
-            torch.logsumexp(masked.float(), -1), "prefill_score": pooled, "prefill_sparse": sparse @ values}
+    return {
+        "prefill_dense": probability @ values,
+        "log-sum-exp": torch.logsumexp(masked.float(), -1),
+        "lse only": torch.logsumexp(masked.float(), -1),
+        "prefill_score": pooled,
+        "prefill_sparse": sparse @ values,
+    }
 
 
 def run_ops(ops: Any, case: Case, inputs: Inputs, indices: Tensor, counts: Tensor) -> dict[str, Tensor]:
@@ -147,7 +168,13 @@ def run_ops(ops: Any, case: Case, inputs: Inputs, indices: Tensor, counts: Tenso
     lse_only = ops.prefill_dense(q, k, None, *args, scale=scale)[1]
     score = ops.prefill_score(q, k, lse_only.float(), *args, scale=scale, tile=case.tile)
     sparse = ops.prefill_sparse(q, k, v, indices, counts, inputs.head_map, *args, scale=scale, tile=case.tile)
-    return {"prefill_dense": out, "log-sum-exp": lse, "lse only": lse_only, "prefill_score": score, "prefill_sparse": sparse}
+    return {
+        "prefill_dense": out,
+        "log-sum-exp": lse,
+        "lse only": lse_only,
+        "prefill_score": score,
+        "prefill_sparse": sparse,
+    }
 
 
 def exact(case: Case, inputs: Inputs) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -161,7 +188,7 @@ def exact(case: Case, inputs: Inputs) -> tuple[dict[str, Tensor], Tensor, Tensor
 
 
 def check(ops: Any, case: Case, seed: int = 0, device: str = "cuda") -> list[dict[str, Any]]:
-    """One row per op: case, largest error, that of plain PyTorch, whether all was written, bitwise equal twice, within the rule."""
+    """One row per op: case, error, plain PyTorch's error, whether all was written, same bits twice, within rule."""
     inputs = make_inputs(case, seed, device)
     truth, indices, counts = exact(case, inputs)
     with poisoned():
@@ -174,8 +201,17 @@ def check(ops: Any, case: Case, seed: int = 0, device: str = "cuda") -> list[dic
         written = not bool(got[op].isnan().any())
         same = torch.equal(got[op], again[op])
         bound = max(2 * plain_error, FLOOR[case.dtype] * max(1.0, float(want.nan_to_num(neginf=0.0).abs().max())))
-        rows.append({"op": op, "case": str(case), "error": error, "plain": plain_error, "written": written, "same_bits": same,
-                     "ok": written and same and error <= bound})
+        rows.append(
+            {
+                "op": op,
+                "case": str(case),
+                "error": error,
+                "plain": plain_error,
+                "written": written,
+                "same_bits": same,
+                "ok": written and same and error <= bound,
+            }
+        )
     return rows
 
 
@@ -187,11 +223,10 @@ def _distance(got: Tensor, want: Tensor) -> float:
     return float(gap.nan_to_num(nan=float("inf")).max()) if gap.numel() else 0.0
 
 
-def stress(ops: Any, case: Case, seeds: int, repeats: int = 3, report: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Races: `seeds` inputs, each run `repeats` times; the bits must agree, and stay within the rule for the first seed's bound.
-
-    The inputs change while earlier launches may still run, so that a stale read shows.
-    """
+def stress(
+    ops: Any, case: Case, seeds: int, repeats: int = 3, report: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """Races: `seeds` inputs, each run `repeats` times: how often bits changed, and the distance to plain PyTorch."""
     changed = {"prefill_dense": 0, "log-sum-exp": 0, "lse only": 0, "prefill_score": 0, "prefill_sparse": 0}
     worst = dict.fromkeys(changed, 0.0)
     for seed in range(seeds):

@@ -6,8 +6,9 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
+from kascade_cli.kernels.tilelang.arguments import LOG2E
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
-from kascade_cli.kernels.tilelang.prefill_common import LOG2E, allocate, cache_view, check, exp2_fma, queries_view
+from kascade_cli.kernels.tilelang.prefill_common import allocate, cache_view, check, queries_view
 
 KEYS = 128  # keys per block
 CONSUMERS = 256  # two warpgroups, 64 rows each
@@ -15,27 +16,23 @@ LOWEST = -(2.0**30)  # running maximum of a row that has seen nothing: finite, s
 
 
 @kernel(tl__disable_safe_memory_legalize=True, tl__disable_buffer_init_check=True)
-def lse_kernel(dtype: str, head_dim: int, stages: int = 3, unroll: int = 2, emulate: int = 0):
+def lse_kernel(dtype: str, head_dim: int, stages: int = 4, unroll: int = 3):
     """Log-sum-exp of 256 queries of one head per CTA, as row blocks A and B that share every block of keys.
 
-    While one row block is in the tensor cores, the other one's exponentials are taken; `unroll` key blocks between two full
-    waits. Accumulators are written by WGMMA alone inside the main loop: ptxas serialises the WGMMAs otherwise.
+    While one row block is in the tensor cores, the other one's exponentials are taken; `unroll` key blocks between
+    two full waits. Accumulators are written by WGMMA alone in the main loop: ptxas serialises the WGMMAs otherwise.
+    Queries are kept in registers, which spares a third of the reads of shared memory.
     """
     f32, half = "float32", 128
     policy = T.GemmWarpPolicy.FullRow
     B, G, S, H, NQ = (T.dynamic(x) for x in ("B", "G", "S", "H", "NQ"))
-
-    def exp2(x, column):
-        if emulate == 0:
-            return T.exp2(x)
-        return T.if_then_else(column // 8 % emulate == 0, exp2_fma(x), T.exp2(x))
 
     @T.macro
     def update(logits, prob, peak, old, part, total, scale):
         T.copy(peak, old)
         T.reduce_max(logits, peak, dim=1, clear=False)
         for i, j in T.Parallel(half, KEYS):
-            prob[i, j] = exp2(logits[i, j] * scale - peak[i] * scale, j)
+            prob[i, j] = T.exp2(logits[i, j] * scale - peak[i] * scale)
         T.reduce_sum(prob, part, dim=1)
         for i in T.Parallel(half):
             total[i] = total[i] * T.exp2((old[i] - peak[i]) * scale) + part[i]
@@ -59,6 +56,8 @@ def lse_kernel(dtype: str, head_dim: int, stages: int = 3, unroll: int = 2, emul
             Qa = T.alloc_shared((half, head_dim), dtype)
             Qb = T.alloc_shared((half, head_dim), dtype)
             Ks = T.alloc_shared((stages, KEYS, head_dim), dtype)
+            Ra = T.alloc_fragment((half, head_dim), dtype)
+            Rb = T.alloc_fragment((half, head_dim), dtype)
             acc_a = T.alloc_fragment((half, KEYS), f32)
             acc_b = T.alloc_fragment((half, KEYS), f32)
             prob = T.alloc_fragment((half, KEYS), f32)
@@ -107,16 +106,22 @@ def lse_kernel(dtype: str, head_dim: int, stages: int = 3, unroll: int = 2, emul
                 T.fill(sum_a, 0)
                 T.fill(sum_b, 0)
                 T.barrier_wait(ready, 0)
+                T.copy(Qa, Ra)
+                T.copy(Qb, Rb)
                 for kk in T.serial(open_):
                     for u in T.unroll(unroll):
                         k = kk * unroll + u
                         T.barrier_wait(full[k % stages], (k // stages) & 1)
-                        T.wgmma_gemm(Qa, Ks[k % stages, :, :], acc_a, transpose_B=True, clear_accum=True, policy=policy)
+                        T.wgmma_gemm(
+                            Ra, Ks[k % stages, :, :], acc_a, transpose_B=True, clear_accum=True, policy=policy
+                        )
                         if u > 0:
                             T.wait_wgmma(1)
                             T.barrier_arrive(free[(k - 1) % stages])
                             update(acc_b, prob, peak_b, old, part, sum_b, scale)
-                        T.wgmma_gemm(Qb, Ks[k % stages, :, :], acc_b, transpose_B=True, clear_accum=True, policy=policy)
+                        T.wgmma_gemm(
+                            Rb, Ks[k % stages, :, :], acc_b, transpose_B=True, clear_accum=True, policy=policy
+                        )
                         T.wait_wgmma(1)
                         update(acc_a, prob, peak_a, old, part, sum_a, scale)
                     T.wait_wgmma(0)
@@ -125,8 +130,8 @@ def lse_kernel(dtype: str, head_dim: int, stages: int = 3, unroll: int = 2, emul
                 for i in T.serial(n - open_ * unroll):
                     k = open_ * unroll + i
                     T.barrier_wait(full[k % stages], (k // stages) & 1)
-                    T.wgmma_gemm(Qa, Ks[k % stages, :, :], acc_a, transpose_B=True, clear_accum=True, policy=policy)
-                    T.wgmma_gemm(Qb, Ks[k % stages, :, :], acc_b, transpose_B=True, clear_accum=True, policy=policy)
+                    T.wgmma_gemm(Ra, Ks[k % stages, :, :], acc_a, transpose_B=True, clear_accum=True, policy=policy)
+                    T.wgmma_gemm(Rb, Ks[k % stages, :, :], acc_b, transpose_B=True, clear_accum=True, policy=policy)
                     T.wait_wgmma(0)
                     T.barrier_arrive(free[k % stages])
                     mask(acc_a, token, k * KEYS)
@@ -136,7 +141,9 @@ def lse_kernel(dtype: str, head_dim: int, stages: int = 3, unroll: int = 2, emul
                 for i in T.Parallel(half):
                     if q0 + i < NQ:
                         lse[b, h, q0 + i] = T.if_then_else(
-                            token + i < kv_len[b], (T.log2(sum_a[i]) + peak_a[i] * scale) * math.log(2), -T.infinity(f32)
+                            token + i < kv_len[b],
+                            (T.log2(sum_a[i]) + peak_a[i] * scale) * math.log(2),
+                            -T.infinity(f32),
                         )
                 for i in T.Parallel(half):
                     if q0 + half + i < NQ:
@@ -184,7 +191,7 @@ def dense_kernel(dtype: str, head_dim: int, stages: int = 2):
         query_start: T.Tensor((B,), "int32"),
         kv_start: T.Tensor((B,), "int32"),
         kv_len: T.Tensor((B,), "int32"),
-        O: T.Tensor((B, NQ, H, head_dim), dtype),
+        Out: T.Tensor((B, NQ, H, head_dim), dtype),
         lse: T.Tensor((B, H, NQ), f32),
         scale: T.float32,
     ):
@@ -254,7 +261,9 @@ def dense_kernel(dtype: str, head_dim: int, stages: int = 2):
                     T.copy(acc, prob)
                     for k in T.serial(n - 1):
                         T.barrier_wait(kfull[(k + 1) % stages], ((k + 1) // stages) & 1)
-                        T.wgmma_gemm(Qs, Ks[(k + 1) % stages, :, :], acc, transpose_B=True, clear_accum=True, policy=policy)
+                        T.wgmma_gemm(
+                            Qs, Ks[(k + 1) % stages, :, :], acc, transpose_B=True, clear_accum=True, policy=policy
+                        )
                         T.barrier_wait(vfull[k % stages], (k // stages) & 1)
                         T.wgmma_gemm(prob, Vs[k % stages, :, :], out, policy=policy)
                         T.wait_wgmma(1)
@@ -275,7 +284,7 @@ def dense_kernel(dtype: str, head_dim: int, stages: int = 2):
                 T.copy(out, Qs)
                 for i, j in T.Parallel(rows, head_dim):
                     if q0 + i < NQ:
-                        O[b, q0 + i, h, j] = T.if_then_else(token + i < kv_len[b], Qs[i, j], 0)
+                        Out[b, q0 + i, h, j] = T.if_then_else(token + i < kv_len[b], Qs[i, j], 0)
                 for i in T.Parallel(rows):
                     if q0 + i < NQ:
                         lse[b, h, q0 + i] = T.if_then_else(

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from kascade_cli.errors import KascadeError
+from kascade_cli.kernels.tilelang.arguments import LOG2E
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
-from kascade_cli.kernels.tilelang.prefill_common import LOG2E, allocate, cache_view, check, exp2_fma, queries_view, vector
+from kascade_cli.kernels.tilelang.prefill_common import allocate, cache_view, check, queries_view, require
 from kascade_cli.kernels.tilelang.prefill_dense import prefill_dense
 
 KEYS = 128  # keys per block
@@ -15,14 +16,23 @@ CONSUMERS = 256  # two warpgroups, 64 keys each
 
 @kernel(tl__disable_safe_memory_legalize=True, tl__disable_buffer_init_check=True)
 def score_kernel(
-    dtype: str, head_dim: int, group: int, heads: int, tile: int, pair: bool, add: bool = False, stages: int = 3, unroll: int = 2, emulate: int = 0
+    dtype: str,
+    head_dim: int,
+    group: int,
+    heads: int,
+    tile: int,
+    pair: bool,
+    add: bool = False,
+    stages: int = 3,
+    unroll: int = 2,
 ):
     """Scores of two row blocks of `tile` queries x `heads` heads per CTA, which share every block of keys.
 
-    pair: the row blocks A and B are two neighbouring tiles; otherwise two chunks of `heads` heads of one tile, added up.
-    add: add to `scores` (the group's further heads) instead of overwriting. S^T = K Q^T, so that pooling is a sum along a
-    row of the accumulator. While A is in the tensor cores, B's exponentials are taken; `unroll` key blocks between two full
-    waits. Accumulators are written by WGMMA alone: ptxas serialises the WGMMAs otherwise.
+    pair: the row blocks A and B are neighbouring tiles; otherwise two chunks of `heads` heads of one tile, added up.
+    add: add to `scores` (the group's further heads) instead of overwriting. S^T = K Q^T, so that pooling sums along a
+    row of the accumulator, and two tiles are two accumulators. While A is in the tensor cores, B's exponentials are
+    taken; `unroll` key blocks between two full waits. Accumulators are written by WGMMA alone: ptxas serialises the
+    WGMMAs otherwise.
     """
     rows, f32 = tile * heads, "float32"
     policy = T.GemmWarpPolicy.FullRow
@@ -31,22 +41,21 @@ def score_kernel(
     B, G, S, H, NQ = (T.dynamic(x) for x in ("B", "G", "S", "H", "NQ"))
     N = T.dynamic("N", "int64")
 
-    def exp2(x, column):
-        if emulate == 0:
-            return T.exp2(x)
-        return T.if_then_else(column // 8 % emulate == 0, exp2_fma(x), T.exp2(x))
-
     @T.macro
     def pool(acc, norm, prob, total, scale):
         for i, j in T.Parallel(KEYS, rows):
-            prob[i, j] = exp2(acc[i, j] * scale - norm[j], j)
+            prob[i, j] = T.exp2(acc[i, j] * scale - norm[j])
         T.reduce_sum(prob, total, dim=1)
 
     @T.macro
     def load(Q, Qs, b, query, g, head, tx, i):
         T.ptx_cp_async(
             T.access_ptr(Qs[i * step + tx // lanes, tx % lanes * 8], "w", 8),
-            T.access_ptr(Q[b, query, g * group + T.min(head + (i * step + tx // lanes) % heads, group - 1), tx % lanes * 8], "r", 8),
+            T.access_ptr(
+                Q[b, query, g * group + T.min(head + (i * step + tx // lanes) % heads, group - 1), tx % lanes * 8],
+                "r",
+                8,
+            ),
             8,
         )
 
@@ -127,7 +136,11 @@ def score_kernel(
                 if tx < CONSUMERS + 32:
                     for k in T.serial(n):
                         T.barrier_wait(free[k % stages], ((k // stages) & 1) ^ 1)
-                        T.tma_copy(K[b, g, lo + k * KEYS : lo + (k + 1) * KEYS, :], Ks[k % stages, :, :], barrier=full[k % stages])
+                        T.tma_copy(
+                            K[b, g, lo + k * KEYS : lo + (k + 1) * KEYS, :],
+                            Ks[k % stages, :, :],
+                            barrier=full[k % stages],
+                        )
                         T.barrier_arrive(full[k % stages])
                 elif not add:
                     # The producer's idle warps zero the slots that are pooled by no query.
@@ -145,14 +158,22 @@ def score_kernel(
                 if n > 0:
                     # Rows outside the tile's queries and heads repeat its edge; their norm is inf below.
                     for i in T.unroll(rows // step):
-                        load(Q, Qa, b, T.max(T.min(q0 + (i * step + tx // lanes) // heads, end - 1), 0), g, head, tx, i)
+                        load(
+                            Q, Qa, b, T.max(T.min(q0 + (i * step + tx // lanes) // heads, end - 1), 0), g, head, tx, i
+                        )
                         load(Q, Qb, b, T.max(T.min(qb + (i * step + tx // lanes) // heads, end - 1), 0), g, hb, tx, i)
                     T.cp_async_barrier_noinc(ready)
                     for r in T.Parallel(rows):
                         norm_a[r] = lse[
-                            b, g * group + T.min(head + r % heads, group - 1), T.max(T.min(q0 + r // heads, end - 1), begin)
+                            b,
+                            g * group + T.min(head + r % heads, group - 1),
+                            T.max(T.min(q0 + r // heads, end - 1), begin),
                         ]
-                        norm_b[r] = lse[b, g * group + T.min(hb + r % heads, group - 1), T.max(T.min(qb + r // heads, end - 1), begin)]
+                        norm_b[r] = lse[
+                            b,
+                            g * group + T.min(hb + r % heads, group - 1),
+                            T.max(T.min(qb + r // heads, end - 1), begin),
+                        ]
                     # Rows that are no query of this tile pool nothing: exp2(s - inf) = 0.
                     for r in T.Parallel(rows):
                         norm_a[r] = T.if_then_else(
@@ -171,13 +192,17 @@ def score_kernel(
                         for u in T.unroll(unroll):
                             k = kk * unroll + u
                             T.barrier_wait(full[k % stages], (k // stages) & 1)
-                            T.wgmma_gemm(Ks[k % stages, :, :], Qa, acc_a, transpose_B=True, clear_accum=True, policy=policy)
+                            T.wgmma_gemm(
+                                Ks[k % stages, :, :], Qa, acc_a, transpose_B=True, clear_accum=True, policy=policy
+                            )
                             if u > 0:
                                 T.wait_wgmma(1)
                                 T.barrier_arrive(free[(k - 1) % stages])
                                 pool(acc_b, norm_b, prob, sum_b, scale)
                                 store(scores, sum_a, sum_b, base, width, (k - 1) * KEYS, before, second)
-                            T.wgmma_gemm(Ks[k % stages, :, :], Qb, acc_b, transpose_B=True, clear_accum=True, policy=policy)
+                            T.wgmma_gemm(
+                                Ks[k % stages, :, :], Qb, acc_b, transpose_B=True, clear_accum=True, policy=policy
+                            )
                             T.wait_wgmma(1)
                             pool(acc_a, norm_a, prob, sum_a, scale)
                         T.wait_wgmma(0)
@@ -212,28 +237,48 @@ def prefill_score(
 ) -> Tensor:
     """Tile-pooled post-softmax scores; see `kascade_cli.kernels.reference.prefill_score`.
 
-    q [B, H, T, D] (memory [B, T, H, D]); k [B, G, S, D]; lse float32 [B, H, T] from `prefill_dense`, or None to compute it.
-    Returns float32 [B, G, tiles, S] for local tiles [first, first + tiles). Raises KascadeError for what the kernels do
-    not take, and when the scores do not fit: the caller then asks for fewer tiles at a time.
+    q [B, H, T, D] (memory [B, T, H, D]); k [B, G, S, D]; lse float32 [B, H, T] from `prefill_dense`, or None to
+    compute it. Returns float32 [B, G, tiles, S] for local tiles [first, first + tiles). Raises KascadeError for what
+    the kernels do not take, and when the scores do not fit: the caller then asks for fewer tiles at a time.
     """
     shape = check("prefill_score", q, k, None, (query_start, kv_start, kv_len), tile)
     if lse is not None:
-        vector("prefill_score", "lse", lse, (shape.batch, shape.heads, shape.queries), q.device, torch.float32)
+        require("prefill_score", "lse", lse, (shape.batch, shape.heads, shape.queries), q.device, torch.float32)
     tiles = -(-shape.queries // tile) + 1 - first if tiles is None else tiles
     if first < 0 or tiles < 0:
         raise KascadeError(f"prefill_score: no tiles [{first}, {first + tiles})")
     require_hopper(q.device)
     if lse is None:
         lse = prefill_dense(q, k, None, query_start, kv_start, kv_len, scale=scale)[1]
-    sizes = (shape.batch, shape.groups, tiles, shape.slots)
+    sizes = (shape.batch, shape.kv_heads, tiles, shape.slots)
     scores = allocate("prefill_score", sizes, torch.float32, q.device, "score fewer tiles at a time")
     if scores.numel() == 0 or shape.queries == 0:
         return scores.zero_()
-    heads, pair, launches = score_plan(shape.ratio, tile)
+    heads, pair, launches = score_plan(shape.group, tile)
     lengths = (query_start.contiguous(), kv_start.contiguous(), kv_len.contiguous())
     queries, keys, norm = queries_view(q), cache_view(k), lse.contiguous()
     for launch in range(launches):
-        run = score_kernel(dtype=shape.dtype, head_dim=shape.head_dim, group=shape.ratio, heads=heads, tile=tile, pair=pair, add=launch > 0)
+        run = score_kernel(
+            dtype=shape.dtype,
+            head_dim=shape.head_dim,
+            group=shape.group,
+            heads=heads,
+            tile=tile,
+            pair=pair,
+            add=launch > 0,
+        )
         head = launch * 2 * heads
-        run(queries, keys, norm, *lengths, scores.view(-1), tiles, shape.slots, first, head, min(head + 2 * heads, shape.ratio), scale * LOG2E)
+        run(
+            queries,
+            keys,
+            norm,
+            *lengths,
+            scores.view(-1),
+            tiles,
+            shape.slots,
+            first,
+            head,
+            min(head + 2 * heads, shape.group),
+            scale * LOG2E,
+        )
     return scores

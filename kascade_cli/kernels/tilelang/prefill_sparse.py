@@ -5,19 +5,20 @@ import torch
 from torch import Tensor
 
 from kascade_cli.errors import KascadeError
+from kascade_cli.kernels.tilelang.arguments import LOG2E
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
-from kascade_cli.kernels.tilelang.prefill_common import LOG2E, allocate, cache_view, check, queries_view, vector
+from kascade_cli.kernels.tilelang.prefill_common import allocate, cache_view, check, queries_view, require
 
 LOWEST = -(2.0**30)
 
 
 @kernel(tl__disable_safe_memory_legalize=True)
-def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, keys: int = 128, stages: int = 2, regs: int = 72):
-    """One tile of `tile` queries x `heads` heads (64 or 128 rows) per CTA; heads past the group are computed and dropped.
+def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, keys: int = 128, stages: int = 2):
+    """One tile of `tile` queries x `heads` heads (64 or 128 rows) per CTA; heads past the group are dropped.
 
-    A producer warpgroup gathers keys and values with cp.async, its row indices read before it waits for a free slot. The list
-    of keys is the tile itself followed by the selection, so one padded block at the end is all that is wasted. QK of the next
-    block and PV of the last one are issued together; the softmax runs while PV does.
+    A producer warpgroup gathers keys and values with cp.async, its row indices read before it waits for a free slot.
+    The list of keys is the tile itself followed by the selection, so a padded last block is all that is wasted. QK of
+    the next block and PV of the last one are issued together; the softmax runs while PV does.
     """
     f32, rows = "float32", tile * heads
     consumers = rows * 2
@@ -51,7 +52,7 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
         query_start: T.Tensor((B,), "int32"),
         kv_start: T.Tensor((B,), "int32"),
         kv_len: T.Tensor((B,), "int32"),
-        O: T.Tensor((B, NQ, H, head_dim), dtype),
+        Out: T.Tensor((B, NQ, H, head_dim), dtype),
         scale: T.float32,
     ):
         # Tiles of one KV head run side by side, the heaviest first: its keys stay in L2.
@@ -100,11 +101,13 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
                 n = 0
             if tx >= consumers:
                 if consumers > 128:  # with one consumer warpgroup there are registers enough for all
-                    T.set_max_nreg(regs, 0)
+                    T.set_max_nreg(72, 0)
                 if n > 0:
                     for i in T.serial(rows // step):
                         T.ptx_cp_async(
-                            T.access_ptr(Qs[i * step + (tx - consumers) // lanes, (tx - consumers) % lanes * 8], "w", 8),
+                            T.access_ptr(
+                                Qs[i * step + (tx - consumers) // lanes, (tx - consumers) % lanes * 8], "w", 8
+                            ),
                             T.access_ptr(
                                 Q[
                                     b,
@@ -121,7 +124,10 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
                     for k in T.serial(n):
                         for i in T.unroll(passes):
                             row[i] = indices[
-                                b, hm, t, T.max(T.min(k * keys + i * step + (tx - consumers) // lanes, used - 1) - tile, 0)
+                                b,
+                                hm,
+                                t,
+                                T.max(T.min(k * keys + i * step + (tx - consumers) // lanes, used - 1) - tile, 0),
                             ]
                         for i in T.unroll(passes):
                             row[i] = T.max(
@@ -138,7 +144,11 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
                         T.barrier_wait(kfree[k % stages], ((k // stages) & 1) ^ 1)
                         for i in T.unroll(passes):
                             T.ptx_cp_async(
-                                T.access_ptr(Ks[k % stages, i * step + (tx - consumers) // lanes, (tx - consumers) % lanes * 8], "w", 8),
+                                T.access_ptr(
+                                    Ks[k % stages, i * step + (tx - consumers) // lanes, (tx - consumers) % lanes * 8],
+                                    "w",
+                                    8,
+                                ),
                                 T.access_ptr(K[b, g, row[i], (tx - consumers) % lanes * 8], "r", 8),
                                 8,
                             )
@@ -146,7 +156,11 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
                         T.barrier_wait(vfree[k % stages], ((k // stages) & 1) ^ 1)
                         for i in T.unroll(passes):
                             T.ptx_cp_async(
-                                T.access_ptr(Vs[k % stages, i * step + (tx - consumers) // lanes, (tx - consumers) % lanes * 8], "w", 8),
+                                T.access_ptr(
+                                    Vs[k % stages, i * step + (tx - consumers) // lanes, (tx - consumers) % lanes * 8],
+                                    "w",
+                                    8,
+                                ),
                                 T.access_ptr(V[b, g, row[i], (tx - consumers) % lanes * 8], "r", 8),
                                 8,
                             )
@@ -173,7 +187,9 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
                     for k in T.serial(n - 1):
                         T.barrier_wait(kfull[(k + 1) % stages], ((k + 1) // stages) & 1)
                         T.fence_proxy_async()
-                        T.wgmma_gemm(Qs, Ks[(k + 1) % stages, :, :], acc, transpose_B=True, clear_accum=True, policy=policy)
+                        T.wgmma_gemm(
+                            Qs, Ks[(k + 1) % stages, :, :], acc, transpose_B=True, clear_accum=True, policy=policy
+                        )
                         T.barrier_wait(vfull[k % stages], (k // stages) & 1)
                         T.fence_proxy_async()
                         T.wgmma_gemm(prob, Vs[k % stages, :, :], out, policy=policy)
@@ -197,11 +213,11 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
                     T.copy(out, Qs)
                     for i, h, j in T.Parallel(tile, heads, head_dim):
                         if q0 + i >= 0 and q0 + i < end and h0 + h < group:
-                            O[b, q0 + i, g * group + h0 + h, j] = Qs[i * heads + h, j]
+                            Out[b, q0 + i, g * group + h0 + h, j] = Qs[i * heads + h, j]
                 # Other queries belong to no tile: the CTA that shares their position zeroes them.
                 for i, h, j in T.Parallel(tile, heads, head_dim):
                     if t * tile + i < NQ and (t * tile + i < begin or t * tile + i >= covered) and h0 + h < group:
-                        O[b, t * tile + i, g * group + h0 + h, j] = 0
+                        Out[b, t * tile + i, g * group + h0 + h, j] = 0
 
     return main
 
@@ -228,27 +244,41 @@ def prefill_sparse(
 ) -> Tensor:
     """Attention over selected keys plus the diagonal tile; see `kascade_cli.kernels.reference.prefill_sparse`.
 
-    q [B, H, T, D] (memory [B, T, H, D]); k, v [B, G, S, D]; indices int32 [B, G2, NT, K] of slots; counts int32 [B, NT];
-    head_map int32 [G] into G2. Returns [B, H, T, D] as a view of [B, T, H, D]; zeros for padding and for queries past tile NT.
+    q [B, H, T, D] (memory [B, T, H, D]); k, v [B, G, S, D]; indices int32 [B, G2, NT, K] of slots; counts int32
+    [B, NT]; head_map int32 [G] into G2. Returns [B, H, T, D] as a view of [B, T, H, D]; zeros for padding and for
+    queries past tile NT.
     Raises KascadeError for what the kernels do not take.
     """
     shape = check("prefill_sparse", q, k, v, (query_start, kv_start, kv_len), tile)
     if indices.dim() != 4 or indices.shape[0] != shape.batch or indices.shape[1] == 0:
-        raise KascadeError(f"prefill_sparse: indices must be [{shape.batch}, kv_heads, tiles, keys], not {list(indices.shape)}")
+        raise KascadeError(
+            f"prefill_sparse: indices must be [{shape.batch}, kv_heads, tiles, keys], not {list(indices.shape)}"
+        )
     sources, tiles, width = indices.shape[1:]
     if tiles * tile < shape.queries:
         raise KascadeError(f"prefill_sparse: indices for {tiles} tiles of {tile} do not cover {shape.queries} queries")
-    vector("prefill_sparse", "indices", indices, (shape.batch, sources, tiles, width), q.device)
-    vector("prefill_sparse", "counts", counts, (shape.batch, tiles), q.device)
-    vector("prefill_sparse", "head_map", head_map, (shape.groups,), q.device)
+    require("prefill_sparse", "indices", indices, (shape.batch, sources, tiles, width), q.device)
+    require("prefill_sparse", "counts", counts, (shape.batch, tiles), q.device)
+    require("prefill_sparse", "head_map", head_map, (shape.kv_heads,), q.device)
     require_hopper(q.device)
     sizes = (shape.batch, shape.queries, shape.heads, shape.head_dim)
     out = allocate("prefill_sparse", sizes, q.dtype, q.device, "prefill in smaller chunks")
     if width == 0:  # the kernel reads one entry ahead of every count
         indices, counts = torch.zeros_like(indices.new_empty(*indices.shape[:3], 1)), torch.zeros_like(counts)
     if out.numel():
-        heads = sparse_heads(shape.ratio, tile)
-        run = sparse_kernel(dtype=shape.dtype, head_dim=shape.head_dim, group=shape.ratio, heads=heads, tile=tile)
-        run(queries_view(q), cache_view(k), cache_view(v), indices.contiguous(), counts.contiguous(), head_map.contiguous(),
-            query_start.contiguous(), kv_start.contiguous(), kv_len.contiguous(), out, scale * LOG2E)
+        heads = sparse_heads(shape.group, tile)
+        run = sparse_kernel(dtype=shape.dtype, head_dim=shape.head_dim, group=shape.group, heads=heads, tile=tile)
+        run(
+            queries_view(q),
+            cache_view(k),
+            cache_view(v),
+            indices.contiguous(),
+            counts.contiguous(),
+            head_map.contiguous(),
+            query_start.contiguous(),
+            kv_start.contiguous(),
+            kv_len.contiguous(),
+            out,
+            scale * LOG2E,
+        )
     return out.transpose(1, 2)
