@@ -85,9 +85,8 @@ def select_anchors(
         meta, layers = file.meta, len(file.profiled_layers)
         budget = budget.model_copy(update={"tile": meta["tile"]})
         if not file.complete:
-            err.print(
-                f"{capture}: {len(file)} of {meta['num_prompts']} prompts are captured; using these", markup=False
-            )
+            line = f"{capture}: {len(file)} of {meta['num_prompts']} prompts are captured; using these"
+            err.print(line, markup=False, soft_wrap=True)
     limit = _limit(layers, anchors, max_anchors)
 
     with progress("reading the capture") as bar:
