@@ -81,8 +81,9 @@ def part_compile(ctx: Context) -> None:
 
 def wanted_specs() -> list[Any]:
     """Kernels of the numerics cases, the demo model and the speed table, each once; the slow ones come first."""
-    from kascade_cli.benchmarking.kernel_list import prefill_specs, unique
-    from kascade_cli.kernels.tilelang import specs
+    from kascade_cli.benchmarking.kernel_list import unique
+    from kascade_cli.kernels.tilelang.prefill_specs import prefill_specs
+    from kascade_cli.kernels.tilelang.specs import decode_specs, select_specs
 
     shapes = {(case.heads // case.kv_heads, case.dim, str(case.dtype)[6:], case.page) for case in check.CASES}
     shapes |= {(4, 128, "bfloat16", 0), DEMO + (0,)}
@@ -93,9 +94,9 @@ def wanted_specs() -> list[Any]:
     found: list[Any] = []
     for group, size, dtype, tile in sorted(prefill):
         found += prefill_specs(group, size, dtype, tile)
-    found += specs.select_specs()
+    found += select_specs()
     for shape in sorted(shapes):
-        found += specs.decode_specs(*shape)
+        found += decode_specs(*shape)
     return unique(found)
 
 

@@ -162,7 +162,7 @@ def set_count(touched: float, held: float, device: torch.device, most: int = 16)
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     free, _ = torch.cuda.mem_get_info(device)
-    wanted = math.ceil(4 * cache / max(touched, 1))
+    wanted = math.ceil(16 * cache / max(touched, 1))
     return max(1, min(wanted, most, int(0.4 * free // max(held, 1))))
 
 
