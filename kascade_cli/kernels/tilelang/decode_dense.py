@@ -200,7 +200,9 @@ def decode_dense(
     """
     call = check_decode(q, k, v, block_table, kv_start=kv_start, kv_len=kv_len)
     splits = split_count(call.rows, -(-call.slots // BLOCK), require_hopper(q.device))
-    logits, lse = workspace(call.batch, call.kv_heads, call.group, call.slots if scores else 1, splits, call.dtype, q.device)
+    logits, lse = workspace(
+        call.batch, call.kv_heads, call.group, call.slots if scores else 1, splits, call.dtype, q.device, packed=False
+    )
     parts = torch.empty(
         (call.batch, call.kv_heads, splits, call.group, call.head_dim), dtype=torch.float32, device=q.device
     )
@@ -209,5 +211,5 @@ def decode_dense(
         call.grouped, call.k, call.v, call.table, kv_start, kv_len, logits, parts, lse, scale * LOG2E
     )
     merge(group=call.group, head_dim=call.head_dim, dtype=call.dtype)(parts, lse, out)
-    pooled = pooled_scores(logits, lse, kv_start, kv_len, call.slots) if scores else None
+    pooled = pooled_scores(logits, lse, kv_start, kv_len, call.slots, packed=False) if scores else None
     return out.flatten(1, 2), pooled

@@ -10,13 +10,23 @@ from torch import Tensor
 
 from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, split_count
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
-from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pooled_scores, workspace
+from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pad, pooled_scores, workspace
 
 BLOCK = 128
+PACKED = True  # logits of a slot's heads side by side: no detour through shared memory
 
 
 @kernel()
-def score(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK, stages: int = 3):
+def score(
+    group: int,
+    head_dim: int,
+    dtype: str,
+    page: int,
+    block: int = BLOCK,
+    stages: int = 3,
+    threads: int = 128,
+    packed: bool = PACKED,
+):
     """Builder. Compiled per group, head size, dtype and page (0: contiguous); everything else is read at run time."""
     f32, policy, low = "float32", T.GemmWarpPolicy.FullRow, -(2.0**30)
     B, G, S, MP = T.dynamic("B"), T.dynamic("G"), T.dynamic("S"), T.dynamic("MP")
@@ -34,11 +44,11 @@ def score(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK, 
         Table: T.Tensor((B, MP), "int32"),
         Start: T.Tensor((B,), "int32"),
         Length: T.Tensor((B,), "int32"),
-        Logits: T.Tensor((B, G, group, N, WIDTH), LOGITS[dtype]),
+        Logits: T.Tensor((B, G, N, WIDTH, pad(group)) if packed else (B, G, group, N, WIDTH), LOGITS[dtype]),
         Lse: T.Tensor((B, G, splits, group), f32),
         scale: T.float32,
     ):
-        with T.Kernel(splits, G, B, threads=128) as (s, g, b):
+        with T.Kernel(splits, G, B, threads=threads) as (s, g, b):
             Qs = T.alloc_shared((wide, head_dim), dtype)
             Ks = T.alloc_shared((block, head_dim), dtype)
             logit = T.alloc_fragment((block, wide), f32)
@@ -99,10 +109,17 @@ def score(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK, 
                     higher[i, j] = T.max(top[i, j], logit[i, j])
                     total[i, j] = total[i, j] * T.exp2(top[i, j] - higher[i, j]) + T.exp2(logit[i, j] - higher[i, j])
                     top[i, j] = higher[i, j]
-                for i, j in T.Parallel(block, wide):
-                    flip[j, i] = T.min(T.max(logit[i, j], -FLOAT16_MAX), FLOAT16_MAX)
-                for j, i in T.Parallel(group, block):
-                    Logits[b, g, j, (lo + k) // sub, (lo + k) % sub * block + i] = flip[j, i]
+                if packed:
+                    for i, j in T.Parallel(block, wide):
+                        if j < pad(group):
+                            Logits[b, g, (lo + k) // sub, (lo + k) % sub * block + i, j] = T.min(
+                                T.max(logit[i, j], -FLOAT16_MAX), FLOAT16_MAX
+                            )
+                else:
+                    for i, j in T.Parallel(block, wide):
+                        flip[j, i] = T.min(T.max(logit[i, j], -FLOAT16_MAX), FLOAT16_MAX)
+                    for j, i in T.Parallel(group, block):
+                        Logits[b, g, j, (lo + k) // sub, (lo + k) % sub * block + i] = flip[j, i]
             T.copy(top, tops)
             T.copy(total, totals)
             for j, i in T.Parallel(wide, block):
@@ -131,7 +148,8 @@ def decode_score(
     """
     call = check_decode(q, k, None, block_table, kv_start=kv_start, kv_len=kv_len)
     splits = split_count(call.rows, -(-call.slots // BLOCK), require_hopper(q.device))
-    logits, lse = workspace(call.batch, call.kv_heads, call.group, call.slots, splits, call.dtype, q.device)
+    logits, lse = workspace(
+        call.batch, call.kv_heads, call.group, call.slots, splits, call.dtype, q.device, packed=PACKED
+    )
     score(**call.config())(call.grouped, call.k, call.table, kv_start, kv_len, logits, lse, scale * LOG2E)
-    return pooled_scores(logits, lse, kv_start, kv_len, call.slots)
-
+    return pooled_scores(logits, lse, kv_start, kv_len, call.slots, packed=PACKED)

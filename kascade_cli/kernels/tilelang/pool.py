@@ -14,17 +14,19 @@ LOGITS = {"bfloat16": "float16", "float16": "float32"}
 
 
 @kernel()
-def pool(group: int, logits: str):
+def pool(group: int, logits: str, packed: bool):
     """Builder: Scores[b, g, j] = sum over the group's heads of exp2(Logits - lse), zero outside the row's keys.
 
     Logits (log2 units, of dtype `logits`) are only valid inside the row's keys. Lse is per split, in log2 units.
     """
     f32 = "float32"
+    padded = pad(group) if packed else group
+    step = min(8 if logits == "float16" else 4, padded * EACH)  # 16 bytes
     B, G, N, splits = T.dynamic("B"), T.dynamic("G"), T.dynamic("N"), T.dynamic("splits")
 
     @T.prim_func
     def pool_kernel(
-        Logits: T.Tensor((B, G, group, N, WIDTH), logits),
+        Logits: T.Tensor((B, G, N, WIDTH, padded) if packed else (B, G, group, N, WIDTH), logits),
         Lse: T.Tensor((B, G, splits, group), f32),
         Start: T.Tensor((B,), "int32"),
         Length: T.Tensor((B,), "int32"),
@@ -32,7 +34,7 @@ def pool(group: int, logits: str):
     ):
         with T.Kernel(N, G, B, threads=WIDTH // EACH) as (n, g, b):
             total = T.alloc_shared((group,), f32)
-            raw = T.alloc_local((group, EACH), logits)
+            raw = T.alloc_local((padded * EACH,), logits)
             pooled = T.alloc_local((EACH,), f32)
             lo = T.alloc_var("int32")
             hi = T.alloc_var("int32")
@@ -47,9 +49,16 @@ def pool(group: int, logits: str):
                 pooled[e] = 0.0
             if lo < WIDTH and hi > 0:
                 # The logits are on their way while the log-sum-exps are put together.
-                for h in T.unroll(group):
-                    for e in T.vectorized(EACH):
-                        raw[h, e] = Logits[b, g, h, n, tx * EACH + e]
+                if packed:
+                    for w in T.unroll(padded * EACH // step):
+                        for e in T.vectorized(step):
+                            raw[w * step + e] = Logits[
+                                b, g, n, tx * EACH + (w * step + e) // padded, (w * step + e) % padded
+                            ]
+                else:
+                    for h in T.unroll(group):
+                        for e in T.vectorized(EACH):
+                            raw[h * EACH + e] = Logits[b, g, h, n, tx * EACH + e]
                 if tx < group:
                     peak = -(2.0**30)
                     mass = 0.0
@@ -61,7 +70,10 @@ def pool(group: int, logits: str):
                 T.sync_threads()
                 for h in T.unroll(group):
                     for e in T.unroll(EACH):
-                        pooled[e] += T.exp2(T.cast(raw[h, e], f32) - total[h])
+                        if packed:
+                            pooled[e] += T.exp2(T.cast(raw[e * padded + h], f32) - total[h])
+                        else:
+                            pooled[e] += T.exp2(T.cast(raw[h * EACH + e], f32) - total[h])
                 for e in T.unroll(EACH):
                     pooled[e] = T.if_then_else(tx * EACH + e >= lo and tx * EACH + e < hi, pooled[e], 0.0)
             for e in T.vectorized(EACH):
@@ -70,18 +82,30 @@ def pool(group: int, logits: str):
     return pool_kernel
 
 
+def pad(group: int) -> int:
+    """Heads of a slot in packed logits: a power of two."""
+    return 1 << (group - 1).bit_length()
+
+
 def workspace(
-    batch: int, kv_heads: int, group: int, slots: int, splits: int, dtype: str, device: torch.device
+    batch: int, kv_heads: int, group: int, slots: int, splits: int, dtype: str, device: torch.device, *, packed: bool
 ) -> tuple[Tensor, Tensor]:
-    """(logits [B, G, R, N, WIDTH], split log-sum-exps float32 [B, G, splits, R]) for a scoring kernel."""
+    """(logits, split log-sum-exps float32 [B, G, splits, R]) for a scoring kernel.
+
+    Logits are [B, G, N, WIDTH, heads] if `packed` (all heads of a slot side by side), else [B, G, R, N, WIDTH].
+    """
     blocks = -(-slots // WIDTH)
-    logits = torch.empty((batch, kv_heads, group, blocks, WIDTH), dtype=getattr(torch, LOGITS[dtype]), device=device)
+    shape = (blocks, WIDTH, pad(group)) if packed else (group, blocks, WIDTH)
+    logits = torch.empty((batch, kv_heads, *shape), dtype=getattr(torch, LOGITS[dtype]), device=device)
     return logits, torch.empty((batch, kv_heads, splits, group), dtype=torch.float32, device=device)
 
 
-def pooled_scores(logits: Tensor, lse: Tensor, kv_start: Tensor, kv_len: Tensor, slots: int) -> Tensor:
+def pooled_scores(
+    logits: Tensor, lse: Tensor, kv_start: Tensor, kv_len: Tensor, slots: int, *, packed: bool
+) -> Tensor:
     """Scores float32 [B, G, slots]: the first slots of an allocation whose rows are multiples of WIDTH."""
-    batch, kv_heads, group, blocks, _ = logits.shape
+    batch, kv_heads, _, group = lse.shape
+    blocks = -(-slots // WIDTH)
     scores = torch.empty((batch, kv_heads, blocks, WIDTH), dtype=torch.float32, device=logits.device)
-    pool(group=group, logits=str(logits.dtype)[6:])(logits, lse, kv_start, kv_len, scores)
+    pool(group=group, logits=str(logits.dtype)[6:], packed=packed)(logits, lse, kv_start, kv_len, scores)
     return scores.view(batch, kv_heads, blocks * WIDTH)[..., :slots]

@@ -6,6 +6,8 @@ writes the slots, ascending. Few rows are shared out over clusters of up to 8 CT
 memory. All sums are of integers: the same input gives the same bits.
 """
 
+import functools
+
 import tilelang.language as T
 import torch
 from torch import Tensor
@@ -15,12 +17,19 @@ from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
 
 BINS = 2048
 VEC = 4
+STAGED = 4096  # vectors of a row that a CTA keeps in shared memory: 64 KB
 ROOM = 8  # values that a thread can set aside; with more it goes through its share again
 AHEAD = 2  # vectors that a thread has in flight in the first pass
 
 
-# Barriers are all written out: TileLang's own placement puts two in every turn of the histogram loops.
-@kernel(tl__enable_fast_math=False, tl__disable_thread_storage_sync=True, tl__disable_safe_memory_legalize=True)
+# Barriers are all written out: TileLang's own placement puts two in every turn of the histogram loops. Then no two arrays
+# may share memory either: nothing would keep their uses apart.
+@kernel(
+    tl__enable_fast_math=False,
+    tl__disable_thread_storage_sync=True,
+    tl__disable_shared_memory_reuse=True,
+    tl__disable_safe_memory_legalize=True,
+)
 def topk(cluster: int, staged: int, threads: int):
     """Builder. `cluster` CTAs of `threads` share a row; each keeps its first `staged` vectors in shared memory."""
     R, N, K, P = T.dynamic("R"), T.dynamic("N"), T.dynamic("K"), T.dynamic("P")
@@ -338,17 +347,26 @@ def select_topk(scores: Tensor, count: Tensor, start: Tensor, length: Tensor, *,
     return out
 
 
+@functools.cache
 def plan(rows: int, vectors: int, sms: int) -> dict[str, int]:
-    """Cluster size, vectors kept in shared memory and threads of a CTA, from shapes only."""
-    cluster = 1
-    while cluster < 8 and rows * cluster * 2 <= 2 * sms and vectors >= 256 * cluster:
+    """Cluster size, vectors kept in shared memory and threads of a CTA, from shapes only. Fitted to an H200.
+
+    Many rows: small CTAs, two to an SM. Few: large ones, in clusters as wide as fit at once with room to place them.
+    """
+    if rows > 2 * sms:
+        return {"cluster": 1, "staged": STAGED, "threads": 512}
+    cluster = 2 if sms // 2 < rows else 1
+    while cluster < 8 and 2 * cluster * rows <= 3 * sms // 4:
         cluster *= 2
-    return {"cluster": cluster, "staged": 4096, "threads": 512}
+    while cluster > 1 and vectors < 256 * cluster:
+        cluster //= 2
+    return {"cluster": cluster, "staged": STAGED, "threads": 1024}
 
 
 def variants() -> list[dict[str, int]]:
     """Every configuration that `plan` can choose."""
-    return [{"cluster": 1 << i, "staged": 4096, "threads": 512} for i in range(4)]
+    shapes = [(1, 512), (1, 1024), (2, 1024), (4, 1024), (8, 1024)]
+    return [{"cluster": cluster, "staged": STAGED, "threads": threads} for cluster, threads in shapes]
 
 
 def row_view(scores: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ def decode_specs(group: int, head_dim: int, dtype: str, page: int = 0) -> list[S
         decode_dense.merge.spec(group=group, head_dim=head_dim, dtype=dtype),
         decode_score.score.spec(**config),
         decode_sparse.sparse.spec(**config),
-        pool.pool.spec(group=group, logits=pool.LOGITS[dtype]),
+        *(pool.pool.spec(group=group, logits=pool.LOGITS[dtype], packed=packed) for packed in (False, True)),
     ]
 
 
