@@ -100,7 +100,6 @@ def main() -> None:
         "dense_s": percentiles(plain),
         "capture_s": percentiles(with_capture),
         "ratio": round(float(np.median(with_capture) / np.median(plain)), 3),
-        "ratio_of_pairs": percentiles([after / before for before, after in pairs]),
         "target": 1.5,
         "file_bytes": size,
         "nonzero_bytes": plan.nonzero_bytes,
