@@ -1,8 +1,8 @@
 """Check and time the decode kernels on a Hopper GPU:  python benchmarks/decode_kernels.py -o rows.json [--quick]
 
-Compiles what it needs in parallel, runs the numerics matrix, then times each op, each role of the method and a stack of
-32 layers (one dense anchor, four anchors, 27 reuse) against the best dense attention, all from CUDA graphs whose calls
-cycle through several caches, so that no call finds its keys in L2.
+Compiles what it needs in parallel, runs the numerics matrix, then times each op, each role of the method and a
+stack of 32 layers (one dense anchor, four anchors, 27 reuse) against the best dense attention, all from CUDA
+graphs whose calls cycle through several caches, so that no call finds its keys in L2.
 """
 
 import argparse
@@ -191,8 +191,12 @@ def main() -> None:
         row = measure(ops, batch, length)
         result["rows"].append(row)
         line = " ".join(f"{name} {t['p50']:.4f}" for name, t in row["ms"].items())
-        print(f"{batch}x{length}: {line} | roles {row['speedup_from_roles']:.2f}x stack {row['speedup_whole_stack']:.2f}x "
-              f"dense {row['own_dense_over_best']:.3f}", flush=True)
+        print(
+            f"{batch}x{length}: {line} | roles {row['speedup_from_roles']:.2f}x "
+            f"stack {row['speedup_whole_stack']:.2f}x "
+            f"dense {row['own_dense_over_best']:.3f}",
+            flush=True,
+        )
         torch.cuda.empty_cache()
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(0 if good else 1)

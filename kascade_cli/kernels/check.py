@@ -1,8 +1,8 @@
 """Numerics of a backend's decode ops against a float64 reference, as rows that a test or a GPU suite can print.
 
-The rule is FlashAttention's: the largest error may be twice that of the same computation in plain low-precision PyTorch.
-Selections must equal the reference's on the same scores, bit for bit. Outputs are poisoned before every call, finite
-rubbish lies in every slot that no row owns, and every call is made twice and must give the same bits.
+The rule is FlashAttention's: the largest error may be twice that of the same computation in plain low-precision
+PyTorch. Selections must equal the reference's on the same scores, bit for bit. Outputs are poisoned before every
+call, finite rubbish lies in every slot that no row owns, and every call is made twice and must give the same bits.
 """
 
 import contextlib

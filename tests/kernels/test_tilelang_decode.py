@@ -1,4 +1,4 @@
-"""The decode half of the TileLang backend: what compiles without a GPU, what is refused, and, on a GPU, the numerics."""
+"""The decode half of the TileLang backend: what compiles without a GPU, what is refused, and the numerics on one."""
 
 import re
 import shutil
@@ -15,13 +15,14 @@ from kascade_cli.kernels.tilelang import arguments, select_topk, specs
 from kascade_cli.kernels.tilelang.compile import Report, Spec, prebuild, require_hopper
 from kascade_cli.kernels.tilelang.decode_dense import decode_dense
 from kascade_cli.kernels.tilelang.decode_sparse import decode_sparse
+from kascade_cli.kernels.tilelang.rows import row_view, spread
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
 SHARED = 227 << 10  # bytes a CTA may have on sm_90
-# One corner each: the benchmark's shape, small heads with the widest group and small pages, plain multi-head, odd group.
+# The benchmark's shape, small heads with the widest group and small pages, plain multi-head, an odd group.
 CORNERS = (
     (4, 128, "bfloat16", 0),
     (16, 64, "float16", 16),
@@ -62,7 +63,7 @@ def test_selection_compiles_without_spills():
         assert report.spills == 0
         # Two CTAs of 512 threads per SM, or one of 1024.
         assert all(r.registers <= 64 and r.dynamic_shared <= 114 << 10 for r in report.resources), str(spec)
-        # Its own barriers are all there is: arrays that shared memory would race (kept apart by the pass configuration).
+        # Its own barriers are all there is: arrays that shared memory would race.
         places = re.findall(r"buf_dyn_shmem \+ (\d+)\)", report.source)
         assert len(places) == len(set(places)) == 7, str(spec)
 
@@ -142,14 +143,16 @@ def test_a_slice_of_a_static_cache_is_seen_whole():
         arguments.cache_view(cache[:, :, 3:], "k")
 
 
-@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (1, 8192), (8, 2048), (32, 512), (128, 205), (512, 512), (5000, 9)])
+@pytest.mark.parametrize(
+    ("rows", "blocks"), [(1, 1), (1, 8192), (8, 2048), (32, 512), (128, 205), (512, 512), (5000, 9)]
+)
 def test_splits_fill_the_machine(rows: int, blocks: int):
     splits = arguments.split_count(rows, blocks, 132)
     assert 1 <= splits <= min(64, blocks)
     if rows >= 512:
         assert splits == 1
     if rows < 64 and blocks >= 512:
-        assert rows * splits >= 120 or splits == 64
+        assert rows * splits >= 120 or splits >= 60
 
 
 @pytest.mark.parametrize(
@@ -158,22 +161,22 @@ def test_splits_fill_the_machine(rows: int, blocks: int):
 )  # fmt: skip
 def test_row_parameters_are_read_where_broadcasting_puts_them(shape: tuple[int, ...], full: tuple[int, ...]):
     value = torch.arange(max(1, torch.Size(shape).numel()), dtype=torch.int32).reshape(shape)
-    flat, over, of = select_topk.spread(value, torch.Size(full))
+    flat, over, of = spread(value, torch.Size(full))
     row = torch.arange(torch.Size(full).numel())
     assert torch.equal(flat[row // over * of + row % of], value.expand(full).reshape(-1))
 
 
 def test_score_rows_are_viewed_where_they_can_be():
     padded = torch.rand(2, 3, 128)
-    rows = select_topk.row_view(padded[..., :100])
+    rows = row_view(padded[..., :100])
     assert rows.shape == (6, 32, 4)
     assert rows.data_ptr() == padded.data_ptr()
     odd = torch.rand(2, 3, 33)
-    rows = select_topk.row_view(odd)
+    rows = row_view(odd)
     assert rows.shape == (6, 9, 4)
     assert torch.equal(rows.view(6, 36)[:, :33], odd.view(6, 33))
     cut = torch.rand(4, 64)[:, 1:61]
-    assert torch.equal(select_topk.row_view(cut).view(4, -1)[:, :60], cut)
+    assert torch.equal(row_view(cut).view(4, -1)[:, :60], cut)
 
 
 def test_hopper_is_required():

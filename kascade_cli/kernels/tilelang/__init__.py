@@ -1,1 +1,1 @@
-"""The Hopper kernels: one op per file, each a TileLang kernel builder plus the wrapper with the reference's signature."""
+"""The Hopper kernels: one op per file, each a kernel builder and the wrapper with the reference's signature."""

@@ -133,20 +133,17 @@ def cache_view(cache: Tensor, name: str) -> Tensor:
 def split_count(rows: int, blocks: int, sms: int, *, thin: float = 1.0, most: int = 64) -> int:
     """How many CTAs share a row of `blocks` blocks, from shapes only.
 
-    The least time, in blocks: what the busiest SM reads (`thin` times as long when it has less than two CTAs to
-    overlap), plus a little per split for merging. Fitted to an H200.
+    The least time, in blocks: what the busiest SM reads, two blocks per CTA to fill and drain, and a little per split
+    for merging. `thin` is how much longer that takes with fewer than two CTAs per SM. Fitted to an H200.
     """
 
     def cost(splits: int) -> float:
-        busiest = -(-rows * splits // sms) * -(-blocks // splits)
+        busiest = -(-rows * splits // sms) * (-(-blocks // splits) + 2)
         return busiest * (1.0 if rows * splits > 1.8 * sms else thin) + 0.15 * splits
 
-    return min(range(1, max(1, min(most, blocks)) + 1), key=cost)
-
-
-@functools.cache
-def _ring(device: torch.device) -> Ring:
-    return Ring(device)
+    choices = range(1, max(1, min(most, blocks)) + 1)
+    least = min(map(cost, choices))
+    return next(splits for splits in choices if cost(splits) <= 1.03 * least)
 
 
 class Ring:
@@ -179,9 +176,16 @@ class Ring:
         return self.eager[begin : begin + count]
 
 
+_RINGS: dict[torch.device, Ring] = {}
+
+
 def counters(count: int, device: torch.device) -> Tensor:
     """`count` zeroed int32 counters on `device` for one call of a kernel that resets them."""
-    return _ring(device).take(count)
+    if device not in _RINGS:
+        if torch.cuda.is_current_stream_capturing():  # a ring made here would belong to the graph
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        _RINGS[device] = Ring(device)
+    return _RINGS[device].take(count)
 
 
 def _name(tensor: Tensor) -> str:

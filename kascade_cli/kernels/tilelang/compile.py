@@ -1,8 +1,9 @@
 """Compile TileLang kernels lazily, once per configuration, and without a GPU.
 
-A builder is a plain function from keyword arguments (ints, strings, bools) to a `T.prim_func`; `@kernel()` turns it into a
-`Kernel`. Calling that with a configuration gives the compiled kernel (from TileLang's disk cache when it has been compiled
-before, see `TILELANG_CACHE_DIR`); `report` says what the compiler made of it; `prebuild` fills the cache in parallel.
+A builder is a plain function from keyword arguments (ints, strings, bools) to a `T.prim_func`; `@kernel()` turns
+it into a `Kernel`. Calling that with a configuration gives the compiled kernel (from TileLang's disk cache when it
+has been compiled before, see `TILELANG_CACHE_DIR`); `report` says what the compiler made of it; `prebuild` fills
+the cache in parallel.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from tilelang import tvm
 from kascade_cli.errors import KascadeError
 
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
-# Without this unrolling a cp.async pipeline whose trip count is read on the device does not lower (its epilogue stays a loop).
+# Without this unrolling a cp.async pipeline whose trip count is read on the device does not lower: its epilogue stays
+# a loop.
 UNROLL = {
     "explicit_unroll": True,
     "auto_max_step": 0,
@@ -66,7 +68,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Report:
-    """Generated CUDA, its marks (see MARKS), ptxas warnings about performance, and the resources of each device function."""
+    """Generated CUDA, its marks (see MARKS), ptxas performance warnings, and each device function's resources."""
 
     name: str
     config: dict[str, Any]
@@ -134,7 +136,7 @@ class Kernel:
         return Spec(self.build.__module__, self.build.__name__, config)
 
     def report(self, **config: Any) -> Report:
-        """Lower and run ptxas (needs nvcc, no GPU). Kept on disk beside TileLang's cache, keyed by the program's text."""
+        """Lower and run ptxas (needs nvcc, no GPU). Kept beside TileLang's cache, keyed by the program's text."""
         func = self.build(**config)
         text = func.script() + json.dumps(
             [self.pass_configs, tilelang.__version__, list(MARKS.items())], sort_keys=True
@@ -168,7 +170,7 @@ class Spec:
 
 
 def kernel(**pass_configs: Any) -> Callable[[Callable[..., Any]], Kernel]:
-    """Decorate a builder; `pass_configs` are added to BASE_CONFIG (dots written as `__`: `tl__enable_fast_math=False`)."""
+    """Decorate a builder; `pass_configs` join BASE_CONFIG (dots written as `__`: `tl__enable_fast_math=False`)."""
     merged = {**BASE_CONFIG, **{k.replace("__", "."): v for k, v in pass_configs.items()}}
     return lambda build: Kernel(build, merged)
 
@@ -178,13 +180,15 @@ def require_hopper(device: torch.device) -> int:
     """Number of SMs of `device`; raises KascadeError unless it is a Hopper GPU (compute capability 9.0)."""
     if device.type != "cuda" or not torch.cuda.is_available():
         raise KascadeError(
-            f"the tilelang backend runs on a Hopper GPU (H100, H200), and these tensors are on {device}: use --backend torch"
+            f"the tilelang backend runs on a Hopper GPU (H100, H200), and these tensors are on {device}: "
+            "use --backend torch"
         )
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         name = torch.cuda.get_device_name(device)
         raise KascadeError(
-            f"the tilelang backend needs compute capability 9.0; {name} has {capability[0]}.{capability[1]}: use --backend torch"
+            f"the tilelang backend needs compute capability 9.0; {name} has {capability[0]}.{capability[1]}: "
+            "use --backend torch"
         )
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -196,9 +200,9 @@ def prebuild(
     task: str = "compile",
     done: Callable[[Spec, float, str], None] | None = None,
 ) -> dict[str, str]:
-    """Compile `specs` in `jobs` processes so that later calls find them on disk; returns {str(spec): error} for failures.
+    """Compile `specs` in `jobs` processes so that later calls find them on disk; returns {str(spec): error}.
 
-    task: "compile" (for running) or "report" (for `Kernel.report`). done(spec, seconds, error): called as each one ends.
+    task: "compile" (for running) or "report" (for `Kernel.report`). done(spec, seconds, error): called as each ends.
     """
     waiting = list(specs)
     failed: dict[str, str] = {}

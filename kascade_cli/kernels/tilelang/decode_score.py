@@ -1,8 +1,8 @@
 """decode_score: post-softmax scores pooled over the group, from one pass over K.
 
-S^T = K Q^T: the keys are WGMMA's 64-row side and the group its narrow one (8 or 16), so nothing is padded 16-fold. Each
-thread keeps the running maximum and sum of its own rows; they meet once, at the end. Raw logits go out in 16 or 32
-bits, and `pool` turns them into scores when the log-sum-exp of every split is known.
+S^T = K Q^T: the keys are WGMMA's 64-row side and the group its narrow one (8 or 16), so nothing is padded 16-fold.
+Each thread keeps the running maximum and sum of its own rows; they meet once, at the end. Raw logits go out in 16
+or 32 bits, and `pool` turns them into scores when the log-sum-exp of every split is known.
 """
 
 import tilelang.language as T

@@ -1,8 +1,9 @@
 """decode_sparse: one query per row over the selected keys only.
 
-A producer warpgroup gathers K and V rows with cp.async, its indices read one block ahead of the free slot; a consumer
-warpgroup runs an online softmax on WGMMA, with the group's heads padded to its 64 rows. A row's keys are shared out over
-`splits` CTAs; the last of them to finish merges the parts, in a fixed order, so that the result does not depend on timing.
+A producer warpgroup gathers K and V rows with cp.async, its indices read one block ahead of the free slot; a
+consumer warpgroup runs an online softmax on WGMMA, with the group's heads padded to its 64 rows. A row's keys are
+shared out over `splits` CTAs; the last of them to finish merges the parts, in a fixed order, so that the result
+does not depend on timing.
 """
 
 import tilelang.language as T
@@ -217,8 +218,8 @@ def decode_sparse(
 ) -> Tensor:
     """Attention of one query per row over the selected keys only; see `reference.decode_sparse`.
 
-    q [B, H, D]; k, v [B, G, S, D] or [P, page, G, D] with block_table int32 [B, MP]; indices int32 [B, G2, K] of slots,
-    the first counts[b] of them valid; head_map int32 [G]. Returns [B, H, D]; zeros where the count is 0.
+    q [B, H, D]; k, v [B, G, S, D] or [P, page, G, D] with block_table int32 [B, MP]; indices int32 [B, G2, K] of
+    slots, the first counts[b] of them valid; head_map int32 [G]. Returns [B, H, D]; zeros where the count is 0.
     Raises Unsupported for what the kernel does not take.
     """
     call = check_decode(q, k, v, block_table, indices=indices, counts=counts, head_map=head_map)
@@ -230,7 +231,7 @@ def decode_sparse(
     if not indices.shape[-1] or not call.rows:
         return out.zero_().flatten(1, 2)
     sms = require_hopper(q.device)
-    splits = split_count(call.rows, -(-indices.shape[-1] // BLOCK), sms, thin=1.1)
+    splits = split_count(call.rows, -(-indices.shape[-1] // BLOCK), sms, thin=1.25)
     parts = call.rows * splits if splits > 1 else 1
     part_out = torch.empty((parts, call.group, call.head_dim), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((parts, call.group), dtype=torch.float32, device=q.device)

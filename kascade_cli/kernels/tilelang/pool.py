@@ -9,7 +9,7 @@ from kascade_cli.kernels.tilelang.compile import kernel
 EACH = 4  # slots per thread
 WIDTH = 1024  # slots per CTA; logits and scores are allocated in multiples of it
 FLOAT16_MAX = 65504.0
-# Logits are kept to 11 bits for bfloat16 models, finer than their own products; float16 models need more than their own.
+# Logits are kept to 11 bits for bfloat16 models, finer than their inputs; float16 models need more than that.
 LOGITS = {"bfloat16": "float16", "float16": "float32"}
 
 

@@ -1,9 +1,9 @@
 """select_topk: exact radix selection, without a sort and without the host.
 
-Scores are probabilities, so their bits order them. A histogram of the top 11 bits finds the bin of the count-th highest
-value; one more pass over the row sets that bin's values aside, and the last 20 bits are settled among those. A last pass
-writes the slots, ascending. Few rows are shared out over clusters of up to 8 CTAs, whose histograms meet in global
-memory. All sums are of integers: the same input gives the same bits.
+Scores are probabilities, so their bits order them. A histogram of the top 11 bits finds the bin of the count-th
+highest value; one more pass over the row sets that bin's values aside, and the last 20 bits are settled among
+those. A last pass writes the slots, ascending. Few rows are shared out over clusters of up to 8 CTAs, whose
+histograms meet in global memory. All sums are of integers: the same input gives the same bits.
 """
 
 import functools
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from kascade_cli.kernels.backend import Unsupported
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
+from kascade_cli.kernels.tilelang.rows import VEC, row_view, spread
 
 BINS = 2048
-VEC = 4
 STAGED = 4096  # vectors of a row that a CTA keeps in shared memory: 64 KB
 ROOM = 8  # values that a thread can set aside; with more it goes through its share again
 AHEAD = 2  # vectors that a thread has in flight in the first pass
 
 
-# Barriers are all written out: TileLang's own placement puts two in every turn of the histogram loops. Then no two arrays
-# may share memory either: nothing would keep their uses apart.
+# Barriers are all written out: TileLang's own placement puts two in every turn of the histogram loops. Then no two
+# arrays may share memory either: nothing would keep their uses apart.
 @kernel(
     tl__enable_fast_math=False,
     tl__disable_thread_storage_sync=True,
@@ -367,43 +367,3 @@ def variants() -> list[dict[str, int]]:
     """Every configuration that `plan` can choose."""
     shapes = [(1, 512), (1, 1024), (2, 1024), (4, 1024), (8, 1024)]
     return [{"cluster": cluster, "staged": STAGED, "threads": threads} for cluster, threads in shapes]
-
-
-def row_view(scores: Tensor) -> Tensor:
-    """Scores [..., S] as [rows, vectors, 4] without a copy where every row starts on 16 bytes; else a padded copy."""
-    width = scores.shape[-1]
-    strides, sizes = scores.stride(), scores.shape
-    step = scores.stride(-2) if scores.dim() > 1 else width
-    even = scores.stride(-1) == 1 and step % VEC == 0 and scores.data_ptr() % 16 == 0
-    for dim in range(scores.dim() - 2):
-        even &= sizes[dim] == 1 or strides[dim] == strides[dim + 1] * sizes[dim + 1]
-    count = scores.numel() // width
-    vectors = -(-width // VEC)
-    room = scores.untyped_storage().nbytes() // 4 - scores.storage_offset()
-    if even and (count - 1) * step + vectors * VEC <= room and vectors * VEC <= max(step, width):
-        # The kernel takes contiguous rows: give it the whole stride, of which it reads [start, start + length).
-        whole = step // VEC if count > 1 and count * step <= room else vectors
-        if count == 1 or whole * VEC == step:
-            return scores.as_strided((count, whole, VEC), (whole * VEC, VEC, 1))
-    padded = torch.nn.functional.pad(scores.reshape(count, width), (0, vectors * VEC - width))
-    return padded.view(count, vectors, VEC)
-
-
-def spread(value: Tensor, shape: torch.Size) -> tuple[Tensor, int, int]:
-    """A tensor broadcastable to `shape`, flat, with (over, of): row r reads entry r // over * of + r % of.
-
-    Leading dimensions, then one stretch of broadcast ones, then trailing dimensions need no copy.
-    """
-    sizes = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
-    full = [i for i, (have, want) in enumerate(zip(sizes, shape, strict=True)) if have == want]
-    one = [i for i in range(len(shape)) if i not in full]
-    if value.is_contiguous() and (not one or one[-1] - one[0] + 1 == len(one)):
-        of = over = 1
-        for i in range(one[-1] + 1 if one else len(shape), len(shape)):
-            of *= shape[i]
-        over = of
-        for i in one:
-            over *= shape[i]
-        return value.reshape(-1), over, of
-    expanded = value.expand(shape).reshape(-1)
-    return expanded, 1, 1
