@@ -26,8 +26,7 @@ _COLUMNS = {
     "ms_p20": "p20",
     "ms_p50": "p50 ms",
     "ms_p80": "p80",
-    "gb_s": "GB/s",
-    "tflop_s": "TFLOP/s",
+    "rate": "rate",
     "tokens_s": "tokens/s",
     "speedup": "speedup",
     "baseline": "over",
@@ -153,8 +152,11 @@ def render(result: dict[str, Any], console: Any) -> None:
 
 
 def _display(row: Row) -> Row:
-    """A model row shows its mean per layer where others show their median."""
-    return {**row, "ms_p50": row["mean_ms"], "name": "mean"} if row["kind"] == "model" else row
+    """One rate for both kinds, and of a model row its mean per layer where others have their median."""
+    units = {"gb_s": "GB/s", "tflop_s": "TFLOP/s"}
+    rates = [f"{_format(name, row[name])} {unit}" for name, unit in units.items() if row.get(name)]
+    shown = {**row, "rate": rates[0] if rates else None}
+    return shown | ({"ms_p50": row["mean_ms"], "name": "mean"} if row["kind"] == "model" else {})
 
 
 def to_csv(rows: Iterable[Row]) -> str:
