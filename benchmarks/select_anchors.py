@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import threading
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import h5py
@@ -127,6 +129,8 @@ def main() -> None:
         if not path.exists():
             write(path, **shape)
         command = [sys.executable, "-c", LAUNCH, "select-anchors", str(path), "--overwrite"]
+        load = os.getloadavg()[0]
+        cpu = children_seconds()
         runs = [run([*command, "-o", str(Path(folder) / "profile.yaml")]) for _ in range(options.repeat)]
         size = path.stat().st_size
     seconds, peak = min(runs)
@@ -134,12 +138,21 @@ def main() -> None:
         "capture_bytes": size, "raw_bytes": int(np.prod(list(shape.values()))) * 2, "seconds": round(seconds, 2),
         "all_seconds": [round(entry[0], 2) for entry in runs], "peak_rss_bytes": max(entry[1] for entry in runs),
         "cores": len(os.sched_getaffinity(0)), "cpu": cpu_name(), "date": datetime.now(UTC).date().isoformat(),
+        "cpu_seconds": round((children_seconds() - cpu) / options.repeat, 2),
+        "load_average_before": round(load, 2),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("numpy", "scipy", "h5py", "hdf5plugin")},
+        "versions": {name: version(name) for name in ("numpy", "scipy", "h5py")},
+        "compression": "blosc-zstd" if find_spec("hdf5plugin") else "gzip",
         "target": {"seconds": 120, "peak_rss_bytes": 2_000_000_000},
     }  # fmt: skip
     options.output.write_text(json.dumps(row, indent=2) + "\n")
     print(json.dumps(row, indent=2))
+
+
+def children_seconds() -> float:
+    """CPU seconds, user and system, of all child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def cpu_name() -> str:
