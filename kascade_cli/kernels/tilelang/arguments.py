@@ -159,6 +159,7 @@ class Ring:
         self.eager = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
         self.captured = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
         self.next_eager = self.next_captured = 0
+        torch.cuda.current_stream(device).synchronize()  # once: other streams may use it next
 
     def take(self, count: int) -> Tensor:
         """`count` counters or a few more, all zero, on a 256-byte boundary."""
