@@ -110,7 +110,7 @@ def prefill_ops(case: Case, setting: Setting) -> Iterator[_Op]:
 
     whole = work_of("prefill_dense", case)
     yield "prefill_dense", whole, lambda inputs: dense(inputs, True)
-    yield "prefill_dense lse only", Work(whole.flops / 2, 0, "compute"), lambda inputs: dense(inputs, False)
+    yield "prefill_dense, lse", Work(whole.flops / 2, 0, "compute"), lambda inputs: dense(inputs, False)
     yield "prefill_score", work_of("prefill_score", case), score
     name = "select_topk" if block == tiles else f"select_topk, last {block} of {tiles} tiles"
     yield name, work_of("select_topk", case, tiles=(last, tiles)), select

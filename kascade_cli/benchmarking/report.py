@@ -132,7 +132,12 @@ def render(result: dict[str, Any], console: Any) -> None:
         here = [row for row in rows if row["phase"] == phase]
         shown = [row for row in here if "skipped" not in row and "error" not in row]
         names = [name for name in _COLUMNS if any(row.get(name) is not None for row in shown)]
-        table = Table(title=phase, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        over = {row.get("baseline") for row in shown} - {None}
+        title = phase
+        if len(over) == 1:  # one word in the title instead of a column of it
+            title = f"{phase}, speedup over {over.pop()}"
+            names = [name for name in names if name != "baseline"]
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for name in names:
             left = name in ("size", "name", "baseline")
             table.add_column(_COLUMNS[name], justify="left" if left else "right", no_wrap=True)
