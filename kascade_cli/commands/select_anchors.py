@@ -36,6 +36,9 @@ def select_anchors(
         int, typer.Option(min=0, help="Measure the N best sets of every size on held-out prompts; needs the model.")
     ] = 0,
     model: Annotated[str | None, typer.Option(help="The model to verify with. Default: the capture's.")] = None,
+    verify_dev_set: Annotated[
+        str | None, typer.Option(help="Where held-out prompts come from, as for `kascade profile`. Default: as there.")
+    ] = None,
     verify_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to verify on.")] = 4,
     verify_length: Annotated[
         str | None, typer.Option(help="Longest held-out prompt, such as 2k. Default: the capture's longest.")
@@ -127,6 +130,7 @@ def select_anchors(
             model,
             options,
             backend,
+            verify_dev_set or meta["dev_set_name"],
             verify_prompts,
             held_out_length,
         )
@@ -202,6 +206,7 @@ def _verify(
     name: str | None,
     options: dict[str, Any],
     backend: str,
+    source: str,
     num_prompts: int,
     max_length: int | None,
 ) -> dict[str, Any]:
@@ -220,7 +225,7 @@ def _verify(
     max_length = max_length or meta["max_length"]
     if info.max_positions and max_length > info.max_positions:
         raise UsageError(f"--verify-length {max_length} is more than the {info.max_positions} positions of {name}")
-    devset = held_out_prompts(meta, tokenizer, num_prompts=num_prompts, max_length=max_length)
+    devset = held_out_prompts(meta, tokenizer, source, num_prompts=num_prompts, max_length=max_length)
     profiles = [
         Profile.build(
             model=model_card(meta),

@@ -263,7 +263,7 @@ def test_verify_keeps_to_the_number_asked_for(run_kascade, real_capture, tmp_pat
     target = tmp_path / "profile.yaml"
     code, text, error = run_kascade(
         "select-anchors", real_capture, "-o", target, "--verify", "2", "--anchors", "3", "--verify-prompts", "1",
-        "--min-keys", "32", "--device", "cpu", "--phase", "decode",
+        "--min-keys", "32", "--device", "cpu", "--phase", "decode", "--verify-dev-set", "single-hop",
     )  # fmt: skip
     assert code == 0, error
     selection = Profile.load(target).selection
@@ -271,6 +271,7 @@ def test_verify_keeps_to_the_number_asked_for(run_kascade, real_capture, tmp_pat
     assert {len(anchors) for anchors in scores} == {3}
     assert len(scores) > 1
     assert tuple(selection["anchors"]) == min(scores, key=scores.get)
+    assert selection["verify"]["dev_set"] == "single-hop/held-out"
     assert "held-out" in text
 
 
