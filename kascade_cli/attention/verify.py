@@ -70,13 +70,16 @@ def split_positions(length: int, answers: Sequence[int], phases: Sequence[str], 
     return found
 
 
-def held_out_prompts(meta: dict[str, Any], tokenizer: Any, *, num_prompts: int, max_length: int) -> DevSet:
-    """The twin of a capture's dev set, which shares no prompt with it. `meta`: the capture's root
-    attributes.
+def held_out_prompts(
+    meta: dict[str, Any], tokenizer: Any, source: str, *, num_prompts: int, max_length: int
+) -> DevSet:
+    """The held-out twin of dev set `source`. If the capture was made from `source`, they share no prompt.
+
+    `meta`: the capture's root attributes; seed, text field and chat template are as it was made.
     """
     options = meta["options"]
     return load_devset(
-        meta["dev_set_name"],
+        source,
         tokenizer,
         num_prompts=num_prompts,
         max_length=max_length,
