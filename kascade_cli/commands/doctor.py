@@ -177,10 +177,14 @@ def compile_kernels(jobs: int | None = None) -> list[dict[str, Any]]:
         failed = prebuild(found, jobs=jobs, task="report", done=lambda *_: bar.advance(bar.first))
     rows = []
     for spec in found:
-        if error := failed.get(str(spec)):
-            rows.append({"kernel": str(spec), "config": "", "error": error})
-        else:
-            rows.append(spec.kernel.report(**spec.config).row())
+        error = failed.get(str(spec))
+        if error is None:
+            try:
+                rows.append(spec.kernel.report(**spec.config).row())
+                continue
+            except Exception as caught:  # one kernel must not hide the others
+                error = f"{type(caught).__name__}: {' '.join(str(caught).split())[:200]}"
+        rows.append({"kernel": str(spec), "config": "", "error": error})
     return rows
 
 
@@ -221,18 +225,33 @@ def _render_kernels(rows: list[dict[str, Any]]) -> None:
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title="kernels for sm_90a", title_justify="left")
     for name in ("kernel", "registers", "spills", "shared", "cp.async", "TMA", "WGMMA"):
-        table.add_column(name, justify="left" if name == "kernel" else "right")
+        left = name == "kernel"
+        table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=not left)
     for row in rows:
         if "error" in row:
             continue
         numbers = [",".join(map(str, row["registers"])), str(row["spills"]), _kilobytes(row["shared"])]
         marks = [str(row[name] or "-") for name in ("cp_async", "tma_load", "wgmma")]
-        table.add_row(f"{row['kernel']} {row['config']}", *numbers, *marks)
+        table.add_row(f"{row['kernel']} {_short(row['config'])}", *numbers, *marks)
     out.print(table)
     out.print("registers per thread; spills in bytes; shared memory per CTA; the rest counts calls in the source")
     for row in rows:
         if "error" in row:
             err.print(f"{row['kernel']}: {row['error']}", markup=False)
+
+
+def _short(config: str) -> str:
+    """`group=4,head_dim=128,dtype=bfloat16,page=0,write=True` -> `R4 D128 bf16 write`."""
+    names = {"group": "R", "head_dim": "D"}
+    words = []
+    for name, value in (part.split("=") for part in config.split(",")):
+        if name == "dtype":
+            words.append(value.replace("bfloat", "bf").replace("float", "fp"))
+        elif value in ("True", "False"):
+            words += [name] if value == "True" else []
+        elif (name, value) != ("page", "0"):
+            words.append(names.get(name, name) + value)
+    return " ".join(words)
 
 
 def _kilobytes(sizes: list[int]) -> str:

@@ -118,6 +118,18 @@ def test_kernels_are_compiled_and_failures_named(kascade, monkeypatch):
     assert "no such type" in second["kernel"]
 
 
+@pytest.mark.parametrize(
+    ("config", "short"),
+    [
+        ("group=4,head_dim=128,dtype=bfloat16,page=0,write=True", "R4 D128 bf16 write"),
+        ("group=1,head_dim=64,dtype=float16,page=16,write=False", "R1 D64 fp16 page16"),
+        ("cluster=8,threads=512", "cluster8 threads512"),
+    ],
+)
+def test_configurations_are_short(config, short):
+    assert doctor._short(config) == short
+
+
 def test_corners_cover_the_support_matrix():
     pytest.importorskip("tilelang")
     from kascade_cli.benchmarking.kernel_list import CORNERS, corner_specs
