@@ -1,0 +1,340 @@
+"""`kascade evaluate`: exact match of strategies on long-context questions, with intervals and targets."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kascade_cli.console import check_output, err, format_size, out, parse_floats, parse_sizes, print_json, progress
+from kascade_cli.errors import KascadeError, TargetMissed, UsageError
+
+DEFAULT_PROMPTS = 16
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo / demo-small.")],
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="Profile of this model (not needed for dense, oracle ...).")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Built-in tasks, comma-separated, or a .jsonl file of prompt and answer rows. Default: all tasks that "
+            "the model was trained on, or all four."
+        ),
+    ] = None,
+    strategies: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: dense, kascade, kascade-pooled, kascade-no-remap, kascade-decode-only, oracle, "
+            "streaming-llm."
+        ),
+    ] = "dense,kascade,streaming-llm",
+    ratio: Annotated[
+        str | None, typer.Option(help="Shares of the keys to read, such as 0.05,0.1,0.2. Default: the profile's.")
+    ] = None,
+    min_keys: Annotated[
+        int | None, typer.Option(min=1, help="Read at least this many keys. Default: the profile's.")
+    ] = None,
+    max_length: Annotated[str, typer.Option(help="Tokens of the text before the questions, such as 1k,2k.")] = "1k",
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Prompts per length. Default: 16; of a file, all its rows.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="Questions of each task about one prompt.")] = 8,
+    anchors: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also kascade with other anchors: random:10 (mean of 10 draws) or layers 0,2,7. Repeatable."
+        ),
+    ] = None,
+    capture: Annotated[
+        Path | None, typer.Option(help="Capture to take the head maps of --anchors from. Default: identity maps.")
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Target in points, 'kascade >= dense - 2' or 'two-hop: kascade >= 90'; a miss exits with 3."
+        ),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Send prompts of a file through the chat template.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write the figure to this PNG.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing PNG.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the test prompts and the random anchors.")] = 0,
+    backend: Annotated[str, typer.Option(help="auto, torch or tilelang.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the hub.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    allow_other_weights: Annotated[
+        bool, typer.Option("--allow-other-weights", help="Accept a profile of a model of the same shape.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Score attention strategies on the same questions: exact match, 95 % intervals, density.
+
+    Test prompts come from seeds that no dev set uses. Every question is answered greedily under its strategy.
+    """
+    if plot:
+        check_output(plot, overwrite)
+    lengths = parse_sizes(max_length)
+    ratios = parse_floats(ratio) if ratio else [None]
+    names = [name.strip() for name in strategies.split(",")]
+
+    from kascade_cli.schema import Profile
+
+    loaded_profile = Profile.load(profile) if profile else None
+
+    from kascade_cli.demo import DEMO_TASKS
+    from kascade_cli.evaluation.anchors import parse_anchors
+    from kascade_cli.evaluation.cases import split_sources
+    from kascade_cli.evaluation.require import parse_requirement
+
+    demo_task = DEMO_TASKS.get(model)
+    asked = [part.strip() for entry in task or [demo_task or "hops"] for part in entry.split(",")]
+    sources = split_sources(asked, demo_task)
+    sets = {text: parse_anchors(text) for text in anchors or []}
+    _check(names, ratios, loaded_profile, sets, capture, chat, sources)
+    labels = names + list(dict.fromkeys(_label(chosen) for chosen in sets.values()))
+    kinds = [*sources[0], *(path.stem for path in sources[2])]
+    targets = [parse_requirement(text, labels, kinds) for text in require or []]
+
+    from kascade_cli.models import describe, load_model
+
+    loaded, tokenizer = load_model(
+        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+    )
+    info = describe(loaded, model)
+    asked_for = {"num_prompts": num_prompts, "questions": questions, "seed": seed, "chat": chat}
+    cases = {length: _cases(sources, tokenizer, info, length, **asked_for) for length in lengths}
+    runs, maps = _runs(names, ratios, loaded_profile, sets, capture, info, seed)
+
+    options = {"min_keys": min_keys, "backend": backend, "allow_other_weights": allow_other_weights}
+    rows = _evaluate(loaded, tokenizer, cases, runs, options)
+    verdicts = [verdict for target in targets for verdict in target.check(rows)]
+    document = {
+        "model": model,
+        "fingerprint": info.fingerprint,
+        "profile": str(profile) if profile else None,
+        "tasks": kinds,
+        "seed": seed,
+        "split": "test",
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": loaded.device.type,
+        "rows": rows,
+        "requirements": verdicts,
+    }
+    if sets:
+        document["head_maps_of_other_anchors"] = maps
+    if plot:
+        from kascade_cli.evaluation.plot import draw
+
+        draw(document, plot)
+        err.print(f"wrote {plot}", markup=False, soft_wrap=True)
+    print_json(document) if as_json else _render(document)
+    _judge(verdicts)
+
+
+def _check(
+    names: list[str],
+    ratios: list[float | None],
+    profile: Any,
+    sets: dict[str, Any],
+    capture: Path | None,
+    chat: bool,
+    sources: Any,
+) -> None:
+    """Refuses what cannot work before a model is loaded."""
+    from kascade_cli.attention import STRATEGIES
+
+    for name in names:
+        if name not in STRATEGIES:
+            raise UsageError(f"strategy '{name}' is not known; use one of {', '.join(STRATEGIES)}")
+        if name.startswith("kascade") and profile is None:
+            raise UsageError(f"strategy {name} needs a profile (--profile)")
+    if len(set(names)) < len(names):
+        raise UsageError(f"--strategies {','.join(names)} names a strategy twice")
+    for value in ratios:
+        if value is not None and not 0 < value <= 1:
+            raise UsageError(f"ratio {value:g} is outside (0, 1]")
+    if sets and profile is None:
+        raise UsageError("--anchors varies the anchors of a profile: pass --profile")
+    if capture and not sets:
+        raise UsageError("--capture gives the head maps of --anchors: pass --anchors too")
+    if chat and not sources[2]:
+        raise UsageError("--chat is for prompts of a file: the built-in tasks are plain text")
+
+
+def _label(chosen: int | list[int]) -> str:
+    return "random" if isinstance(chosen, int) else f"kascade[{','.join(map(str, chosen))}]"
+
+
+def _cases(
+    sources: Any,
+    tokenizer: Any,
+    info: Any,
+    length: int,
+    *,
+    num_prompts: int | None,
+    questions: int,
+    seed: int,
+    chat: bool,
+) -> list[Any]:
+    from kascade_cli.evaluation.cases import built_in_cases, file_cases
+
+    kinds, layout, files = sources
+    cases = []
+    if kinds:
+        cases += built_in_cases(
+            kinds,
+            layout,
+            tokenizer,
+            length=length,
+            num_prompts=num_prompts or DEFAULT_PROMPTS,
+            questions=questions,
+            seed=seed,
+        )
+        longest = max(case.positions for case in cases)
+        if info.max_positions and longest > info.max_positions:
+            raise KascadeError(
+                f"prompts of {format_size(length)} tokens take {longest} positions with question and answer, and "
+                f"{info.name} has {info.max_positions}: lower --max-length"
+            )
+    for path in files:
+        found, dropped = file_cases(
+            path, tokenizer, max_length=length, limit=num_prompts, chat=chat, room=info.max_positions
+        )
+        if dropped:
+            err.print(f"{path}: {dropped} prompts longer than {format_size(length)} left out", markup=False)
+        cases += found
+    return cases
+
+
+def _runs(
+    names: list[str],
+    ratios: list[float | None],
+    profile: Any,
+    sets: dict[str, Any],
+    capture: Path | None,
+    info: Any,
+    seed: int,
+) -> tuple[list[Any], str]:
+    """(what to run for each length, how the head maps of other anchors were made)."""
+    from kascade_cli.evaluation.anchors import HeadMaps, random_sets, with_anchors
+    from kascade_cli.evaluation.run import Run
+
+    # dense has no budget: one row is enough, and the others are compared with it.
+    runs = [Run("dense", "dense", None, (profile,))] if "dense" in names else []
+    maps = HeadMaps(info, capture if sets else None)
+    for value in ratios:
+        runs += [Run(name, name, value, (profile,)) for name in names if name != "dense"]
+        for chosen in sets.values():
+            drawn = random_sets(info, profile.anchors, chosen, seed) if isinstance(chosen, int) else [chosen]
+            profiles = tuple(with_anchors(profile, info, layers, maps) for layers in drawn)
+            runs.append(Run(_label(chosen), "kascade", value, profiles, draws=isinstance(chosen, int)))
+    return runs, "capture" if maps.sims else "identity"
+
+
+def _evaluate(
+    model: Any, tokenizer: Any, cases: dict[int, list[Any]], runs: list[Any], options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    from kascade_cli.evaluation.run import run_cases, summarise
+
+    passes = sum(len(run.profiles) for run in runs)
+    # Time grows with the tokens read, so they are what the bar counts.
+    total = sum(case.tokens for part in cases.values() for case in part) * passes
+    rows = []
+    with progress("evaluating", total=total) as bar:
+        for length, part in cases.items():
+            dense = None
+            for run in runs:
+                bar.update(bar.first, description=f"{run.label} at {format_size(length)}")
+                outcome = run_cases(
+                    model,
+                    tokenizer,
+                    part,
+                    run,
+                    advance=lambda tokens: bar.advance(bar.first, tokens),
+                    **options,
+                )
+                if run.strategy == "dense":
+                    dense = outcome
+                rows.append({"length": length} | summarise(outcome, part, dense))
+    return rows
+
+
+def _render(document: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    tasks = document["tasks"]
+    for length in dict.fromkeys(row["length"] for row in document["rows"]):
+        rows = [row for row in document["rows"] if row["length"] == length]
+        asked = rows[0]["mean"]
+        table = Table(
+            title=f"{format_size(length)} tokens, {asked['prompts']} prompts, {asked['questions']} questions",
+            title_justify="left",
+            title_style="bold",
+        )
+        table.add_column("strategy", no_wrap=True)
+        for name in ("ratio", "keys read"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name in [*tasks, "mean"] if len(tasks) > 1 else tasks:
+            table.add_column(name.replace("-", " "), justify="right")
+        for row in rows:
+            scores = [row["scores"][task] for task in tasks] + ([row["mean"]] if len(tasks) > 1 else [])
+            table.add_row(
+                row["strategy"],
+                "" if row["ratio"] is None else f"{row['ratio']:g}",
+                _density(row["density"]),
+                *(_cell(score) for score in scores),
+            )
+        out.print(table, width=max(out.width, 100))
+    out.print(
+        "exact match in points of 100, +- the farther 95 % limit (prompts as clusters); second line: difference to "
+        "dense on the same questions\nkeys read: prefill / decode, in % of the keys visible",
+        soft_wrap=True,
+    )
+    randoms = [row for row in document["rows"] if "draws" in row]
+    for row in randoms:
+        out.print(
+            f"random, ratio {row['ratio']:g} at {format_size(row['length'])}: {len(row['draws'])} sets of "
+            f"{len(row['anchors'][0])} anchors ({document['head_maps_of_other_anchors']} head maps), means from "
+            f"{min(row['draws']):.1f} to {max(row['draws']):.1f}",
+            soft_wrap=True,
+        )
+    full = [row for row in document["rows"] if row["ratio"] is not None and row["density"]["all"] == 1.0]
+    for row in full:
+        err.print(
+            f"note: {row['strategy']} read every key at {format_size(row['length'])} tokens and ratio "
+            f"{row['ratio']:g} (at least {row['min_keys']} keys): that is dense attention",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _density(density: dict[str, float]) -> str:
+    return " / ".join(f"{100 * density[phase]:.3g}" if phase in density else "-" for phase in ("prefill", "decode"))
+
+
+def _cell(score: dict[str, Any]) -> str:
+    text = f"{score['score']:.1f} +-{_reach(score):.1f}"
+    if "vs_dense" in score:
+        text += f"\n{score['vs_dense']['score']:+.1f} +-{_reach(score['vs_dense']):.1f}"
+    return text
+
+
+def _reach(score: dict[str, float]) -> float:
+    return max(score["high"] - score["score"], score["score"] - score["low"])
+
+
+def _judge(verdicts: list[dict[str, Any]]) -> None:
+    from kascade_cli.evaluation.require import describe_verdict
+
+    for verdict in verdicts:
+        if verdict["met"]:
+            err.print(f"met: {describe_verdict(verdict)}", markup=False, soft_wrap=True)
+    missed = [verdict for verdict in verdicts if not verdict["met"]]
+    if missed:
+        more = f"; and {len(missed) - 1} more" if len(missed) > 1 else ""
+        for verdict in missed[1:]:
+            err.print(f"missed: {describe_verdict(verdict)}", markup=False, soft_wrap=True)
+        raise TargetMissed(f"missed: {describe_verdict(missed[0])}{more}")

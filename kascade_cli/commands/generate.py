@@ -1,0 +1,270 @@
+"""`kascade generate`: continue a prompt with sparse attention, or side by side with dense."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kascade_cli.console import err, out, parse_size, print_json
+from kascade_cli.errors import KascadeError, UsageError
+
+DEFAULT_NEW_TOKENS = 64
+_WARM_UP = 256  # tokens of the prompt that are run once before anything is timed
+
+
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo / demo-small.")],
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="Profile of this model (not needed for dense, oracle ...).")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with the text to continue; - is stdin.")] = None,
+    task: Annotated[str | None, typer.Option(help="Ask a question of this built-in task about a long text.")] = None,
+    max_length: Annotated[str, typer.Option(help="With --task: tokens of the text, such as 1k.")] = "1k",
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user turn of the chat template.")] = False,
+    compare: Annotated[
+        str | None, typer.Option(help="Run this strategy too (usually dense) and show both side by side.")
+    ] = None,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="kascade, kascade-pooled, kascade-no-remap, kascade-decode-only, oracle, streaming-llm or dense."
+        ),
+    ] = "kascade",
+    ratio: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of the keys to read. Default: the profile's.")
+    ] = None,
+    min_keys: Annotated[
+        int | None, typer.Option(min=1, help="Read at least this many keys. Default: the profile's.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to write. Default: 64; with --task the length of the answer.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="For sampling, and for the text of --task.")] = 0,
+    backend: Annotated[str, typer.Option(help="auto, torch or tilelang.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the hub.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    allow_other_weights: Annotated[
+        bool, typer.Option("--allow-other-weights", help="Accept a profile of a model of the same shape.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Continue a prompt with sparse attention. Text streams to stdout, figures go to stderr.
+
+    --compare dense shows both texts with speed, token agreement and KL divergence.
+    """
+    text = _text(prompt, prompt_file, task)
+    length = parse_size(max_length)
+
+    from kascade_cli.schema import Profile
+
+    loaded_profile = Profile.load(profile) if profile else None
+
+    from kascade_cli import generation
+    from kascade_cli.models import describe, load_model
+
+    settings = [
+        generation.Setting(name, loaded_profile, ratio, min_keys, backend, allow_other_weights)
+        for name in ([compare] if compare else []) + [strategy]
+    ]
+    for setting in settings:
+        setting.check()
+    loaded, tokenizer = load_model(
+        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+    )
+    info = describe(loaded, model)
+    expected = None
+    if task:
+        ids, expected, answer_tokens = _question(model, tokenizer, task, length, seed)
+        max_new_tokens = max_new_tokens or answer_tokens
+    else:
+        ids = generation.encode_prompt(tokenizer, text, chat=chat)
+    max_new_tokens = max_new_tokens or DEFAULT_NEW_TOKENS
+    generation.check_room(info, len(ids), max_new_tokens)
+    _note_unknown(tokenizer, ids)
+
+    sampling = generation.Sampling(temperature, seed)
+    if compare:
+        for setting in settings:
+            generation.generate(loaded, tokenizer, ids[:_WARM_UP], setting, max_new_tokens=2)
+    runs = []
+    for setting in settings:
+        write = None if as_json or compare else _write
+        run = generation.generate(
+            loaded, tokenizer, ids, setting, max_new_tokens=max_new_tokens, sampling=sampling, write=write
+        )
+        runs.append((setting, run))
+    if not (as_json or compare):
+        _write("\n")
+    comparison = generation.compare(loaded, ids, *runs) if compare else None
+
+    if as_json:
+        document = {
+            "model": model,
+            "fingerprint": info.fingerprint,
+            "profile": str(profile) if profile else None,
+            "prompt_tokens": len(ids),
+            "expected": expected,
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "device": loaded.device.type,
+            "runs": [_run_document(run) for _, run in runs],
+            "comparison": _comparison_document(compare, strategy, comparison),
+        }
+        print_json(document)
+    elif comparison:
+        _side_by_side(len(ids), expected, comparison)
+    else:
+        _figures(len(ids), expected, runs[0][1])
+    for _, run in runs:
+        _note_density(run.report, len(ids))
+
+
+def _text(prompt: str | None, prompt_file: Path | None, task: str | None) -> str | None:
+    given = [name for name, value in (("--prompt", prompt), ("--prompt-file", prompt_file), ("--task", task)) if value]
+    if prompt == "" and not given:
+        raise UsageError("the prompt is empty")
+    if len(given) != 1:
+        raise UsageError(
+            "give the text to continue: --prompt TEXT, --prompt-file FILE or --task NAME"
+            if not given
+            else f"{' and '.join(given)} exclude each other: give one of them"
+        )
+    if prompt_file is None:
+        return prompt
+    try:
+        text = sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise KascadeError(f"cannot read {prompt_file}: {reason}") from error
+    if not text.strip():
+        raise UsageError(f"{prompt_file} is empty")
+    return text
+
+
+def _question(model: str, tokenizer: Any, task: str, length: int, seed: int) -> tuple[list[int], str, int]:
+    """(token ids of a text and a question about it, the answer, its tokens): the first test prompt of the seed."""
+    from kascade_cli.demo import DEMO_TASKS
+    from kascade_cli.evaluation.cases import built_in_cases, split_sources
+    from kascade_cli.tasks import get_task
+
+    get_task(task)
+    kinds, layout, _ = split_sources([task], DEMO_TASKS.get(model))
+    case = built_in_cases(kinds, layout, tokenizer, length=length, num_prompts=1, questions=1, seed=seed)[0]
+    question = case.questions[0]
+    return case.context + question.ids, question.answer, question.answer_tokens
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _note_unknown(tokenizer: Any, ids: list[int]) -> None:
+    unknown = sum(token == tokenizer.unk_token_id for token in ids) if tokenizer.unk_token_id is not None else 0
+    if unknown:
+        err.print(
+            f"note: {unknown} of {len(ids)} prompt tokens are unknown to this tokenizer; "
+            "the demo models know only the words of the built-in tasks (--task)",
+            markup=False,
+        )
+
+
+def _note_density(report: dict[str, Any], prompt_tokens: int) -> None:
+    """Says plainly when a sparse strategy had nothing to leave out."""
+    if report["strategy"] != "dense" and report["density"] == 1.0:
+        budget = report["budget"]
+        err.print(
+            f"note: {report['strategy']} read every key: the prompt of {prompt_tokens} tokens is too short for a "
+            f"budget of {budget['ratio']:g} with at least {budget['min_keys']} keys, so this was dense attention",
+            markup=False,
+        )
+
+
+def _verdict(expected: str | None, text: str) -> str:
+    from kascade_cli.tasks import exact_match
+
+    return "" if expected is None else ("right" if exact_match(text, expected, prefix=True) else "wrong")
+
+
+def _figures(prompt_tokens: int, expected: str | None, run: Any) -> None:
+    report = run.report
+    if expected is not None:
+        err.print(f"expected: {expected} ({_verdict(expected, run.text)})", markup=False)
+    phases = ", ".join(f"{name} {entry['density']:.1%}" for name, entry in report["phases"].items())
+    err.print(
+        f"{report['strategy']}, {report['backend']} backend: {prompt_tokens} prompt tokens, {len(run.tokens)} new; "
+        f"first token {run.first_token_s:.3f} s{_rate(run, ', {:.1f} tokens/s')}; "
+        f"keys read {report['density']:.1%} of those visible ({phases})",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _rate(run: Any, template: str) -> str:
+    return template.format(run.tokens_per_s) if run.tokens_per_s else ""
+
+
+def _side_by_side(prompt_tokens: int, expected: str | None, comparison: Any) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    runs = (comparison.reference, comparison.other)
+    table = Table(show_lines=False)
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.report["strategy"], overflow="fold")
+    table.add_row("text", *(Text(run.text) for run in runs))
+    if expected is not None:
+        table.add_row("expected", *(Text(f"{expected} ({_verdict(expected, run.text)})") for run in runs))
+    table.add_row("new tokens", *(str(len(run.tokens)) for run in runs))
+    table.add_row("time to first token", *(f"{run.first_token_s:.3f} s" for run in runs))
+    table.add_row("tokens/s after it", *(_rate(run, "{:.1f}") or "-" for run in runs))
+    for phase in ("prefill", "decode"):
+        table.add_row(f"keys read, {phase}", *(_keys(run.report["phases"].get(phase)) for run in runs))
+    table.add_row("keys read, all", *(_keys(run.report) for run in runs))
+    out.print(table)
+    where = comparison.first_divergence
+    names = [run.report["strategy"] for run in runs]
+    out.print(
+        f"prompt: {prompt_tokens} tokens\n"
+        f"token agreement: {comparison.agreement:.1%}"
+        + (", no difference" if where is None else f", first difference at new token {where + 1}")
+        + f"\nKL({names[0]} || {names[1]}) of the next token along the text of {names[0]}: "
+        f"mean {comparison.kl_mean:.2g}, max {comparison.kl_max:.2g} nats",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _keys(entry: dict[str, float] | None) -> str:
+    if entry is None:
+        return "-"
+    return f"{entry['keys_read']:,.0f} of {entry['keys_visible']:,.0f} ({entry['density']:.1%})"
+
+
+def _run_document(run: Any) -> dict[str, Any]:
+    return {
+        "strategy": run.report["strategy"],
+        "text": run.text,
+        "tokens": run.tokens,
+        "first_token_s": round(run.first_token_s, 4),
+        "tokens_per_s": round(run.tokens_per_s, 3) if run.tokens_per_s else None,
+        "report": run.report,
+    }
+
+
+def _comparison_document(compare: str | None, strategy: str, comparison: Any) -> dict[str, Any] | None:
+    if comparison is None:
+        return None
+    return {
+        "reference": compare,
+        "strategy": strategy,
+        "token_agreement": comparison.agreement,
+        "first_divergence": comparison.first_divergence,
+        "kl_mean": comparison.kl_mean,
+        "kl_max": comparison.kl_max,
+    }

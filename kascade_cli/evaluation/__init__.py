@@ -1,0 +1,1 @@
+"""Exact match of attention strategies on long-context questions."""

@@ -1,0 +1,145 @@
+"""What is asked: contexts with questions, from the built-in tasks' test split or from the user's own .jsonl file."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.generation import encode_prompt
+from kascade_cli.tasks import TASKS, check_words, exact_match, get_task, make_prompt, member_tasks, prompt_rng
+from kascade_cli.tasks.encoding import encode_more, encode_text
+
+
+@dataclass(frozen=True)
+class Question:
+    """`ids` follow the case's context; the answer is right when the words that follow are `answer`."""
+
+    task: str
+    ids: list[int]
+    answer: str
+    answer_tokens: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One context (token ids, BOS included) and the questions about it: a cluster of the intervals."""
+
+    context: list[int]
+    questions: list[Question]
+
+    @property
+    def tokens(self) -> int:
+        """Length of the context with its longest question."""
+        return len(self.context) + max(len(question.ids) for question in self.questions)
+
+    @property
+    def positions(self) -> int:
+        """Positions that the longest question takes with its answer."""
+        return len(self.context) + max(len(question.ids) + question.answer_tokens for question in self.questions)
+
+
+def is_right(tokenizer: Any, tokens: Sequence[int], question: Question) -> bool:
+    """Whether the tokens written (as many as the answer has) read as the answer's words: all of them, in order."""
+    text = tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return exact_match(text, question.answer)
+
+
+def split_sources(names: Sequence[str], demo_task: str | None = None) -> tuple[list[str], str | None, list[Path]]:
+    """(kinds of built-in question, their haystack layout or None, files) of what `--task` names.
+
+    `demo_task` is the mix that a shipped model was trained on: it lends its layout where that has every kind asked
+    for. Raises UsageError for a name that is neither, and for tasks that cannot share a haystack.
+    """
+    files = [Path(name) for name in names if name not in TASKS and name.endswith((".jsonl", ".ndjson"))]
+    for name in names:
+        if name not in TASKS and not name.endswith((".jsonl", ".ndjson")):
+            raise UsageError(f"no task is called '{name}'; use {', '.join(TASKS)}, or a .jsonl file")
+    built_in = [name for name in names if name in TASKS]
+    kinds = list(dict.fromkeys(kind for name in built_in for kind in member_tasks(name)))
+    layouts = {get_task(name).layout for name in built_in}
+    if demo_task and set(kinds) <= set(member_tasks(demo_task)) and not any(get_task(n).members for n in built_in):
+        layouts = {get_task(demo_task).layout}
+    if len(layouts) > 1:
+        raise UsageError(f"--task {','.join(built_in)} mixes two kinds of haystack; evaluate them one by one")
+    return kinds, (layouts.pop() if kinds else None), files
+
+
+def built_in_cases(
+    kinds: Sequence[str], layout: str, tokenizer: Any, *, length: int, num_prompts: int, questions: int, seed: int
+) -> list[Case]:
+    """Test prompts whose haystacks have `length` tokens (fewer where words take several), questions of every kind.
+
+    The test split of the seed: disjoint from every dev and held-out prompt by construction. Raises KascadeError if
+    the tokenizer lacks the words or the length cannot carry the tasks.
+    """
+    check_words(tokenizer)
+    return [_built_in_case(kinds, layout, tokenizer, length, questions, seed, index) for index in range(num_prompts)]
+
+
+def _built_in_case(
+    kinds: Sequence[str], layout: str, tokenizer: Any, length: int, questions: int, seed: int, index: int
+) -> Case:
+    words = length
+    while True:
+        # The same stream for every length tried, so that a prompt depends on the seed and its index alone.
+        rng = prompt_rng(seed, "test", index)
+        prompt = make_prompt(rng, words, questions, tasks=tuple(kinds), layout=layout)
+        context = encode_text(tokenizer, prompt.haystack)
+        if len(context) <= length:
+            break
+        words = min(words - 1, int(words * length / len(context)))
+    asked = []
+    for question in prompt.questions:
+        answer = encode_more(tokenizer, question.answer)
+        asked.append(Question(question.task, encode_more(tokenizer, question.prompt), question.answer, len(answer)))
+    return Case(context, asked)
+
+
+def file_cases(
+    path: Path, tokenizer: Any, *, max_length: int | None, limit: int | None, chat: bool, room: int | None = None
+) -> tuple[list[Case], int]:
+    """(cases, rows left out as too long) of a .jsonl file with {"prompt": ..., "answer": ...} rows.
+
+    A row is a case of its own. `max_length` bounds the prompt's tokens, `room` those of prompt and answer; `limit`
+    takes the first so many usable rows. Raises KascadeError naming the line that cannot be used.
+    """
+    cases: list[Case] = []
+    dropped = 0
+    for number, row in _rows(path):
+        if limit is not None and len(cases) == limit:
+            break
+        ids = encode_prompt(tokenizer, row["prompt"], chat=chat, place=f"{path}, line {number}")
+        answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"] if chat else None
+        answer = encode_more(tokenizer, row["answer"]) if answer is None else answer
+        if (max_length and len(ids) > max_length) or (room and len(ids) + len(answer) > room):
+            dropped += 1
+            continue
+        cases.append(Case(ids[:-1], [Question(path.stem, ids[-1:], row["answer"], len(answer))]))
+    if not cases:
+        reason = f"all {dropped} prompts are longer than {max_length or room} tokens" if dropped else "it has no rows"
+        raise KascadeError(f"no prompts left of {path}: {reason}")
+    return cases, dropped
+
+
+def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise KascadeError(f"cannot read {path}: {reason}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise KascadeError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        for name in ("prompt", "answer"):
+            value = row.get(name) if isinstance(row, dict) else None
+            if not isinstance(value, str) or not value.strip():
+                raise KascadeError(f'{path}, line {number}: needs a non-empty text "{name}"')
+        rows.append((number, row))
+    return rows

@@ -1,0 +1,182 @@
+"""Scores of strategies on the same questions, with intervals that know that questions of a prompt belong together."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kascade_cli.attention import attach
+from kascade_cli.evaluation.answers import greedy_answers
+from kascade_cli.evaluation.cases import Case, is_right
+from kascade_cli.schema import Profile
+from kascade_cli.tasks import Interval, cluster_interval, paired_interval
+
+MEAN = "mean"  # the unweighted mean over tasks
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the table: a strategy at a ratio. Several `profiles` are draws that it is averaged over."""
+
+    label: str
+    strategy: str
+    ratio: float | None
+    profiles: tuple[Profile | None, ...]
+    draws: bool = False
+
+
+@dataclass
+class Outcome:
+    """What a run gave. right: float64 [draws, questions] of 0 and 1; density per phase and `all`, mean over draws."""
+
+    run: Run
+    right: np.ndarray
+    density: dict[str, float]
+    budget: dict[str, Any]
+    backend: str
+    seconds: float
+    fallbacks: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def values(self) -> np.ndarray:
+        """Per question the mean over draws."""
+        return self.right.mean(0)
+
+
+def run_cases(
+    model: Any,
+    tokenizer: Any,
+    cases: Sequence[Case],
+    run: Run,
+    *,
+    min_keys: int | None = None,
+    backend: str = "auto",
+    allow_other_weights: bool = False,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Outcome:
+    """Answers every question of every case under `run`. `advance(tokens)` is called after each case and draw."""
+    began = time.perf_counter()
+    right, densities = [], []
+    for profile in run.profiles:
+        attachment = attach(
+            model,
+            profile,
+            strategy=run.strategy,
+            ratio=run.ratio,
+            min_keys=min_keys,
+            backend=backend,
+            allow_other_weights=allow_other_weights,
+        )
+        row: list[bool] = []
+        with attachment:
+            for case in cases:
+                answers = greedy_answers(
+                    model,
+                    case.context,
+                    [question.ids for question in case.questions],
+                    [question.answer_tokens for question in case.questions],
+                    tile=attachment.plan.budget.tile,
+                )
+                pairs = zip(answers, case.questions, strict=True)
+                row += [is_right(tokenizer, tokens, question) for tokens, question in pairs]
+                advance(case.tokens)
+            report = attachment.report()
+        right.append(row)
+        densities.append({"all": report["density"]} | {p: v["density"] for p, v in report["phases"].items()})
+    density = {key: float(np.mean([entry[key] for entry in densities])) for key in densities[0]}
+    return Outcome(
+        run,
+        np.array(right, np.float64),
+        density,
+        report["budget"],
+        report["backend"],
+        time.perf_counter() - began,
+        report["fallbacks"],
+    )
+
+
+def draws_interval(
+    right: np.ndarray, clusters: Sequence[int], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Mean over draws and questions; percentile bootstrap over draws and prompts, both resampled.
+
+    right: float64 [draws, questions]; clusters: the prompt of each question.
+    """
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    size = np.bincount(index).astype(np.float64)
+    total = np.stack([np.bincount(index, row, len(size)) for row in right])
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for i in range(resamples):
+        draw = rng.integers(0, len(right), len(right))
+        prompt = rng.integers(0, len(size), len(size))
+        means[i] = total[np.ix_(draw, prompt)].sum() / (size[prompt].sum() * len(right))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(right.mean()), float(low), float(high), right.shape[1], len(size))
+
+
+def summarise(outcome: Outcome, cases: Sequence[Case], baseline: Outcome | None) -> dict[str, Any]:
+    """One JSON row: scores in points of 100 per task and their mean, with 95 % limits, and differences to `baseline`.
+
+    Scores have cluster intervals (tasks.cluster_interval), differences a paired bootstrap over prompts; with several
+    draws both are bootstraps over prompts and draws.
+    """
+    kinds = np.array([question.task for case in cases for question in case.questions])
+    clusters = np.array([index for index, case in enumerate(cases) for _ in case.questions])
+    names = list(dict.fromkeys(kinds.tolist()))
+    scores = {}
+    for name in names:
+        part = kinds == name
+        reference = baseline.values[part] if baseline else None
+        scores[name] = _score(outcome, outcome.right[:, part], reference, clusters[part])
+    # Where a short haystack had no room for all questions of a kind, weights keep the mean one over tasks.
+    counts = {name: int((kinds == name).sum()) for name in names}
+    weights = np.array([len(kinds) / (len(names) * counts[kind]) for kind in kinds.tolist()])
+    even = len(set(counts.values())) == 1
+    weights = np.ones_like(weights) if even else weights
+    reference = baseline.values * weights if baseline else None
+    overall = _score(outcome, outcome.right * weights, reference, clusters, plain=even)
+    run = outcome.run
+    row = {
+        "strategy": run.label,
+        "ratio": None if run.strategy == "dense" else outcome.budget["ratio"],
+        "min_keys": None if run.strategy == "dense" else outcome.budget["min_keys"],
+        "density": {key: round(value, 4) for key, value in outcome.density.items()},
+        "scores": scores,
+        MEAN: overall,
+        "seconds": round(outcome.seconds, 2),
+        "backend": outcome.backend,
+    }
+    if run.strategy.startswith("kascade"):
+        anchors = [profile.anchors for profile in run.profiles]
+        row["anchors"] = anchors if run.draws else anchors[0]
+    if run.draws:
+        row["draws"] = [round(100 * float((right * weights).mean()), 2) for right in outcome.right]
+    return row
+
+
+def _score(
+    outcome: Outcome, right: np.ndarray, reference: np.ndarray | None, clusters: np.ndarray, plain: bool = True
+) -> dict[str, Any]:
+    difference = None
+    if outcome.run.draws:
+        score = draws_interval(right, clusters)
+        if reference is not None:
+            difference = draws_interval(right - reference, clusters)
+    else:
+        values = right[0]
+        score = cluster_interval(values, clusters) if plain else paired_interval(values, 0 * values, clusters)
+        if reference is not None and outcome.run.strategy != "dense":
+            difference = paired_interval(values, reference, clusters)
+    document = _points(score) | {"questions": score.count, "prompts": score.clusters}
+    return document if difference is None else document | {"vs_dense": _points(difference)}
+
+
+def _points(interval: Interval) -> dict[str, float]:
+    return {
+        "score": round(100 * interval.mean, 2),
+        "low": round(100 * interval.low, 2),
+        "high": round(100 * interval.high, 2),
+    }

@@ -1,0 +1,231 @@
+"""Generate from one prompt under a strategy, and measure how far it is from another (docs/generate.md)."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, TextStreamer
+
+from kascade_cli.attention import STRATEGIES, attach
+from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.models import ModelInfo
+from kascade_cli.schema import Profile
+from kascade_cli.tasks.encoding import encode_text
+
+
+def encode_prompt(tokenizer: Any, text: str, *, chat: bool, place: str = "the prompt") -> list[int]:
+    """Token ids of a prompt with the BOS token once at most; `chat` wraps it in one user turn of the chat template.
+
+    Raises UsageError for an empty prompt or a tokenizer without a template.
+    """
+    if not text.strip():
+        raise UsageError(f"{place} is empty")
+    if not chat:
+        return encode_text(tokenizer, text)
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError("this tokenizer has no chat template: leave --chat out")
+    turn = [{"role": "user", "content": text}]
+    # The template writes the BOS token where the model wants one; special tokens must not be added a second time.
+    wrapped = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(wrapped, add_special_tokens=False)["input_ids"])
+
+
+def check_room(info: ModelInfo, prompt_tokens: int, new_tokens: int) -> None:
+    """Raises KascadeError if the prompt and its continuation do not fit into the model's positions."""
+    limit = info.max_positions
+    if limit is None or prompt_tokens + new_tokens <= limit:
+        return
+    if prompt_tokens >= limit:
+        raise KascadeError(
+            f"the prompt has {prompt_tokens} tokens, and {info.name} takes {limit} positions: shorten it"
+        )
+    raise KascadeError(
+        f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones need more than the {limit} positions of "
+        f"{info.name}: use --max-new-tokens {limit - prompt_tokens} or less"
+    )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: greedily at temperature 0, else from the softmax at that temperature."""
+
+    temperature: float = 0.0
+    seed: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `model.generate`; the checkpoint's own sampling settings are switched off."""
+        if not self.temperature:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One generation. first_token_s: time to the first token; tokens_per_s: over the tokens after it, or None.
+
+    report: what really ran (Attachment.report()).
+    """
+
+    tokens: list[int]
+    text: str
+    first_token_s: float
+    tokens_per_s: float | None
+    report: dict[str, Any]
+
+
+class _Streamer(TextStreamer):
+    """Notes when each token comes; hands finished words to `write` if there is one."""
+
+    def __init__(self, tokenizer: Any, device: torch.device, write: Callable[[str], None] | None):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.device, self.write = device, write
+        self.began = time.perf_counter()
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.times.append(time.perf_counter() - self.began)
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self.write and text:
+            self.write(text)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A strategy as `attach` takes it."""
+
+    strategy: str
+    profile: Profile | None = None
+    ratio: float | None = None
+    min_keys: int | None = None
+    backend: str = "auto"
+    allow_other_weights: bool = False
+
+    def check(self) -> None:
+        """What can be refused before a model is loaded. Raises UsageError."""
+        if self.strategy not in STRATEGIES:
+            raise UsageError(f"strategy '{self.strategy}' is not known; use one of {', '.join(STRATEGIES)}")
+        if self.strategy.startswith("kascade") and self.profile is None:
+            raise UsageError(f"strategy {self.strategy} needs a profile (--profile)")
+
+    def attach(self, model: nn.Module) -> Any:
+        return attach(
+            model,
+            self.profile,
+            strategy=self.strategy,
+            ratio=self.ratio,
+            min_keys=self.min_keys,
+            backend=self.backend,
+            allow_other_weights=self.allow_other_weights,
+        )
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    ids: Sequence[int],
+    setting: Setting,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    write: Callable[[str], None] | None = None,
+) -> Generated:
+    """Continues `ids` with `model.generate` under `setting`. `write` gets the text word by word as it comes."""
+    sampling = sampling or Sampling()
+    prompt = torch.tensor([list(ids)], device=model.device)
+    torch.manual_seed(sampling.seed)
+    with setting.attach(model) as attachment:
+        streamer = _Streamer(tokenizer, model.device, write)
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            pad_token_id=_pad_token(model, tokenizer),
+            **sampling.options(),
+        )
+        report = attachment.report()
+    tokens = out[0, len(ids) :].tolist()
+    times = streamer.times
+    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 and times[-1] > times[0] else None
+    text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Generated(tokens, text, times[0], rate, report)
+
+
+def _pad_token(model: nn.Module, tokenizer: Any) -> int:
+    """Any valid id does: one row is never padded. Given so that `generate` does not warn."""
+    generation = model.generation_config
+    ends = generation.eos_token_id
+    first_end = ends[0] if isinstance(ends, list) else ends
+    candidates = (generation.pad_token_id, tokenizer.pad_token_id, first_end, 0)
+    return next(token for token in candidates if token is not None)
+
+
+@torch.inference_mode()
+def forced_log_probabilities(
+    model: nn.Module, ids: Sequence[int], continuation: Sequence[int], setting: Setting
+) -> Tensor:
+    """log P(next token) along `continuation`, in nats: float32 [len(continuation), V] on the CPU.
+
+    The prompt is one prefill and every token of the continuation one decode step, as in generation; row i is the
+    distribution that token i was drawn from.
+    """
+    rows = []
+    with setting.attach(model):
+        cache = DynamicCache(config=model.config)
+        chunk = torch.tensor([list(ids)], device=model.device)
+        for token in continuation:
+            logits = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            rows.append(torch.log_softmax(wide, -1).cpu())
+            chunk = torch.tensor([[token]], device=model.device)
+    return torch.stack(rows)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats over the last dimension, from log-probabilities; never below 0."""
+    terms = torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), torch.zeros_like(log_p))
+    return terms.double().sum(-1).clamp_min(0.0)
+
+
+def agreement(reference: Sequence[int], other: Sequence[int]) -> tuple[float, int | None]:
+    """(share of positions with equal tokens, first position that differs or None).
+
+    Positions run to the longer one's end: a token without a partner differs.
+    """
+    longest = max(len(reference), len(other))
+    same = [i < len(reference) and i < len(other) and reference[i] == other[i] for i in range(longest)]
+    return sum(same) / longest, next((i for i, equal in enumerate(same) if not equal), None)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How `other` differs from `reference` on one prompt. KL(reference || other) in nats, teacher forced on the
+    reference's continuation."""
+
+    reference: Generated
+    other: Generated
+    agreement: float
+    first_divergence: int | None
+    kl_mean: float
+    kl_max: float
+
+
+def compare(
+    model: nn.Module, ids: Sequence[int], reference: tuple[Setting, Generated], other: tuple[Setting, Generated]
+) -> Comparison:
+    """Compares two generations from the prompt `ids`, each with the setting it ran under."""
+    (first, expected), (second, got) = reference, other
+    log_p = forced_log_probabilities(model, ids, expected.tokens, first)
+    log_q = forced_log_probabilities(model, ids, expected.tokens, second)
+    divergence = kl_divergence(log_p, log_q)
+    share, where = agreement(expected.tokens, got.tokens)
+    return Comparison(expected, got, share, where, float(divergence.mean()), float(divergence.max()))
