@@ -9,6 +9,7 @@ from kascade_cli.console import check_output, err, format_size, out, parse_float
 from kascade_cli.errors import KascadeError, TargetMissed, UsageError
 
 DEFAULT_PROMPTS = 16
+_WIDTH = 120
 
 
 def evaluate(
@@ -19,8 +20,8 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="Built-in tasks, comma-separated, or a .jsonl file of prompt and answer rows. Default: all tasks that "
-            "the model was trained on, or all four."
+            help="Built-in tasks, comma-separated, or a .jsonl file of prompt and answer rows. "
+            "Default: the tasks that a demo model was trained on; all four for others."
         ),
     ] = None,
     strategies: Annotated[
@@ -43,18 +44,14 @@ def evaluate(
     questions: Annotated[int, typer.Option(min=1, help="Questions of each task about one prompt.")] = 8,
     anchors: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Also kascade with other anchors: random:10 (mean of 10 draws) or layers 0,2,7. Repeatable."
-        ),
+        typer.Option(help="Also kascade with other anchors: random:10 (mean of 10 draws) or 0,2,7. Repeatable."),
     ] = None,
     capture: Annotated[
         Path | None, typer.Option(help="Capture to take the head maps of --anchors from. Default: identity maps.")
     ] = None,
     require: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Target in points, 'kascade >= dense - 2' or 'two-hop: kascade >= 90'; a miss exits with 3."
-        ),
+        typer.Option(help="Target in points: 'kascade >= dense - 2', 'two-hop: kascade >= 90'. A miss exits with 3."),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Send prompts of a file through the chat template.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write the figure to this PNG.")] = None,
@@ -265,6 +262,8 @@ def _evaluate(
 def _render(document: dict[str, Any]) -> None:
     from rich.table import Table
 
+    if not out.is_terminal:
+        out.width = max(out.width, _WIDTH)  # a pipe or a file has no width of its own
     tasks = document["tasks"]
     for length in dict.fromkeys(row["length"] for row in document["rows"]):
         rows = [row for row in document["rows"] if row["length"] == length]
@@ -278,7 +277,7 @@ def _render(document: dict[str, Any]) -> None:
         for name in ("ratio", "keys read"):
             table.add_column(name, justify="right", no_wrap=True)
         for name in [*tasks, "mean"] if len(tasks) > 1 else tasks:
-            table.add_column(name.replace("-", " "), justify="right")
+            table.add_column(name.replace("-", " "), justify="right", overflow="fold")
         for row in rows:
             scores = [row["scores"][task] for task in tasks] + ([row["mean"]] if len(tasks) > 1 else [])
             table.add_row(
@@ -287,9 +286,9 @@ def _render(document: dict[str, Any]) -> None:
                 _density(row["density"]),
                 *(_cell(score) for score in scores),
             )
-        out.print(table, width=max(out.width, 100))
+        out.print(table)
     out.print(
-        "exact match in points of 100, +- the farther 95 % limit (prompts as clusters); second line: difference to "
+        "exact match in points of 100, ± the farther 95 % limit (prompts as clusters); second line: difference to "
         "dense on the same questions\nkeys read: prefill / decode, in % of the keys visible",
         soft_wrap=True,
     )
@@ -316,9 +315,9 @@ def _density(density: dict[str, float]) -> str:
 
 
 def _cell(score: dict[str, Any]) -> str:
-    text = f"{score['score']:.1f} +-{_reach(score):.1f}"
+    text = f"{score['score']:.1f} ±{_reach(score):.1f}"
     if "vs_dense" in score:
-        text += f"\n{score['vs_dense']['score']:+.1f} +-{_reach(score['vs_dense']):.1f}"
+        text += f"\n{score['vs_dense']['score']:+.1f} ±{_reach(score['vs_dense']):.1f}"
     return text
 
 

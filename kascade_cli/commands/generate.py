@@ -10,6 +10,7 @@ from kascade_cli.console import err, out, parse_size, print_json
 from kascade_cli.errors import KascadeError, UsageError
 
 DEFAULT_NEW_TOKENS = 64
+PHASES = ("prefill", "decode")  # in the order in which they run
 _WARM_UP = 256  # tokens of the prompt that are run once before anything is timed
 
 
@@ -170,6 +171,7 @@ def _note_unknown(tokenizer: Any, ids: list[int]) -> None:
             f"note: {unknown} of {len(ids)} prompt tokens are unknown to this tokenizer; "
             "the demo models know only the words of the built-in tasks (--task)",
             markup=False,
+            soft_wrap=True,
         )
 
 
@@ -181,6 +183,7 @@ def _note_density(report: dict[str, Any], prompt_tokens: int) -> None:
             f"note: {report['strategy']} read every key: the prompt of {prompt_tokens} tokens is too short for a "
             f"budget of {budget['ratio']:g} with at least {budget['min_keys']} keys, so this was dense attention",
             markup=False,
+            soft_wrap=True,
         )
 
 
@@ -193,8 +196,10 @@ def _verdict(expected: str | None, text: str) -> str:
 def _figures(prompt_tokens: int, expected: str | None, run: Any) -> None:
     report = run.report
     if expected is not None:
-        err.print(f"expected: {expected} ({_verdict(expected, run.text)})", markup=False)
-    phases = ", ".join(f"{name} {entry['density']:.1%}" for name, entry in report["phases"].items())
+        err.print(f"expected: {expected} ({_verdict(expected, run.text)})", markup=False, soft_wrap=True)
+    phases = ", ".join(
+        f"{name} {report['phases'][name]['density']:.1%}" for name in PHASES if name in report["phases"]
+    )
     err.print(
         f"{report['strategy']}, {report['backend']} backend: {prompt_tokens} prompt tokens, {len(run.tokens)} new; "
         f"first token {run.first_token_s:.3f} s{_rate(run, ', {:.1f} tokens/s')}; "
@@ -223,7 +228,7 @@ def _side_by_side(prompt_tokens: int, expected: str | None, comparison: Any) -> 
     table.add_row("new tokens", *(str(len(run.tokens)) for run in runs))
     table.add_row("time to first token", *(f"{run.first_token_s:.3f} s" for run in runs))
     table.add_row("tokens/s after it", *(_rate(run, "{:.1f}") or "-" for run in runs))
-    for phase in ("prefill", "decode"):
+    for phase in PHASES:
         table.add_row(f"keys read, {phase}", *(_keys(run.report["phases"].get(phase)) for run in runs))
     table.add_row("keys read, all", *(_keys(run.report) for run in runs))
     out.print(table)
@@ -243,7 +248,16 @@ def _side_by_side(prompt_tokens: int, expected: str | None, comparison: Any) -> 
 def _keys(entry: dict[str, float] | None) -> str:
     if entry is None:
         return "-"
-    return f"{entry['keys_read']:,.0f} of {entry['keys_visible']:,.0f} ({entry['density']:.1%})"
+    return f"{_count(entry['keys_read'])} of {_count(entry['keys_visible'])} ({entry['density']:.1%})"
+
+
+def _count(number: float) -> str:
+    """1565826 -> 1.57M."""
+    for unit in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
 
 
 def _run_document(run: Any) -> dict[str, Any]:

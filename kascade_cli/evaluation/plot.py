@@ -36,6 +36,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
             axis.set_title(panel if len(lengths) == 1 else f"{panel}, {format_size(length)}", fontsize=9)
             axis.set_ylim(-3, 103)
             axis.grid(axis="y", linewidth=0.4, alpha=0.6)
+            axis.set_axisbelow(True)
             axis.tick_params(labelsize=8)
             for side in ("top", "right"):
                 axis.spines[side].set_visible(False)
@@ -43,7 +44,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
     if len(ratios) > 1:
         for axis in axes[-1]:
             axis.set_xlabel("share of keys read", fontsize=9)
-    handles = [plt.Line2D([], [], color=colours[label], marker="o", linewidth=2, label=label) for label in labels]
+    style = {"marker": "o", "linewidth": 2} if len(ratios) > 1 else {"marker": "s", "linewidth": 0}
+    handles = [plt.Line2D([], [], color=colours[label], label=label, **style) for label in labels]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(labels), 5), frameon=False, fontsize=8)
     where = f" at {format_size(lengths[0])} tokens" if len(lengths) == 1 else ""
     budget = f", ratio {ratios[0]:g}" if len(ratios) == 1 else ""
