@@ -74,9 +74,9 @@ class Forward:
         if plan.attends == "window":
             return self._sparse(query, key, value, self._window(), self._identity(query, 1), scale)
         if plan.attends == "dense":
-            out, lse = self._dense(query, key, value, scale, need_lse=plan.writes)
+            out, extra = self._dense(query, key, value, scale, writes=plan.writes)
             if plan.writes:
-                self.indices[layer] = self._select(query, key, lse, scale)
+                self.indices[layer] = self._select(query, key, extra, scale)
             return out
         if plan.writes:
             self.indices[layer] = self._select(query, key, None, scale)
@@ -108,8 +108,7 @@ class Forward:
         anchors = {anchor for anchor, _ in plan.sources}
         if len(anchors) == 1:
             chosen = self.indices[anchors.pop()].to(query.device)
-            head_map = torch.tensor([head for _, head in plan.sources], dtype=torch.int32, device=query.device)
-            return chosen, head_map
+            return chosen, self.plan.head_map(self.phase, layer, query.device)
         # Free assignment: heads of one layer read keys of several anchors.
         chosen = torch.stack([self.indices[anchor][:, head].to(query.device) for anchor, head in plan.sources], 1)
         return chosen, self._identity(query, self.groups)
@@ -127,14 +126,17 @@ class Forward:
         )
 
     def _dense(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, need_lse: bool
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, writes: bool
     ) -> tuple[Tensor, Tensor | None]:
+        """Output, and what selecting can use of it: scores in decode, log-sum-exp in prefill (None: not computed)."""
         lengths = [tensor.to(query.device) for tensor in (self.query_start, self.kv_start, self.kv_len)]
-        if self.backend.name == "torch" or (self.plain and not need_lse):
+        if self.backend.name == "torch" or (self.plain and not writes):
             return self._sdpa(query, key, value, lengths, scale), None
         if self.phase == "decode":
-            out, _ = self.backend.decode_dense(query[:, :, 0], key, value, *lengths[1:], scale=scale)
-            return out[:, :, None], None
+            out, scores = self.backend.decode_dense(
+                query[:, :, 0], key, value, *lengths[1:], scale=scale, scores=writes
+            )
+            return out[:, :, None], scores
         return self.backend.prefill_dense(query, key, value, *lengths, scale=scale)
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[Tensor], scale: float) -> Tensor:
@@ -159,15 +161,21 @@ class Forward:
             outs.append(out.masked_fill(~real, 0.0))
         return torch.cat(outs, 2)
 
-    def _select(self, query: Tensor, key: Tensor, lse: Tensor | None, scale: float) -> Tensor:
-        """Indices of this layer's Top-k: int32 [B, G, K] or [B, G, NT, K]; one set instead of G when pooled."""
+    def _select(self, query: Tensor, key: Tensor, known: Tensor | None, scale: float) -> Tensor:
+        """Indices of this layer's Top-k: int32 [B, G, K] or [B, G, NT, K]; one set instead of G when pooled.
+
+        `known` is what dense attention left: pooled scores in decode, the log-sum-exp in prefill.
+        """
         query_start, kv_start, kv_len = (t.to(query.device) for t in (self.query_start, self.kv_start, self.kv_len))
         counts = self.counts.to(query.device)
         if self.phase == "decode":
-            scores = self._pool(self.backend.decode_score(query[:, :, 0], key, kv_start, kv_len, scale=scale))
+            scores = known
+            if scores is None:
+                scores = self.backend.decode_score(query[:, :, 0], key, kv_start, kv_len, scale=scale)
             return self.backend.select_topk(
-                scores, counts[:, None], kv_start[:, None], kv_len[:, None], max_count=self.width
+                self._pool(scores), counts[:, None], kv_start[:, None], kv_len[:, None], max_count=self.width
             )
+        lse = known
         if lse is None and self.backend.name != "torch":
             _, lse = self.backend.prefill_dense(query, key, None, query_start, kv_start, kv_len, scale=scale)
         before = self.before.to(query.device)

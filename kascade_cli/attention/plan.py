@@ -1,7 +1,7 @@
 """Who does what: the role of every layer under a strategy, fixed when a model is attached."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,6 +45,18 @@ class Plan:
     pooled: bool
     layers: dict[str, dict[int, LayerPlan]]
     roles: dict[int, str]
+    _head_maps: dict[tuple[str, int, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def head_map(self, phase: str, layer: int, device: torch.device) -> Tensor:
+        """Anchor head of each KV head of a reuse layer with one anchor, int32 [G].
+
+        Made once per device: a copy from the host in every step would keep decoding out of CUDA graphs.
+        """
+        key = (phase, layer, device)
+        if key not in self._head_maps:
+            heads = [head for _, head in self.layers[phase][layer].sources]
+            self._head_maps[key] = torch.tensor(heads, dtype=torch.int32, device=device)
+        return self._head_maps[key]
 
     def counts(self, visible: Tensor) -> Tensor:
         """k(N) for a tensor of N, int32, on its device: Budget.count without leaving the device."""
