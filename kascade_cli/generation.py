@@ -169,7 +169,7 @@ def _pad_token(model: nn.Module, tokenizer: Any) -> int:
     return next(token for token in candidates if token is not None)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def forced_log_probabilities(
     model: nn.Module, ids: Sequence[int], continuation: Sequence[int], setting: Setting
 ) -> Tensor:

@@ -98,7 +98,7 @@ def shared_tokens(context: int, shortest: int, tile: int) -> int:
     return shared if shared >= 2 else 0
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def greedy_answers(
     model: nn.Module,
     context: Sequence[int],
