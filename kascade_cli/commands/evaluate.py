@@ -201,7 +201,9 @@ def _cases(
             path, tokenizer, max_length=length, limit=num_prompts, chat=chat, room=info.max_positions
         )
         if dropped:
-            err.print(f"{path}: {dropped} prompts longer than {format_size(length)} left out", markup=False)
+            err.print(
+                f"{path}: {dropped} prompts longer than {format_size(length)} left out", markup=False, soft_wrap=True
+            )
         cases += found
     return cases
 

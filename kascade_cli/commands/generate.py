@@ -86,7 +86,6 @@ def generate(
         ids = generation.encode_prompt(tokenizer, text, chat=chat)
     max_new_tokens = max_new_tokens or DEFAULT_NEW_TOKENS
     generation.check_room(info, len(ids), max_new_tokens)
-    _note_unknown(tokenizer, ids)
 
     sampling = generation.Sampling(temperature, seed)
     if compare:
@@ -120,20 +119,22 @@ def generate(
         _side_by_side(len(ids), expected, comparison)
     else:
         _figures(len(ids), expected, runs[0][1])
+    _note_unknown(tokenizer, ids)
     for _, run in runs:
         _note_density(run.report, len(ids))
 
 
 def _text(prompt: str | None, prompt_file: Path | None, task: str | None) -> str | None:
-    given = [name for name, value in (("--prompt", prompt), ("--prompt-file", prompt_file), ("--task", task)) if value]
-    if prompt == "" and not given:
-        raise UsageError("the prompt is empty")
+    sources = {"--prompt": prompt, "--prompt-file": prompt_file, "--task": task}
+    given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
         raise UsageError(
             "give the text to continue: --prompt TEXT, --prompt-file FILE or --task NAME"
             if not given
             else f"{' and '.join(given)} exclude each other: give one of them"
         )
+    if prompt is not None and not prompt.strip():
+        raise UsageError("the prompt is empty")
     if prompt_file is None:
         return prompt
     try:

@@ -75,7 +75,11 @@ def built_in_cases(
     the tokenizer lacks the words or the length cannot carry the tasks.
     """
     check_words(tokenizer)
-    return [_built_in_case(kinds, layout, tokenizer, length, questions, seed, index) for index in range(num_prompts)]
+    cases = [_built_in_case(kinds, layout, tokenizer, length, questions, seed, index) for index in range(num_prompts)]
+    asked = {question.task for case in cases for question in case.questions}
+    if missing := [kind for kind in kinds if kind not in asked]:
+        raise KascadeError(f"a text of {length} tokens is too short for {missing[0]} questions: raise --max-length")
+    return cases
 
 
 def _built_in_case(
