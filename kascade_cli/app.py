@@ -51,7 +51,8 @@ class _LazyGroup(TyperGroup):
         module, attribute = target.split(":")
         command = getattr(importlib.import_module(module), attribute)
         # A command with subcommands brings its own Typer app.
-        single = command if isinstance(command, typer.Typer) else typer.Typer(add_completion=False, rich_markup_mode=None)
+        plain = typer.Typer(add_completion=False, rich_markup_mode=None)
+        single = command if isinstance(command, typer.Typer) else plain
         if command is not single:
             single.command(name, context_settings={"help_option_names": ["-h", "--help"]})(command)
         built = typer.main.get_command(single)

@@ -154,6 +154,13 @@ def test_splits_fill_the_machine(rows: int, blocks: int):
         assert rows * splits >= 120 or splits >= 60
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8, 32, 128, 132, 133, 512])
+@pytest.mark.parametrize("blocks", [1, 2, 7, 512])
+def test_even_splits_are_the_most_that_fit_two_to_an_sm(rows: int, blocks: int):
+    fitting = [s for s in (1, 2, 4, 8, 16, 32, 64) if s == 1 or (rows * s <= 264 and s <= blocks)]
+    assert arguments.even_split_count(rows, blocks, 132) == max(fitting)
+
+
 @pytest.mark.parametrize(
     ("shape", "full"), [((), (3, 4, 5)), ((5,), (3, 4, 5)), ((3, 1, 1), (3, 4, 5)), ((3, 1, 5), (3, 4, 5)),
                         ((3, 4, 5), (3, 4, 5)), ((1, 4, 1), (3, 4, 5)), ((1, 1), (1, 7)), ((2, 1), (2, 7))]

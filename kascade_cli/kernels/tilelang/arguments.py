@@ -130,6 +130,19 @@ def cache_view(cache: Tensor, name: str) -> Tensor:
 
 
 @functools.cache
+def even_split_count(rows: int, blocks: int, sms: int, *, most: int = 64) -> int:
+    """How many CTAs share a row whose keys are read in order: the most that fit two to an SM, a power of two.
+
+    On an H200 powers of two were up to 20 % faster than their neighbours, and one CTA per SM was faster only as long
+    as nothing else ran beside it.
+    """
+    splits = 1
+    while 2 * splits * rows <= 2 * sms and 2 * splits <= min(most, blocks):
+        splits *= 2
+    return splits
+
+
+@functools.cache
 def split_count(rows: int, blocks: int, sms: int, *, thin: float = 1.0, most: int = 64) -> int:
     """How many CTAs share a row of `blocks` blocks, from shapes only.
 

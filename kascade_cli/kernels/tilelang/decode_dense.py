@@ -8,7 +8,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, split_count
+from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, even_split_count
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
 from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pooled_scores, workspace
 
@@ -199,7 +199,7 @@ def decode_dense(
     Returns (out [B, H, D], scores float32 [B, G, S] or None). Raises Unsupported for what the kernel does not take.
     """
     call = check_decode(q, k, v, block_table, kv_start=kv_start, kv_len=kv_len)
-    splits = split_count(call.rows, -(-call.slots // BLOCK), require_hopper(q.device))
+    splits = even_split_count(call.rows, -(-call.slots // BLOCK), require_hopper(q.device))
     logits, lse = workspace(
         call.batch, call.kv_heads, call.group, call.slots if scores else 1, splits, call.dtype, q.device, packed=False
     )

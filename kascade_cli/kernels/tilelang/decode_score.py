@@ -8,7 +8,7 @@ or 32 bits, and `pool` turns them into scores when the log-sum-exp of every spli
 import tilelang.language as T
 from torch import Tensor
 
-from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, split_count
+from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, even_split_count
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
 from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pad, pooled_scores, workspace
 
@@ -147,7 +147,7 @@ def decode_score(
     memory. Raises Unsupported for what the kernel does not take.
     """
     call = check_decode(q, k, None, block_table, kv_start=kv_start, kv_len=kv_len)
-    splits = split_count(call.rows, -(-call.slots // BLOCK), require_hopper(q.device))
+    splits = even_split_count(call.rows, -(-call.slots // BLOCK), require_hopper(q.device))
     logits, lse = workspace(
         call.batch, call.kv_heads, call.group, call.slots, splits, call.dtype, q.device, packed=PACKED
     )

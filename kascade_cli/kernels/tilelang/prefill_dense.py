@@ -11,36 +11,20 @@ from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
 from kascade_cli.kernels.tilelang.prefill_common import allocate, cache_view, check, queries_view
 
 KEYS = 128  # keys per block
-CONSUMERS = 256  # two warpgroups, 64 rows each
+CONSUMERS = 256  # of the dense kernel: two warpgroups, 64 rows each
 LOWEST = -(2.0**30)  # running maximum of a row that has seen nothing: finite, so that exp2(-inf - LOWEST) is 0
 
 
 @kernel(tl__disable_safe_memory_legalize=True, tl__disable_buffer_init_check=True)
-def lse_kernel(dtype: str, head_dim: int, stages: int = 4, unroll: int = 3):
-    """Log-sum-exp of 256 queries of one head per CTA, as row blocks A and B that share every block of keys.
+def lse_kernel(dtype: str, head_dim: int, stages: int = 4):
+    """Log-sum-exp of 256 queries of one head per CTA.
 
-    While one row block is in the tensor cores, the other one's exponentials are taken; `unroll` key blocks between
-    two full waits. Accumulators are written by WGMMA alone in the main loop: ptxas serialises the WGMMAs otherwise.
-    Queries are kept in registers, which spares a third of the reads of shared memory.
+    Four consumer warpgroups with one accumulator each: while some of them wait for the tensor cores, the others take
+    exponentials. (Two warpgroups with two accumulators each did not overlap: WGMMA is issued in order.)
     """
-    f32, half = "float32", 128
+    f32, rows, consumers = "float32", 256, 512
     policy = T.GemmWarpPolicy.FullRow
     B, G, S, H, NQ = (T.dynamic(x) for x in ("B", "G", "S", "H", "NQ"))
-
-    @T.macro
-    def update(logits, prob, peak, old, part, total, scale):
-        T.copy(peak, old)
-        T.reduce_max(logits, peak, dim=1, clear=False)
-        for i, j in T.Parallel(half, KEYS):
-            prob[i, j] = T.exp2(logits[i, j] * scale - peak[i] * scale)
-        T.reduce_sum(prob, part, dim=1)
-        for i in T.Parallel(half):
-            total[i] = total[i] * T.exp2((old[i] - peak[i]) * scale) + part[i]
-
-    @T.macro
-    def mask(logits, visible, key):
-        for i, j in T.Parallel(half, KEYS):
-            logits[i, j] = T.if_then_else(key + j <= visible + i, logits[i, j], -T.infinity(f32))
 
     @T.prim_func
     def main(
@@ -52,44 +36,34 @@ def lse_kernel(dtype: str, head_dim: int, stages: int = 4, unroll: int = 3):
         lse: T.Tensor((B, H, NQ), f32),
         scale: T.float32,
     ):
-        with T.Kernel(T.ceildiv(NQ, 2 * half), H, B, threads=CONSUMERS + 128) as (x, h, b):
-            Qa = T.alloc_shared((half, head_dim), dtype)
-            Qb = T.alloc_shared((half, head_dim), dtype)
+        with T.Kernel(T.ceildiv(NQ, rows), H, B, threads=consumers + 128) as (x, h, b):
+            Qs = T.alloc_shared((rows, head_dim), dtype)
             Ks = T.alloc_shared((stages, KEYS, head_dim), dtype)
-            Ra = T.alloc_fragment((half, head_dim), dtype)
-            Rb = T.alloc_fragment((half, head_dim), dtype)
-            acc_a = T.alloc_fragment((half, KEYS), f32)
-            acc_b = T.alloc_fragment((half, KEYS), f32)
-            prob = T.alloc_fragment((half, KEYS), f32)
-            peak_a = T.alloc_fragment((half,), f32)
-            peak_b = T.alloc_fragment((half,), f32)
-            old = T.alloc_fragment((half,), f32)
-            part = T.alloc_fragment((half,), f32)
-            sum_a = T.alloc_fragment((half,), f32)
-            sum_b = T.alloc_fragment((half,), f32)
+            acc = T.alloc_fragment((rows, KEYS), f32)
+            peak = T.alloc_fragment((rows,), f32)
+            old = T.alloc_fragment((rows,), f32)
+            part = T.alloc_fragment((rows,), f32)
+            total = T.alloc_fragment((rows,), f32)
             full = T.alloc_barrier([32] * stages)
-            free = T.alloc_barrier([CONSUMERS] * stages)
+            free = T.alloc_barrier([consumers] * stages)
             ready = T.alloc_barrier(32)
             tx = T.get_thread_binding()
             kv = T.alloc_var("int32")
-            q0 = T.alloc_var("int32")  # first query
-            token = T.alloc_var("int32")  # its token index
+            q0 = T.alloc_var("int32")
+            token = T.alloc_var("int32")
             lo = T.alloc_var("int32")
-            n = T.alloc_var("int32")  # blocks of keys
-            open_ = T.alloc_var("int32")  # of which every query sees every key
-            q0 = (T.ceildiv(NQ, 2 * half) - 1 - x) * 2 * half
+            n = T.alloc_var("int32")
+            q0 = (T.ceildiv(NQ, rows) - 1 - x) * rows
             lo = kv_start[b]
             kv = h // (H // G)
             token = query_start[b] + q0 - lo
-            n = T.ceildiv(T.max(T.min(token + T.min(2 * half, NQ - q0), kv_len[b]), 0), KEYS)
+            n = T.ceildiv(T.max(T.min(token + T.min(rows, NQ - q0), kv_len[b]), 0), KEYS)
             if token >= kv_len[b]:
                 n = 0
-            open_ = T.min(T.max(token + 1, 0) // KEYS, n) // unroll
-            if tx >= CONSUMERS:
-                T.set_max_nreg(24, 0)
-                if tx < CONSUMERS + 32:
-                    T.tma_copy(Q[b, q0 : q0 + half, h, :], Qa, barrier=ready)
-                    T.tma_copy(Q[b, q0 + half : q0 + 2 * half, h, :], Qb, barrier=ready)
+            if tx >= consumers:
+                T.set_max_nreg(32, 0)
+                if tx < consumers + 32:
+                    T.tma_copy(Q[b, q0 : q0 + rows, h, :], Qs, barrier=ready)
                     T.barrier_arrive(ready)
                     for k in T.serial(n):
                         T.barrier_wait(free[k % stages], ((k // stages) & 1) ^ 1)
@@ -100,57 +74,29 @@ def lse_kernel(dtype: str, head_dim: int, stages: int = 4, unroll: int = 3):
                         )
                         T.barrier_arrive(full[k % stages])
             else:
-                T.set_max_nreg(240, 1)
-                T.fill(peak_a, LOWEST)
-                T.fill(peak_b, LOWEST)
-                T.fill(sum_a, 0)
-                T.fill(sum_b, 0)
+                T.set_max_nreg(112, 1)
+                T.fill(peak, LOWEST)
+                T.fill(total, 0)
                 T.barrier_wait(ready, 0)
-                T.copy(Qa, Ra)
-                T.copy(Qb, Rb)
-                for kk in T.serial(open_):
-                    for u in T.unroll(unroll):
-                        k = kk * unroll + u
-                        T.barrier_wait(full[k % stages], (k // stages) & 1)
-                        T.wgmma_gemm(
-                            Ra, Ks[k % stages, :, :], acc_a, transpose_B=True, clear_accum=True, policy=policy
-                        )
-                        if u > 0:
-                            T.wait_wgmma(1)
-                            T.barrier_arrive(free[(k - 1) % stages])
-                            update(acc_b, prob, peak_b, old, part, sum_b, scale)
-                        T.wgmma_gemm(
-                            Rb, Ks[k % stages, :, :], acc_b, transpose_B=True, clear_accum=True, policy=policy
-                        )
-                        T.wait_wgmma(1)
-                        update(acc_a, prob, peak_a, old, part, sum_a, scale)
-                    T.wait_wgmma(0)
-                    T.barrier_arrive(free[(kk * unroll + unroll - 1) % stages])
-                    update(acc_b, prob, peak_b, old, part, sum_b, scale)
-                for i in T.serial(n - open_ * unroll):
-                    k = open_ * unroll + i
+                for k in T.serial(n):
                     T.barrier_wait(full[k % stages], (k // stages) & 1)
-                    T.wgmma_gemm(Ra, Ks[k % stages, :, :], acc_a, transpose_B=True, clear_accum=True, policy=policy)
-                    T.wgmma_gemm(Rb, Ks[k % stages, :, :], acc_b, transpose_B=True, clear_accum=True, policy=policy)
+                    T.wgmma_gemm(Qs, Ks[k % stages, :, :], acc, transpose_B=True, clear_accum=True, policy=policy)
                     T.wait_wgmma(0)
                     T.barrier_arrive(free[k % stages])
-                    mask(acc_a, token, k * KEYS)
-                    update(acc_a, prob, peak_a, old, part, sum_a, scale)
-                    mask(acc_b, token + half, k * KEYS)
-                    update(acc_b, prob, peak_b, old, part, sum_b, scale)
-                for i in T.Parallel(half):
+                    if (k + 1) * KEYS > token + 1:
+                        for i, j in T.Parallel(rows, KEYS):
+                            acc[i, j] = T.if_then_else(k * KEYS + j <= token + i, acc[i, j], -T.infinity(f32))
+                    T.copy(peak, old)
+                    T.reduce_max(acc, peak, dim=1, clear=False)
+                    for i, j in T.Parallel(rows, KEYS):
+                        acc[i, j] = T.exp2(acc[i, j] * scale - peak[i] * scale)
+                    T.reduce_sum(acc, part, dim=1)
+                    for i in T.Parallel(rows):
+                        total[i] = total[i] * T.exp2((old[i] - peak[i]) * scale) + part[i]
+                for i in T.Parallel(rows):
                     if q0 + i < NQ:
                         lse[b, h, q0 + i] = T.if_then_else(
-                            token + i < kv_len[b],
-                            (T.log2(sum_a[i]) + peak_a[i] * scale) * math.log(2),
-                            -T.infinity(f32),
-                        )
-                for i in T.Parallel(half):
-                    if q0 + half + i < NQ:
-                        lse[b, h, q0 + half + i] = T.if_then_else(
-                            token + half + i < kv_len[b],
-                            (T.log2(sum_b[i]) + peak_b[i] * scale) * math.log(2),
-                            -T.infinity(f32),
+                            token + i < kv_len[b], (T.log2(total[i]) + peak[i] * scale) * math.log(2), -T.infinity(f32)
                         )
 
     return main

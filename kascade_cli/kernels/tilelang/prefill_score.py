@@ -10,49 +10,34 @@ from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
 from kascade_cli.kernels.tilelang.prefill_common import allocate, cache_view, check, queries_view, require
 from kascade_cli.kernels.tilelang.prefill_dense import prefill_dense
 
-KEYS = 128  # keys per block
-CONSUMERS = 256  # two warpgroups, 64 keys each
+KEYS = 256  # keys per block
+CONSUMERS = 512  # four warpgroups, 64 keys each
 
 
 @kernel(tl__disable_safe_memory_legalize=True, tl__disable_buffer_init_check=True)
 def score_kernel(
-    dtype: str,
-    head_dim: int,
-    group: int,
-    heads: int,
-    tile: int,
-    pair: bool,
-    add: bool = False,
-    stages: int = 3,
-    unroll: int = 2,
+    dtype: str, head_dim: int, group: int, heads: int, tile: int, pair: bool, add: bool = False, stages: int = 2
 ):
-    """Scores of two row blocks of `tile` queries x `heads` heads per CTA, which share every block of keys.
+    """Scores of two row blocks of `tile` queries x `heads` heads per CTA, which share every block of KEYS.
 
-    pair: the row blocks A and B are neighbouring tiles; otherwise two chunks of `heads` heads of one tile, added up.
+    pair: the row blocks are neighbouring tiles; otherwise two chunks of `heads` heads of one tile, added up.
     add: add to `scores` (the group's further heads) instead of overwriting. S^T = K Q^T, so that pooling sums along a
-    row of the accumulator, and two tiles are two accumulators. While A is in the tensor cores, B's exponentials are
-    taken; `unroll` key blocks between two full waits. Accumulators are written by WGMMA alone: ptxas serialises the
-    WGMMAs otherwise.
+    row of the accumulator. Four consumer warpgroups with one accumulator each take the row blocks in turn: while some
+    wait for the tensor cores, the others take exponentials. One WGMMA in the loop: with two, ptxas spills.
     """
     rows, f32 = tile * heads, "float32"
     policy = T.GemmWarpPolicy.FullRow
-    lanes = head_dim // 8  # threads that copy one row of Q, 16 bytes each
-    step = CONSUMERS // lanes
+    lanes = head_dim // 8
+    step = 128 // lanes
     B, G, S, H, NQ = (T.dynamic(x) for x in ("B", "G", "S", "H", "NQ"))
     N = T.dynamic("N", "int64")
 
     @T.macro
-    def pool(acc, norm, prob, total, scale):
-        for i, j in T.Parallel(KEYS, rows):
-            prob[i, j] = T.exp2(acc[i, j] * scale - norm[j])
-        T.reduce_sum(prob, total, dim=1)
-
-    @T.macro
-    def load(Q, Qs, b, query, g, head, tx, i):
+    def load(Q, Qs, u, b, query, g, head, t, i):
         T.ptx_cp_async(
-            T.access_ptr(Qs[i * step + tx // lanes, tx % lanes * 8], "w", 8),
+            T.access_ptr(Qs[u, i * step + t // lanes, t % lanes * 8], "w", 8),
             T.access_ptr(
-                Q[b, query, g * group + T.min(head + (i * step + tx // lanes) % heads, group - 1), tx % lanes * 8],
+                Q[b, query, g * group + T.min(head + (i * step + t // lanes) % heads, group - 1), t % lanes * 8],
                 "r",
                 8,
             ),
@@ -60,21 +45,10 @@ def score_kernel(
         )
 
     @T.macro
-    def store(scores, total_a, total_b, base, width, key, before, second):
-        if pair:
-            for i in T.Parallel(KEYS):
-                if key + i < before:
-                    scores[base + (key + i)] = total_a[i]
-            for i in T.Parallel(KEYS):
-                if key + i < second:
-                    scores[base + width + (key + i)] = total_b[i]
-        else:
-            for i in T.Parallel(KEYS):
-                if key + i < before:
-                    if add:
-                        scores[base + (key + i)] += total_a[i] + total_b[i]
-                    else:
-                        scores[base + (key + i)] = total_a[i] + total_b[i]
+    def pool(acc, norm, total, scale, k):
+        for i, j in T.Parallel(KEYS, rows):
+            acc[i, j] = T.exp2(acc[i, j] * scale - norm[k, j])
+        T.reduce_sum(acc, total, dim=1)
 
     @T.prim_func
     def main(
@@ -93,32 +67,28 @@ def score_kernel(
         scale: T.float32,
     ):
         with T.Kernel(T.ceildiv(tiles, 2) if pair else tiles, G, B, threads=CONSUMERS + 128) as (x, g, b):
-            Qa = T.alloc_shared((rows, head_dim), dtype)
-            Qb = T.alloc_shared((rows, head_dim), dtype)
+            Qs = T.alloc_shared((2, rows, head_dim), dtype)
             Ks = T.alloc_shared((stages, KEYS, head_dim), dtype)
-            acc_a = T.alloc_fragment((KEYS, rows), f32)
-            acc_b = T.alloc_fragment((KEYS, rows), f32)
-            prob = T.alloc_fragment((KEYS, rows), f32)
-            norm_a = T.alloc_fragment((rows,), f32)
-            norm_b = T.alloc_fragment((rows,), f32)
+            norm = T.alloc_shared((2, rows), f32)
+            acc = T.alloc_fragment((KEYS, rows), f32)
             sum_a = T.alloc_fragment((KEYS,), f32)
             sum_b = T.alloc_fragment((KEYS,), f32)
             full = T.alloc_barrier([32] * stages)
             free = T.alloc_barrier([CONSUMERS] * stages)
-            ready = T.alloc_barrier(CONSUMERS)
+            ready = T.alloc_barrier(128)
             tx = T.get_thread_binding()
             t = T.alloc_var("int32")
             lo = T.alloc_var("int32")
-            edge = T.alloc_var("int32")  # slot of tile t's first token
-            q0 = T.alloc_var("int32")  # its query, negative where the tile began before this chunk
-            qb = T.alloc_var("int32")  # first query of row block B
-            hb = T.alloc_var("int32")  # first head of row block B
-            begin = T.alloc_var("int32")  # the row's queries are [begin, end)
+            edge = T.alloc_var("int32")
+            q0 = T.alloc_var("int32")
+            qb = T.alloc_var("int32")
+            hb = T.alloc_var("int32")
+            begin = T.alloc_var("int32")
             end = T.alloc_var("int32")
-            before = T.alloc_var("int32")  # keys that tile t pools
-            second = T.alloc_var("int32")  # keys that tile t + 1 pools
+            before = T.alloc_var("int32")
+            second = T.alloc_var("int32")
             n = T.alloc_var("int32")
-            base = T.alloc_var("int64")  # of tile t's scores, at the row's first slot
+            base = T.alloc_var("int64")
             t = ((T.ceildiv(tiles, 2) - 1 - x) * 2) if pair else (tiles - 1 - x)
             lo = kv_start[b]
             edge = lo + (T.max(query_start[b] - lo, 0) // tile + first + t) * tile
@@ -129,10 +99,44 @@ def score_kernel(
             end = T.min(lo + kv_len[b] - query_start[b], NQ)
             before = T.if_then_else(q0 < end, edge - lo, 0)
             second = T.if_then_else(q0 + tile < end and t + 1 < tiles, edge + tile - lo, 0) if pair else 0
-            n = T.ceildiv(T.ceildiv(T.max(before, second), KEYS), unroll) * unroll
+            n = T.ceildiv(T.max(before, second), KEYS)
             base = ((T.cast(b, "int64") * G + g) * tiles + t) * width + lo
+            # Norms of the rows that are no query of this tile are inf: they pool nothing.
+            if tx < rows:
+                norm[0, tx] = T.infinity(f32)
+                norm[1, tx] = T.infinity(f32)
+                if q0 + tx // heads >= begin and q0 + tx // heads < end and head + tx % heads < heads_end:
+                    norm[0, tx] = lse[b, g * group + head + tx % heads, q0 + tx // heads] * LOG2E
+                if qb + tx // heads >= begin and qb + tx // heads < end and hb + tx % heads < heads_end:
+                    norm[1, tx] = lse[b, g * group + hb + tx % heads, qb + tx // heads] * LOG2E
+            T.sync_threads()
             if tx >= CONSUMERS:
-                T.set_max_nreg(24, 0)
+                T.set_max_nreg(32, 0)
+                if n > 0:
+                    for i in T.serial(rows // step):
+                        load(
+                            Q,
+                            Qs,
+                            0,
+                            b,
+                            T.max(T.min(q0 + (i * step + (tx - CONSUMERS) // lanes) // heads, end - 1), 0),
+                            g,
+                            head,
+                            tx - CONSUMERS,
+                            i,
+                        )
+                        load(
+                            Q,
+                            Qs,
+                            1,
+                            b,
+                            T.max(T.min(qb + (i * step + (tx - CONSUMERS) // lanes) // heads, end - 1), 0),
+                            g,
+                            hb,
+                            tx - CONSUMERS,
+                            i,
+                        )
+                    T.cp_async_barrier_noinc(ready)
                 if tx < CONSUMERS + 32:
                     for k in T.serial(n):
                         T.barrier_wait(free[k % stages], ((k // stages) & 1) ^ 1)
@@ -143,7 +147,6 @@ def score_kernel(
                         )
                         T.barrier_arrive(full[k % stages])
                 elif not add:
-                    # The producer's idle warps zero the slots that are pooled by no query.
                     for i in T.serial(T.ceildiv(width, 96)):
                         slot = i * 96 + tx - (CONSUMERS + 32)
                         if slot < width and (slot < lo or slot >= lo + before):
@@ -154,61 +157,34 @@ def score_kernel(
                             if slot < width and (slot < lo or slot >= lo + second):
                                 scores[base + width + (slot - lo)] = 0
             else:
-                T.set_max_nreg(240, 1)
+                T.set_max_nreg(112, 1)
                 if n > 0:
-                    # Rows outside the tile's queries and heads repeat its edge; their norm is inf below.
-                    for i in T.unroll(rows // step):
-                        load(
-                            Q, Qa, b, T.max(T.min(q0 + (i * step + tx // lanes) // heads, end - 1), 0), g, head, tx, i
-                        )
-                        load(Q, Qb, b, T.max(T.min(qb + (i * step + tx // lanes) // heads, end - 1), 0), g, hb, tx, i)
-                    T.cp_async_barrier_noinc(ready)
-                    for r in T.Parallel(rows):
-                        norm_a[r] = lse[
-                            b,
-                            g * group + T.min(head + r % heads, group - 1),
-                            T.max(T.min(q0 + r // heads, end - 1), begin),
-                        ]
-                        norm_b[r] = lse[
-                            b,
-                            g * group + T.min(hb + r % heads, group - 1),
-                            T.max(T.min(qb + r // heads, end - 1), begin),
-                        ]
-                    # Rows that are no query of this tile pool nothing: exp2(s - inf) = 0.
-                    for r in T.Parallel(rows):
-                        norm_a[r] = T.if_then_else(
-                            q0 + r // heads >= begin and q0 + r // heads < end and head + r % heads < heads_end,
-                            norm_a[r] * LOG2E,
-                            T.infinity(f32),
-                        )
-                        norm_b[r] = T.if_then_else(
-                            qb + r // heads >= begin and qb + r // heads < end and hb + r % heads < heads_end,
-                            norm_b[r] * LOG2E,
-                            T.infinity(f32),
-                        )
                     T.barrier_wait(ready, 0)
                     T.fence_proxy_async()
-                    for kk in T.serial(n // unroll):
-                        for u in T.unroll(unroll):
-                            k = kk * unroll + u
-                            T.barrier_wait(full[k % stages], (k // stages) & 1)
-                            T.wgmma_gemm(
-                                Ks[k % stages, :, :], Qa, acc_a, transpose_B=True, clear_accum=True, policy=policy
-                            )
-                            if u > 0:
-                                T.wait_wgmma(1)
-                                T.barrier_arrive(free[(k - 1) % stages])
-                                pool(acc_b, norm_b, prob, sum_b, scale)
-                                store(scores, sum_a, sum_b, base, width, (k - 1) * KEYS, before, second)
-                            T.wgmma_gemm(
-                                Ks[k % stages, :, :], Qb, acc_b, transpose_B=True, clear_accum=True, policy=policy
-                            )
-                            T.wait_wgmma(1)
-                            pool(acc_a, norm_a, prob, sum_a, scale)
+                    for s in T.serial(2 * n):
+                        k = s // 2
+                        u = s % 2
+                        T.barrier_wait(full[k % stages], (k // stages) & 1)
+                        T.wgmma_gemm(
+                            Ks[k % stages, :, :], Qs[u, :, :], acc, transpose_B=True, clear_accum=True, policy=policy
+                        )
                         T.wait_wgmma(0)
-                        T.barrier_arrive(free[(kk * unroll + unroll - 1) % stages])
-                        pool(acc_b, norm_b, prob, sum_b, scale)
-                        store(scores, sum_a, sum_b, base, width, (kk * unroll + unroll - 1) * KEYS, before, second)
+                        if u == 1:
+                            T.barrier_arrive(free[k % stages])
+                        pool(acc, norm, sum_b, scale, u)
+                        if pair:
+                            for i in T.Parallel(KEYS):
+                                if k * KEYS + i < T.if_then_else(u == 0, before, second):
+                                    scores[base + T.cast(u, "int64") * width + (k * KEYS + i)] = sum_b[i]
+                        else:
+                            if u == 1:
+                                for i in T.Parallel(KEYS):
+                                    if k * KEYS + i < before:
+                                        if add:
+                                            scores[base + (k * KEYS + i)] += sum_a[i] + sum_b[i]
+                                        else:
+                                            scores[base + (k * KEYS + i)] = sum_a[i] + sum_b[i]
+                            T.copy(sum_b, sum_a)
 
     return main
 
