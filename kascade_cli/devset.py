@@ -98,14 +98,10 @@ def load_devset(
         return _task_devset(source, tokenizer, num_prompts, max_length, seed, held_out)
     if chat_template and not getattr(tokenizer, "chat_template", None):
         raise UsageError("this tokenizer has no chat template: leave the chat template off")
-    return _document_devset(
-        source, tokenizer, num_prompts, max_length, seed, text_field, chat_template, held_out
-    )
+    return _document_devset(source, tokenizer, num_prompts, max_length, seed, text_field, chat_template, held_out)
 
 
-def _task_devset(
-    source: str, tokenizer: Any, num_prompts: int, max_length: int, seed: int, held_out: bool
-) -> DevSet:
+def _task_devset(source: str, tokenizer: Any, num_prompts: int, max_length: int, seed: int, held_out: bool) -> DevSet:
     """Haystacks followed by questions with their answers, about one eighth of the tokens."""
     check_words(tokenizer)
     kinds = len(member_tasks(source))
@@ -240,9 +236,7 @@ def _open(source: str, text_field: str | None) -> Sequence[Document]:
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return _Records(_read_hub(source), source, text_field)
     tasks = ", ".join(TASKS)
-    raise KascadeError(
-        f"no dev set {source!r}: not a file, a folder, a built-in task ({tasks}) or a hub id org/name"
-    )
+    raise KascadeError(f"no dev set {source!r}: not a file, a folder, a built-in task ({tasks}) or a hub id org/name")
 
 
 def _read_folder(path: Path) -> list[str]:

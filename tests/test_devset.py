@@ -99,9 +99,7 @@ def test_held_out_prompts_are_disjoint_and_nothing_is_lost(tmp_path, tokenizer, 
 
 
 def test_documents_equal_up_to_the_maximum_length_count_once(tmp_path, tokenizer):
-    records = [{"text": text(0) + f" {WORDS[i]}"} for i in range(12)] + [
-        {"text": text(i)} for i in range(1, 8)
-    ]
+    records = [{"text": text(0) + f" {WORDS[i]}"} for i in range(12)] + [{"text": text(i)} for i in range(1, 8)]
     source = write_jsonl(tmp_path / "d.jsonl", records)
     kept, out = load(source, tokenizer), load(source, tokenizer, held_out=True)
     both = [tuple(p) for p in kept.prompts + out.prompts]
@@ -205,8 +203,7 @@ def test_dev_prompts_never_meet_test_prompts(demo_tokenizer):
     seen = set()
     for seed in range(5):
         seen |= {
-            tuple(p[:100])
-            for p in load("hops", demo_tokenizer, num_prompts=6, max_length=256, seed=seed).prompts
+            tuple(p[:100]) for p in load("hops", demo_tokenizer, num_prompts=6, max_length=256, seed=seed).prompts
         }
     for seed in range(5):
         for prompt in tasks.make_prompts("hops", length=256, count=6, questions_per_task=2, seed=seed):
@@ -242,9 +239,7 @@ def test_hub_ids(fake_hub, tokenizer):
     ):
         assert len(load(source, tokenizer).prompts) == 6
         assert fake_hub[-1] == call
-    with pytest.raises(
-        KascadeError, match="cannot load 'train' of the dataset org/missing: Dataset doesn't exist$"
-    ):
+    with pytest.raises(KascadeError, match="cannot load 'train' of the dataset org/missing: Dataset doesn't exist$"):
         load("org/missing", tokenizer)
 
 

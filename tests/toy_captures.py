@@ -30,9 +30,7 @@ def random_prompt(rng, *, layers, heads, n_tokens, tiles, query_heads=4, related
         "tiles": np.array(tiles, np.int32),
         "mass": mass.astype(np.float16),
         "importance": rng.random(layers).astype(np.float32),
-        "top_mass": np.sort(rng.random((layers, query_heads, len(TOP_MASS_KEYS))), axis=-1).astype(
-            np.float32
-        ),
+        "top_mass": np.sort(rng.random((layers, query_heads, len(TOP_MASS_KEYS))), axis=-1).astype(np.float32),
         "sha256": hashlib.sha256(rng.bytes(16)).hexdigest(),
     }
 

@@ -50,9 +50,7 @@ def training_haystack(rng: np.random.Generator, length: int, layout: str) -> Hay
     )
 
 
-def all_questions(
-    rng: np.random.Generator, haystack: Haystack, layout: str
-) -> list[tuple[str, list[int], int]]:
+def all_questions(rng: np.random.Generator, haystack: Haystack, layout: str) -> list[tuple[str, list[int], int]]:
     """(kind, ids, first answer position) of every question; links are asked about twice in `hops`."""
     found: list[tuple[str, int]] = [("single-hop", i) for i in range(item_count("single-hop", haystack))]
     if layout == "hops":

@@ -60,11 +60,7 @@ def build_model(recipe: Recipe, seed: int) -> nn.Module:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             into_residual = "o_proj" in name or "down_proj" in name
-            std = (
-                0.02
-                if "embed" in name
-                else 0.8 * parameter.shape[1] ** -0.5 * (0.5 if into_residual else 1.0)
-            )
+            std = 0.02 if "embed" in name else 0.8 * parameter.shape[1] ** -0.5 * (0.5 if into_residual else 1.0)
             nn.init.normal_(parameter, std=std)
     return model
 
@@ -184,15 +180,11 @@ def load_checkpoint(path: Path, model: nn.Module, optimisers: list, options: dic
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=RECIPES, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint and the result")
     parser.add_argument("--minutes", type=float, help="training time (default: the recipe's)")
-    parser.add_argument(
-        "--steps", type=int, help="optimiser steps instead of minutes: fully reproducible on the CPU"
-    )
+    parser.add_argument("--steps", type=int, help="optimiser steps instead of minutes: fully reproducible on the CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--workers", type=int, help="data processes (default: cores - 1, at most 14)")
@@ -292,9 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     console.atomic_write(options.out / "train.json", json.dumps(record, indent=1) + "\n")
     result = options.out / "model"
-    console.err.print(
-        f"wrote {result}; score it with: python benchmarks/dense_scores.py {result}", soft_wrap=True
-    )
+    console.err.print(f"wrote {result}; score it with: python benchmarks/dense_scores.py {result}", soft_wrap=True)
 
 
 if __name__ == "__main__":

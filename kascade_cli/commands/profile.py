@@ -18,11 +18,13 @@ def profile(
         "capture.h5"
     ),
     dev_set: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="SET", help="Built-in task, hub id (org/name[:config]:split), .jsonl, .parquet, folder of .txt."
+            metavar="SET",
+            help="Built-in task, hub id (org/name[:config]:split), .jsonl, .parquet, folder of .txt. "
+            "Default: what a built-in model was trained on; hops for others.",
         ),
-    ] = "hops",
+    ] = None,
     text_field: Annotated[
         str | None, typer.Option(metavar="NAME", help="Field of a record that holds the text or the chat.")
     ] = None,
@@ -66,9 +68,11 @@ def profile(
     _check_target(output, resume, overwrite)
 
     from kascade_cli.capture.run import CaptureOptions, plan_capture, run_capture
+    from kascade_cli.demo import DEMO_TASKS
     from kascade_cli.devset import load_devset
     from kascade_cli.models import describe, load_model
 
+    dev_set = dev_set or DEMO_TASKS.get(model, "hops")
     options: dict[str, Any] = {
         "num_prompts": num_prompts,
         "tiles_per_prompt": count,

@@ -69,16 +69,10 @@ TASKS: dict[str, Task] = {
     for task in (
         Task("single-hop", "a record's values: ? k -> v1 v2", "hops", voc.ASK, 1),
         Task("two-hop", "follow a link, in writing: ?? a -> k v1 v2", "hops", voc.ASK_TWO, 2),
-        Task(
-            "silent-two-hop", "follow a link unwritten: <r0> a -> v1 v2", "hops", voc.ASK_SILENT_TWO, 2, True
-        ),
-        Task(
-            "silent-three-hop", "two links unwritten: <r1> b -> v1 v2", "hops", voc.ASK_SILENT_THREE, 3, True
-        ),
+        Task("silent-two-hop", "follow a link unwritten: <r0> a -> v1 v2", "hops", voc.ASK_SILENT_TWO, 2, True),
+        Task("silent-three-hop", "two links unwritten: <r1> b -> v1 v2", "hops", voc.ASK_SILENT_THREE, 3, True),
         Task("hops", "all four kinds about one haystack (16-layer model)", "hops", members=_HOPS),
-        Task(
-            "pairs", "single-hop and two-hop, no links to links (8-layer model)", "pairs", members=_HOPS[:2]
-        ),
+        Task("pairs", "single-hop and two-hop, no links to links (8-layer model)", "pairs", members=_HOPS[:2]),
     )
 }
 
@@ -179,7 +173,4 @@ def make_prompts(
     task: str, *, length: int, count: int, questions_per_task: int, seed: int, split: str = "test"
 ) -> list[Prompt]:
     """Prompts 0 .. count-1 of a split, for one task or mix: the usual way to get a test set."""
-    return [
-        make_prompt(prompt_rng(seed, split, i), length, questions_per_task, tasks=(task,))
-        for i in range(count)
-    ]
+    return [make_prompt(prompt_rng(seed, split, i), length, questions_per_task, tasks=(task,)) for i in range(count)]

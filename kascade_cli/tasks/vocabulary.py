@@ -40,8 +40,7 @@ VOCABULARY_SIZE = len(WORDS)
 
 # What a prompt can contain; the special tokens and the spare markers never appear in text.
 TASK_WORDS: tuple[str, ...] = (
-    tuple(WORDS[i] for i in (RECORD, LINK, ASK, ASK_TWO, COPY, ASK_SILENT_TWO, ASK_SILENT_THREE))
-    + WORDS[FIRST_KEY:]
+    tuple(WORDS[i] for i in (RECORD, LINK, ASK, ASK_TWO, COPY, ASK_SILENT_TWO, ASK_SILENT_THREE)) + WORDS[FIRST_KEY:]
 )
 
 # Filler word i is followed by one of four successors with these cumulative probabilities (1.07 nats a word).

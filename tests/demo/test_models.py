@@ -32,10 +32,7 @@ def test_what_is_shipped(demo):
     assert shape == SHAPES[name]
     assert sum(f.stat().st_size for f in folder.rglob("*")) <= 16e6
     assert tokenizer.model_max_length == config.max_position_embeddings
-    assert (
-        json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
-        == "PreTrainedTokenizerFast"
-    )
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert len(tokenizer) == config.vocab_size == 512
     tasks.check_words(tokenizer)
 
@@ -59,9 +56,7 @@ def test_dense_attention_answers(demo):
     name, model, tokenizer = demo
     right: dict[str, list[bool]] = {}
     with torch.inference_mode():
-        for prompt in tasks.make_prompts(
-            DEMO_TASKS[name], length=512, count=4, questions_per_task=4, seed=11
-        ):
+        for prompt in tasks.make_prompts(DEMO_TASKS[name], length=512, count=4, questions_per_task=4, seed=11):
             encoded = tasks.encode_prompt(prompt, tokenizer)
             predicted = model(torch.tensor([encoded.ids])).logits[0].argmax(-1).tolist()
             for question, (start, stop) in zip(prompt.questions, encoded.answers, strict=True):

@@ -97,9 +97,7 @@ def test_prompts_depend_on_seed_split_and_index_alone():
 def test_no_two_splits_share_a_stream_whatever_the_seeds():
     states = set()
     draws = 0
-    for split, seed, index in itertools.product(
-        tasks.SPLITS, (0, 1, 2, 3, 7, 2**32, 2**32 + 1, 2**64), range(40)
-    ):
+    for split, seed, index in itertools.product(tasks.SPLITS, (0, 1, 2, 3, 7, 2**32, 2**32 + 1, 2**64), range(40)):
         sequence = tasks.prompt_rng(seed, split, index).bit_generator.seed_seq
         assert sequence.spawn_key == (tasks.SPLITS[split], index)
         states.add(tuple(sequence.generate_state(8)))
@@ -113,9 +111,7 @@ def test_dev_and_test_prompts_differ():
         split: {
             p.haystack
             for seed in range(6)
-            for p in tasks.make_prompts(
-                "hops", length=128, count=10, questions_per_task=1, seed=seed, split=split
-            )
+            for p in tasks.make_prompts("hops", length=128, count=10, questions_per_task=1, seed=seed, split=split)
         }
         for split in tasks.SPLITS
     }

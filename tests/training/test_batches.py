@@ -74,9 +74,7 @@ def test_batches_depend_on_seed_and_step_alone():
 def test_training_data_is_not_test_data():
     from kascade_cli import tasks
 
-    test = {
-        p.haystack[:60] for p in tasks.make_prompts("hops", length=64, count=50, questions_per_task=1, seed=0)
-    }
+    test = {p.haystack[:60] for p in tasks.make_prompts("hops", length=64, count=50, questions_per_task=1, seed=0)}
     ids, _, _ = make_batch(0, 0, 64, 200, "hops")
     assert not test & {" ".join(WORDS[i] for i in row[1:40])[:60] for row in ids}
 

@@ -111,9 +111,7 @@ def test_recipes_are_those_of_the_shipped_models(name):
 def test_muon_turns_a_gradient_into_a_scaled_orthogonal_step(rows):
     torch.manual_seed(0)
     recipe = RECIPES["16l"]
-    model = torch.nn.ModuleDict(
-        {"hidden": torch.nn.Linear(32, rows, bias=False), "norm": torch.nn.LayerNorm(4)}
-    )
+    model = torch.nn.ModuleDict({"hidden": torch.nn.Linear(32, rows, bias=False), "norm": torch.nn.LayerNorm(4)})
     muon, adamw = train.build_optimisers(model, recipe)
     weight = model["hidden"].weight
     before = weight.detach().clone()
