@@ -38,8 +38,7 @@ def answers_right(model: Any, encoded: tasks.EncodedPrompt) -> list[bool]:
     predicted = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0].argmax(-1).tolist()
     shift = len(encoded.ids) - keep
     return [
-        predicted[start - 1 - shift : stop - 1 - shift] == encoded.ids[start:stop]
-        for start, stop in encoded.answers
+        predicted[start - 1 - shift : stop - 1 - shift] == encoded.ids[start:stop] for start, stop in encoded.answers
     ]
 
 
@@ -62,22 +61,16 @@ def measure(
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="demo, demo-small, a folder or a hub id")
-    parser.add_argument(
-        "--task", help="built-in task (default: what the demo model was trained on, else hops)"
-    )
+    parser.add_argument("--task", help="built-in task (default: what the demo model was trained on, else hops)")
     parser.add_argument("--lengths", default="1k,2k,4k", help="tokens of the haystack")
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--questions", type=int, default=8, help="per prompt and kind of question")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "-o", "--output", type=Path, help="default: benchmarks/results/dense_scores-MODEL.json"
-    )
+    parser.add_argument("-o", "--output", type=Path, help="default: benchmarks/results/dense_scores-MODEL.json")
     return parser.parse_args(arguments)
 
 
@@ -121,12 +114,9 @@ def main(arguments: list[str] | None = None) -> None:
             )
     document = {
         "benchmark": "dense_scores",
-        "command": "python benchmarks/dense_scores.py "
-        + " ".join(sys.argv[1:] if arguments is None else arguments),
+        "command": "python benchmarks/dense_scores.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name()
-        if model.device.type == "cuda"
-        else platform.machine() + " CPU",
+        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine() + " CPU",
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
