@@ -83,6 +83,7 @@ def load_model(
     `HF_HUB_OFFLINE`, `HF_HOME`, `HF_TOKEN` and the like are honoured by transformers. Raises KascadeError if the
     model cannot be found or read, is not a causal LM, or has weights that are not finite.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -98,7 +99,7 @@ def load_model(
             source, config=config, dtype=resolve_dtype(dtype), attn_implementation="sdpa", **options
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise KascadeError(_loading_problem(name, source, error)) from error
     finally:
         if bars:

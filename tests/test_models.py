@@ -1,0 +1,120 @@
+"""Loading and describing models: what is refused, and what identifies a model."""
+
+import shutil
+
+import pytest
+import torch
+import transformers as tf
+
+from kascade_cli.demo import DEMO_MODELS
+from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.models import decoder_layers, describe, fingerprint, load_model, resolve_device, resolve_dtype
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
+def test_geometry(make_tiny_model, kind):
+    model = make_tiny_model(kind)
+    info = describe(model, kind)
+    head_dim = 12 if kind == "qwen3" else 8
+    assert (info.name, info.layers, info.query_heads, info.kv_heads, info.head_dim) == (kind, 4, 4, 2, head_dim)
+    assert info.profiled_layers == [0, 1, 2, 3]
+    assert info.max_positions == 1024
+    assert [model.model.layers[i] for i in range(4)] == list(decoder_layers(model).values())
+
+
+def test_hybrid_models_list_their_full_layers(make_tiny_model):
+    assert describe(make_tiny_model("gemma3", layers=6)).profiled_layers == [1, 3, 5]
+
+
+def test_fingerprint_knows_weights_and_not_dtype(make_tiny_model):
+    model = make_tiny_model("llama").float()
+    mark = fingerprint(model)
+    assert fingerprint(make_tiny_model("llama").float()) == mark
+    assert fingerprint(make_tiny_model("llama", seed=1).float()) != mark
+    assert fingerprint(make_tiny_model("llama").bfloat16()) == mark
+    with torch.no_grad():
+        model.model.layers[3].self_attn.v_proj.weight[0, 0] += 1
+    assert fingerprint(model) != mark
+
+
+def tiny(config_class, model_class, **options):
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return model_class(config_class(**sizes, **heads, **options))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny(tf.Gemma2Config, tf.Gemma2ForCausalLM, head_dim=16), "soft-capping"),
+        (lambda: tiny(tf.GptOssConfig, tf.GptOssForCausalLM, head_dim=16, num_local_experts=2), "attention sinks"),
+        (
+            lambda: tiny(tf.MistralConfig, tf.MistralForCausalLM, sliding_window=8),
+            "every attention layer uses a sliding",
+        ),
+    ],
+)
+def test_attention_that_cannot_run_is_refused(make, message):
+    with pytest.raises(KascadeError, match=message):
+        describe(make(), "m")
+
+
+def test_loading_the_demo_models():
+    model, tokenizer = load_model("demo-small", device="cpu", dtype="float32")
+    assert describe(model).name == "demo-small"
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert tokenizer("k1 v2").input_ids[-1] == tokenizer.convert_tokens_to_ids("v2")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/folder", "no such folder"),
+        ("some-org/no-such-model", "cannot load some-org/no-such-model"),
+    ],
+)
+def test_missing_models(name, message):
+    with pytest.raises(KascadeError, match=message) as error:
+        load_model(name, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_folders_that_hold_no_causal_model(tmp_path):
+    with pytest.raises(KascadeError, match=r"no config\.json"):
+        load_model(str(tmp_path), device="cpu")
+    tf.BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path / "bert")
+    with pytest.raises(KascadeError, match="not a causal language model"):
+        load_model(str(tmp_path / "bert"), device="cpu")
+    tf.T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
+    with pytest.raises(KascadeError, match="encoder-decoder"):
+        load_model(str(tmp_path / "t5"), device="cpu")
+
+
+def test_damaged_weights_are_named(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO_MODELS["demo-small"], folder)
+    model, _ = load_model(str(folder), device="cpu")
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 5] = float("nan")
+    model.save_pretrained(folder)
+    with pytest.raises(KascadeError, match=r"layers\.2\.mlp\.up_proj\.weight holds NaN"):
+        load_model(str(folder), device="cpu")
+    (folder / "model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(KascadeError) as error:
+        load_model(str(folder), device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_options():
+    assert resolve_dtype("bf16") is torch.bfloat16
+    with pytest.raises(UsageError, match="dtype 'int8'"):
+        resolve_dtype("int8")
+    with pytest.raises(UsageError, match="device 'nope'"):
+        resolve_device("nope")
