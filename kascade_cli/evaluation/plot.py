@@ -43,7 +43,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
         line[0].set_ylabel("exact match, points", fontsize=9)
     if len(ratios) > 1:
         for axis in axes[-1]:
-            axis.set_xlabel("share of keys read", fontsize=9)
+            axis.set_xlabel("ratio of keys", fontsize=9)
     style = {"marker": "o", "linewidth": 2} if len(ratios) > 1 else {"marker": "s", "linewidth": 0}
     handles = [plt.Line2D([], [], color=colours[label], label=label, **style) for label in labels]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(labels), 5), frameon=False, fontsize=8)
