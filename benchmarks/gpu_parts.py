@@ -24,6 +24,7 @@ PREFILL_CORNERS = (
     (16, 64, "bfloat16"),
 )
 DEMO = (4, 64, "bfloat16")
+NEAR_TIE = 4.0  # steps of bf16 between the two best logits
 SPEED = {
     "decode": ((64, 32768), (16, 131072), (1, 131072), (4, 32768)),
     "prefill": ((1, 32768), (1, 131072)),
@@ -222,11 +223,11 @@ def part_demo(ctx: Context) -> None:
         for length in lengths
         for prompt in make_prompts("hops", length=length, count=count, questions_per_task=4, seed=7)
     ]
-    answers: dict[str, list[str]] = {}
+    answers: dict[str, list[tuple[str, list[float]]]] = {}
     wanted = [question.answer for prompt in prompts for question in prompt.questions]
     torch_only = {"dense": None, "torch": "torch"}
     for name, backend in (torch_only if ctx.dry else {**torch_only, "tilelang": "tilelang"}).items():
-        given: list[str] = []
+        given: list[tuple[str, list[float]]] = []
         for prompt in prompts:
             if backend is None:
                 given += greedy(model, tokenizer, prompt)
@@ -236,20 +237,34 @@ def part_demo(ctx: Context) -> None:
                     density = attachment.report()
                 ctx.data.setdefault("density", {})[name] = round(density["density"], 4)
         answers[name] = given
-        right = sum(a.split() == b.split() for a, b in zip(given, wanted, strict=True)) / len(wanted)
+        right = sum(a.split() == b.split() for (a, _), b in zip(given, wanted, strict=True)) / len(wanted)
         ctx.data.setdefault("accuracy", {})[name] = round(right, 4)
         ctx.save()
     other = answers["torch" if ctx.dry else "tilelang"]
-    differ = [i for i, (a, b) in enumerate(zip(answers["torch"], other, strict=True)) if a != b]
-    ctx.data |= {"profile": source, "questions": len(wanted), "different_answers": len(differ)}
-    ctx.data["summary"] = f"{len(differ)} of {len(wanted)} answers differ; accuracy {ctx.data['accuracy']}"
+    differ = [i for i, (a, b) in enumerate(zip(answers["torch"], other, strict=True)) if a[0] != b[0]]
+    ties = 0
+    for i in differ:
+        (plain, leads), fast = answers["torch"][i], other[i][0]
+        first = next(j for j, (a, b) in enumerate(zip(plain.split(), fast.split(), strict=True)) if a != b)
+        line = f"question {i}: torch '{plain}', tilelang '{fast}', right '{wanted[i]}', lead {leads[first]:.1f} steps"
+        ctx.data.setdefault("differences", []).append(line)
+        # Two bf16 computations of one value differ by a few roundings: a lead that small decides nothing.
+        if leads[first] <= NEAR_TIE:
+            ties += 1
+        elif len(ctx.data["failures"]) < 5:
+            ctx.fail(line)
+    ctx.data |= {"profile": source, "questions": len(wanted), "different_answers": len(differ), "near_ties": ties}
+    ctx.data["summary"] = (
+        f"{len(differ)} of {len(wanted)} answers differ ({ties} near-ties); accuracy {ctx.data['accuracy']}"
+    )
     ctx.data["package"] = kascade_cli.__version__
-    for i in differ[:5]:
-        ctx.fail(f"question {i}: torch '{answers['torch'][i]}', tilelang '{other[i]}', right '{wanted[i]}'")
 
 
-def greedy(model: Any, tokenizer: Any, prompt: Any) -> list[str]:
-    """Answers to all questions of a prompt, one left-padded batch."""
+def greedy(model: Any, tokenizer: Any, prompt: Any) -> list[tuple[str, list[float]]]:
+    """Answers to all questions of a prompt, one left-padded batch.
+
+    With each answer, per token, the lead of the best logit over the second best in steps of the model's dtype.
+    """
     from kascade_cli.tasks.encoding import encode_more, encode_text
 
     haystack = encode_text(tokenizer, prompt.haystack)
@@ -261,8 +276,15 @@ def greedy(model: Any, tokenizer: Any, prompt: Any) -> list[str]:
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
     options = {"max_new_tokens": max(sizes), "min_new_tokens": max(sizes), "do_sample": False, "pad_token_id": pad}
     with torch.no_grad():
-        out = model.generate(input_ids=ids, attention_mask=mask, **options)
-    return [tokenizer.decode(row[width : width + size]) for row, size in zip(out.tolist(), sizes, strict=True)]
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **options
+        )
+    best = torch.stack(out.logits, 1).float().topk(2, -1).values
+    leads = (best[..., 0] - best[..., 1]) / (best[..., 0].abs() * torch.finfo(model.dtype).eps)
+    return [
+        (tokenizer.decode(row[width : width + size]), lead[:size])
+        for row, lead, size in zip(out.sequences.tolist(), leads.tolist(), sizes, strict=True)
+    ]
 
 
 def speed_setting(ctx: Context, seconds: float) -> Setting:
