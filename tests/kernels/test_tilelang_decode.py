@@ -61,7 +61,8 @@ def test_selection_compiles_without_spills():
     for spec, report in reports(specs.select_specs()):
         assert report.spills == 0
         # Two CTAs of 512 threads per SM, or one of 1024.
-        assert all(r.registers <= 64 and r.dynamic_shared <= 114 << 10 for r in report.resources), str(spec)
+        room = 114 << 10 if spec.config["threads"] == 512 else SHARED
+        assert all(r.registers <= 64 and r.dynamic_shared <= room for r in report.resources), str(spec)
         # Its own barriers are all there is: arrays that shared memory would race.
         places = re.findall(r"buf_dyn_shmem \+ (\d+)\)", report.source)
         assert len(places) == len(set(places)) == 7, str(spec)
