@@ -108,12 +108,13 @@ class Attachment:
 
     def _count(self, forward: Forward) -> None:
         self._passes += 1
-        seen = forward.read_and_visible()
         total = self._totals[forward.phase]
         if total is None:
-            self._totals[forward.phase] = seen
-        else:
-            total += seen  # in place, so that replays of a CUDA graph count too
+            # Not an inference tensor, which a later pass outside inference mode could not add to.
+            with torch.inference_mode(False):
+                total = torch.zeros(2, dtype=torch.float64, device=forward.kv_len.device)
+            self._totals[forward.phase] = total
+        total += forward.read_and_visible()  # in place, so that replays of a CUDA graph count too
 
     @property
     def density(self) -> float:

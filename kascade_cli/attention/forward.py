@@ -150,11 +150,12 @@ class Forward:
         return self.backend.prefill_dense(query, key, value, *lengths, scale=scale)
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[Tensor], scale: float) -> Tensor:
+        if self.queries == 1:
+            return self._sdpa_row(query, key, value, lengths, scale)
         gqa = query.shape[1] != key.shape[1]
-        if self.plain and self.queries in (1, self.slots):
-            causal = self.queries > 1
+        if self.plain and self.queries == self.slots:
             return functional.scaled_dot_product_attention(
-                query, key, value, is_causal=causal, scale=scale, enable_gqa=gqa
+                query, key, value, is_causal=True, scale=scale, enable_gqa=gqa
             )
         query_start, kv_start, kv_len = (tensor[:, None, None, None] for tensor in lengths)
         slot = torch.arange(self.slots, device=query.device)
@@ -170,6 +171,17 @@ class Forward:
             )
             outs.append(out.masked_fill(~real, 0.0))
         return torch.cat(outs, 2)
+
+    def _sdpa_row(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[Tensor], scale: float) -> Tensor:
+        """One query: the heads of a group stand in for queries, so that K and V are not repeated."""
+        grouped = query.unflatten(1, (self.groups, -1)).flatten(2, 3)
+        mask = None
+        if not self.plain:
+            slot = torch.arange(self.slots, device=query.device)
+            _, kv_start, kv_len = (tensor[:, None, None, None] for tensor in lengths)
+            mask = (slot >= kv_start) & (slot < kv_start + kv_len)
+        out = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
+        return out.flatten(1, 2)[:, :, None]
 
     def _select(self, query: Tensor, key: Tensor, known: Tensor | None, scale: float) -> Tensor:
         """Indices of this layer's Top-k: int32 [B, G, K] or [B, G, NT, K]; one set instead of G when pooled.

@@ -153,6 +153,20 @@ def test_all_keys_equals_dense(llama, strategy, option):
     assert attachment.density == 1.0
 
 
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_inference_mode_and_no_grad_mix(llama, first):
+    model, profile = llama
+    ids = torch.tensor([ids_of(80)])
+    second = torch.no_grad if first is torch.inference_mode else torch.inference_mode
+    with attach(model, profile) as attachment:
+        with first():
+            one = model(ids, use_cache=False).logits
+        with second():
+            two = model(ids, use_cache=False).logits
+        assert torch.equal(one, two)
+        assert attachment.report()["keys_visible"] == 2 * 4 * 80 * 81 / 2
+
+
 def test_without_profile(llama):
     model, _ = llama
     for strategy in ("dense", "oracle", "streaming-llm"):
