@@ -23,7 +23,7 @@ def _score_bytes(device: torch.device) -> int:
     Larger blocks leave fewer SMs idle at their ends (3 % of an anchor at 128k between 0.5 and 4 GiB on an H200).
     """
     if device.type != "cuda":
-        return _GIB // 2
+        return _GIB // 16
     return min(4 * _GIB, torch.cuda.get_device_properties(device).total_memory // 16)
 
 
