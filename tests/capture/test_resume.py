@@ -56,7 +56,7 @@ def test_the_command_killed_from_outside_and_resumed(tmp_path):
     run = subprocess.run([*command, "-o", str(path), "--resume"], env=environment(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     model, tokenizer = load_model("demo-small")
-    devset = load_devset("hops", tokenizer, num_prompts=12, max_length=512, seed=0)
+    devset = load_devset("pairs", tokenizer, num_prompts=12, max_length=512, seed=0)
     options = CaptureOptions(num_prompts=12, max_length=512)
     run_capture(model, describe(model, "demo-small"), devset, tmp_path / "whole.h5", options)
     first, second = everything(path), everything(tmp_path / "whole.h5")
