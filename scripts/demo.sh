@@ -4,6 +4,8 @@ set -euo pipefail
 out=${1:-demo-out}
 mkdir -p "$out"
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+# The model is so small that a second thread costs more than it brings.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 step() { printf '\n\033[1m$ kascade %s\033[0m\n' "$*"; kascade "$@"; }
 
