@@ -26,6 +26,7 @@ from typing import Any
 
 import tilelang
 import torch
+import tvm_ffi
 from tilelang import tvm
 
 from kascade_cli.errors import KascadeError
@@ -41,6 +42,13 @@ UNROLL = {
     "unroll_local_access": False,
 }
 BASE_CONFIG = {"tl.UnrollLoop": UNROLL, "tl.enable_fast_math": True}
+# Automatic warp specialisation has all four producer warps wait for a free slot and one of them copy. Nothing waits
+# for the other three: one that is late by a ring of blocks (which a GPU shared with other processes can cause) finds
+# its phase over and its parity gone for good, and the kernel hangs. They must not wait at all. The define puts the
+# change into TileLang's cache key.
+IDLE_WAIT = re.compile(r"^( *)(\w+\[[^;\n]*\]\.wait\([^;\n]*\);\n +if \(tl::tl_shuffle_elect<128>\(\)\))", re.M)
+ONE_WARP_WAITS = ["-DKASCADE_ONE_WARP_WAITS"]
+POSTPROC = "tilelang_callback_cuda_postproc"
 # What the report counts in the generated source: asynchronous loads and tensor-core calls, which fall back silently.
 MARKS = {
     "cp_async": r"\bcp_async_gs|\bptx_cp_async|cp\.async\.c[ag]\.",
@@ -173,6 +181,25 @@ def kernel(**pass_configs: Any) -> Callable[[Callable[..., Any]], Kernel]:
     """Decorate a builder; `pass_configs` join BASE_CONFIG (dots written as `__`: `tl__enable_fast_math=False`)."""
     merged = {**BASE_CONFIG, **{k.replace("__", "."): v for k, v in pass_configs.items()}}
     return lambda build: Kernel(build, merged)
+
+
+def one_warp_waits(source: str) -> str:
+    """Generated CUDA in which only the warp that copies waits for a slot, in kernels that ask for it (IDLE_WAIT)."""
+    return IDLE_WAIT.sub(r"\1if (((int)threadIdx.x) < 32) \2", source)
+
+
+def _install_postproc() -> None:
+    before = tvm_ffi.get_global_func(POSTPROC, allow_missing=True)
+
+    def change(source: str, target: Any) -> str:
+        source = source if before is None else before(source, target)
+        flags = tvm.transform.PassContext.current().config.get("tl.device_compile_flags") or []
+        return one_warp_waits(source) if ONE_WARP_WAITS[0] in map(str, flags) else source
+
+    tvm_ffi.register_global_func(POSTPROC, f=change, override=True)
+
+
+_install_postproc()
 
 
 @functools.cache

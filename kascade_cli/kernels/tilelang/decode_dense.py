@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, even_split_count
-from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
+from kascade_cli.kernels.tilelang.compile import ONE_WARP_WAITS, kernel, require_hopper
 from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pooled_scores, workspace
 
 BLOCK = 64
 M = 64
 
 
-@kernel()
+@kernel(tl__device_compile_flags=ONE_WARP_WAITS)
 def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: int = BLOCK, stages: int = 3):
     """Builder. Compiled per group, head size, dtype, page (0: contiguous) and whether logits are written."""
     f32, policy = "float32", T.GemmWarpPolicy.FullRow

@@ -9,14 +9,14 @@ import tilelang.language as T
 from torch import Tensor
 
 from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, even_split_count
-from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
+from kascade_cli.kernels.tilelang.compile import ONE_WARP_WAITS, kernel, require_hopper
 from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pad, pooled_scores, workspace
 
 BLOCK = 128
 PACKED = True  # logits of a slot's heads side by side: no detour through shared memory
 
 
-@kernel()
+@kernel(tl__device_compile_flags=ONE_WARP_WAITS)
 def score(
     group: int,
     head_dim: int,
