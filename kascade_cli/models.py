@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,14 @@ def load_model(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
+    # The hub logs every attempt to reach it; the line that we raise is enough.
+    retries = logging.getLogger("huggingface_hub.utils._http")
+    level = retries.level
+    retries.setLevel(logging.ERROR)
     try:
         config = AutoConfig.from_pretrained(source, **options)
         _check_causal(config, name)
+        _check_softcapping(config.get_text_config(decoder=True), name)
         model = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=resolve_dtype(dtype), attn_implementation="sdpa", **options
         )
@@ -102,6 +108,7 @@ def load_model(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise KascadeError(_loading_problem(name, source, error)) from error
     finally:
+        retries.setLevel(level)
         if bars:
             transformers_logging.enable_progress_bar()
     _check_finite(model, name)
@@ -114,6 +121,12 @@ def _loading_problem(name: str, source: str, error: Exception) -> str:
     path = Path(source)
     if path.is_dir() and not (path / "config.json").is_file():
         return f"{name}: the folder has no config.json, so it is not a saved model"
+    if path.is_file():
+        return f"{name}: a file; name the folder of a saved model"
+    if "backend tokenizer" in text:
+        return f"{name}: no tokenizer that can be read; save it beside the model (tokenizer.json)"
+    if "couldn't connect to" in text:
+        return f"cannot load {name}: no such folder, and the hub cannot be reached to look there"
     if not path.exists() and (name.startswith((".", "/")) or name.count("/") > 1):
         return f"{name}: no such folder"
     if "Unrecognized configuration class" in text or "Unrecognized model" in text:
@@ -141,6 +154,11 @@ def _check_causal(config: Any, name: str) -> None:
     ):
         kind = architectures[0] if architectures else config.model_type
         raise KascadeError(f"{name}: {kind} is not a causal language model; kascade needs a decoder-only one")
+
+
+def _check_softcapping(config: Any, name: str) -> None:
+    if getattr(config, "attn_logit_softcapping", None):
+        raise KascadeError(f"{name}: attention logit soft-capping is not supported; choose a model without it")
 
 
 def _check_finite(model: nn.Module, name: str) -> None:
@@ -200,8 +218,7 @@ def _check_supported(model: nn.Module, name: str) -> None:
         raise KascadeError(f"{name}: no attention layer found that goes through transformers' attention interface")
     if not (getattr(model, "_supports_attention_backend", False) or model._can_set_attn_implementation()):
         raise KascadeError(f"{name}: {type(model).__name__} does not support transformers' attention interface")
-    if getattr(config, "attn_logit_softcapping", None):
-        raise KascadeError(f"{name}: attention logit soft-capping is not supported")
+    _check_softcapping(config, name)
     for index, module in modules.items():
         if getattr(module, "sinks", None) is not None:
             raise KascadeError(f"{name}: attention sinks (layer {index}) are not supported")

@@ -97,6 +97,18 @@ def test_folders_that_hold_no_causal_model(tmp_path):
         load_model(str(tmp_path / "t5"), device="cpu")
 
 
+def test_folders_that_cannot_be_used(tmp_path):
+    tiny(tf.Gemma2Config, tf.Gemma2ForCausalLM, head_dim=16).save_pretrained(tmp_path / "gemma2")
+    with pytest.raises(KascadeError, match="soft-capping is not supported"):
+        load_model(str(tmp_path / "gemma2"), device="cpu")
+    tiny(tf.LlamaConfig, tf.LlamaForCausalLM).save_pretrained(tmp_path / "bare")
+    with pytest.raises(KascadeError, match=r"bare: no tokenizer that can be read"):
+        load_model(str(tmp_path / "bare"), device="cpu")
+    (tmp_path / "file").write_text("hello")
+    with pytest.raises(KascadeError, match=r"file: a file; name the folder"):
+        load_model(str(tmp_path / "file"), device="cpu")
+
+
 def test_damaged_weights_are_named(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(DEMO_MODELS["demo-small"], folder)
