@@ -12,6 +12,7 @@ from transformers import DynamicCache, TextStreamer
 
 from kascade_cli.attention import STRATEGIES, attach
 from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.kernels.backend import check_backend
 from kascade_cli.models import ModelInfo
 from kascade_cli.schema import Profile
 from kascade_cli.tasks.encoding import encode_text
@@ -115,6 +116,9 @@ class Setting:
             raise UsageError(f"strategy '{self.strategy}' is not known; use one of {', '.join(STRATEGIES)}")
         if self.strategy.startswith("kascade") and self.profile is None:
             raise UsageError(f"strategy {self.strategy} needs a profile (--profile)")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise UsageError(f"ratio {self.ratio:g} is outside (0, 1]")
+        check_backend(self.backend)
 
     def attach(self, model: nn.Module) -> Any:
         return attach(

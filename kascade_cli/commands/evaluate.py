@@ -85,12 +85,14 @@ def evaluate(
     from kascade_cli.evaluation.anchors import parse_anchors
     from kascade_cli.evaluation.cases import split_sources
     from kascade_cli.evaluation.require import parse_requirement
+    from kascade_cli.kernels.backend import check_backend
 
     demo_task = DEMO_TASKS.get(model)
     asked = [part.strip() for entry in task or [demo_task or "hops"] for part in entry.split(",")]
     sources = split_sources(asked, demo_task)
     sets = {text: parse_anchors(text) for text in anchors or []}
-    _check(names, ratios, loaded_profile, sets, capture, chat, sources)
+    _check(names, ratios, lengths, loaded_profile, sets, capture, chat, sources)
+    check_backend(backend)
     labels = names + list(dict.fromkeys(_label(chosen) for chosen in sets.values()))
     kinds = [*sources[0], *(path.stem for path in sources[2])]
     targets = [parse_requirement(text, labels, kinds) for text in require or []]
@@ -134,6 +136,7 @@ def evaluate(
 def _check(
     names: list[str],
     ratios: list[float | None],
+    lengths: list[int],
     profile: Any,
     sets: dict[str, Any],
     capture: Path | None,
@@ -150,6 +153,9 @@ def _check(
             raise UsageError(f"strategy {name} needs a profile (--profile)")
     if len(set(names)) < len(names):
         raise UsageError(f"--strategies {','.join(names)} names a strategy twice")
+    for option, values in (("--ratio", ratios), ("--max-length", lengths)):
+        if len(set(values)) < len(values):
+            raise UsageError(f"{option} names {next(v for v in values if values.count(v) > 1)} twice")
     for value in ratios:
         if value is not None and not 0 < value <= 1:
             raise UsageError(f"ratio {value:g} is outside (0, 1]")
@@ -201,8 +207,9 @@ def _cases(
             path, tokenizer, max_length=length, limit=num_prompts, chat=chat, room=info.max_positions
         )
         if dropped:
+            bound = min(length, info.max_positions or length)
             err.print(
-                f"{path}: {dropped} prompts longer than {format_size(length)} left out", markup=False, soft_wrap=True
+                f"{path}: {dropped} prompts longer than {format_size(bound)} left out", markup=False, soft_wrap=True
             )
         cases += found
     return cases

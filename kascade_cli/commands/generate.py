@@ -67,6 +67,7 @@ def generate(
 
     from kascade_cli import generation
     from kascade_cli.models import describe, load_model
+    from kascade_cli.tasks import TASKS
 
     settings = [
         generation.Setting(name, loaded_profile, ratio, min_keys, backend, allow_other_weights)
@@ -74,6 +75,8 @@ def generate(
     ]
     for setting in settings:
         setting.check()
+    if task is not None and task not in TASKS:
+        raise UsageError(f"no task is called '{task}'; use {', '.join(TASKS)}")
     loaded, tokenizer = load_model(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
@@ -151,9 +154,7 @@ def _question(model: str, tokenizer: Any, task: str, length: int, seed: int) -> 
     """(token ids of a text and a question about it, the answer, its tokens): the first test prompt of the seed."""
     from kascade_cli.demo import DEMO_TASKS
     from kascade_cli.evaluation.cases import built_in_cases, split_sources
-    from kascade_cli.tasks import get_task
 
-    get_task(task)
     kinds, layout, _ = split_sources([task], DEMO_TASKS.get(model))
     case = built_in_cases(kinds, layout, tokenizer, length=length, num_prompts=1, questions=1, seed=seed)[0]
     question = case.questions[0]

@@ -82,6 +82,18 @@ def select_anchors(
     from kascade_cli.schema import Budget, Profile
 
     selection.check_rules(**rules)
+    if verify:
+        from kascade_cli.kernels.backend import check_backend
+        from kascade_cli.models import resolve_device, resolve_dtype
+
+        # What verification needs is refused before the capture is read, which takes longer.
+        check_backend(backend)
+        resolve_dtype(dtype)
+        resolve_device(device)
+    elif model or verify_dev_set:
+        raise UsageError(f"{'--model' if model else '--verify-dev-set'} is for verification: pass --verify N too")
+    if plots and plots.exists() and not plots.is_dir():
+        raise UsageError(f"{plots} is a file; --plots names a folder")
     budget = _budget(Budget, ratio, min_keys)
     table = costs.load(cost) if cost else costs.published()
     with open_capture(capture) as file:

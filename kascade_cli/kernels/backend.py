@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kascade_cli.errors import KascadeError
+from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.kernels import reference
 
 OPS = (
@@ -76,14 +76,19 @@ def _why_not_tilelang(device: torch.device) -> str | None:
     return None
 
 
+def check_backend(name: str) -> None:
+    """Raises UsageError for a name that is no backend's."""
+    if name not in BACKENDS:
+        raise UsageError(f"backend '{name}' is not known; use one of {', '.join(BACKENDS)}")
+
+
 def get_backend(name: str, device: torch.device | str) -> Backend:
     """The backend called `name` (`auto`, `torch`, `tilelang`) for tensors on `device`.
 
-    `auto` is TileLang where it can run and PyTorch elsewhere. Raises KascadeError if `tilelang` was asked for by name
-    and cannot run.
+    `auto` is TileLang where it can run and PyTorch elsewhere. Raises UsageError for another name, KascadeError if
+    `tilelang` was asked for by name and cannot run.
     """
-    if name not in BACKENDS:
-        raise KascadeError(f"backend '{name}' is not known; use one of {', '.join(BACKENDS)}")
+    check_backend(name)
     if name == "torch":
         return Backend("torch")
     reason = _why_not_tilelang(torch.device(device))

@@ -284,6 +284,24 @@ def test_verify_refuses_another_model(run_kascade, real_capture, tmp_path):
     assert not (tmp_path / "p.yaml").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--verify", "1", "--backend", "nope"], "backend 'nope' is not known"),
+        (["--verify", "1", "--dtype", "nope"], "dtype 'nope' is not known"),
+        (["--verify", "1", "--device", "nope"], "device 'nope' is not available"),
+        (["--model", "demo"], "--model is for verification"),
+        (["--verify-dev-set", "hops"], "--verify-dev-set is for verification"),
+        (["--plots", __file__], "is a file; --plots names a folder"),
+    ],
+)
+def test_options_are_refused_before_the_capture_is_read(run_kascade, tmp_path, options, problem):
+    code, out, error = run_kascade("select-anchors", "nowhere.h5", "-o", tmp_path / "p.yaml", *options)
+    assert (code, out) == (2, "")
+    assert error.count("\n") == 1
+    assert problem in error
+
+
 def test_verify_refuses_prompts_longer_than_the_model_takes(run_kascade, real_capture, tmp_path):
     code, _, error = run_kascade(
         "select-anchors", real_capture, "-o", tmp_path / "p.yaml", "--verify", "1", "--verify-length", "1m"
