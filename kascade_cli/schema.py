@@ -171,7 +171,7 @@ class Profile(_Strict):
             place = f"line {mark.line + 1}: " if mark else ""
             reason = getattr(error, "problem", None) or str(error).splitlines()[0]
             raise KascadeError(f"{source}: {place}not readable as YAML: {reason}") from error
-        if not isinstance(document, dict):
+        if not isinstance(document, dict) or "schema" not in document:
             raise KascadeError(f"{source}: not a kascade profile (expected a YAML mapping with `schema: kascade/v1`)")
         try:
             return cls.model_validate(document)
@@ -270,7 +270,8 @@ class _Dumper(yaml.SafeDumper):
 
 def _first_problem(error: ValidationError, text: str) -> str:
     """One line: line number where it can be found, place, reason."""
-    problem = error.errors()[0]
+    # A misspelt key is also a missing one; the unknown key says where to look.
+    problem = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
     # Names of union members that pydantic adds to the place mean nothing to the reader of a YAML file.
     noise = {"Heads", "int", "constrained-int", "schema_"}
     location = [

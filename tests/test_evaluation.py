@@ -148,6 +148,9 @@ def test_file_cases(small, tmp_path):
         path.write_text(text)
         with pytest.raises(KascadeError, match=problem):
             file_cases(path, tokenizer, max_length=20, limit=None, chat=False)
+    path.write_text(json.dumps(rows[1]))
+    with pytest.raises(KascadeError, match="longer than 16 tokens"):
+        file_cases(path, tokenizer, max_length=20, limit=None, chat=False, room=16)
     with pytest.raises(KascadeError, match="cannot read"):
         file_cases(tmp_path / "none.jsonl", tokenizer, max_length=20, limit=None, chat=False)
 

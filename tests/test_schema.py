@@ -64,6 +64,7 @@ def test_one_list_serves_both_phases():
         ("decode: [0, 1]", "decode: [0, 2]", "line 13: layers.1.heads.decode.1: head 2 is out of range 0..1"),
         ("decode: [0, 1]", "decode: [0]", "line 13: layers.1.heads.decode: 1 heads, but the model has 2 KV heads"),
         ("[2, 1]", "[3, 1]", "line 16: layers.4.heads.decode.1: layer 3 is not an anchor before layer 4"),
+        ("budget:", "budgett:", "line 10: budgett: unknown key"),
         ("tile: 32", "tile: 32, block: 1", "line 10: budget.block: unknown key"),
         ("ratio: 0.1", "ratio: 0", "line 10: budget.ratio: Input should be greater than 0"),
         ("role: anchor", "role: ankor", "line 14: layers.2.role: Input should be 'dense', 'anchor'"),

@@ -122,7 +122,9 @@ def file_cases(
             continue
         cases.append(Case(ids[:-1], [Question(path.stem, ids[-1:], row["answer"], len(answer))]))
     if not cases:
-        reason = f"all {dropped} prompts are longer than {max_length or room} tokens" if dropped else "it has no rows"
+        # A prompt needs room for an answer too, but its own length is what the user can change.
+        limit = min(bound for bound in (max_length, room) if bound) if dropped else None
+        reason = f"all {dropped} prompts are longer than {limit} tokens" if dropped else "it has no rows"
         raise KascadeError(f"no prompts left of {path}: {reason}")
     return cases, dropped
 
