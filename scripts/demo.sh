@@ -13,7 +13,7 @@ step profile demo -o "$out/capture.h5" --num-prompts 8 --max-length 1k --overwri
 step select-anchors "$out/capture.h5" -o "$out/profile.yaml" --max-anchors 5 --verify 2 --min-keys 16 \
   --plots "$out" --overwrite
 step evaluate demo --profile "$out/profile.yaml" --strategies dense,kascade,streaming-llm --ratio 0.1 \
-  --max-length 1k --num-prompts 4 --questions 8 --plot "$out/evaluate.png"
+  --max-length 1k --num-prompts 4 --questions 8 --plot "$out/evaluate.png" --overwrite
 step generate demo --profile "$out/profile.yaml" --task two-hop --compare dense
 
 printf '\nProfile and pictures are in %s:\n' "$out"
