@@ -1,7 +1,7 @@
 """Wall time and peak memory of `kascade select-anchors` on a synthetic capture of a real model's size.
 
-    python benchmarks/select_anchors.py                      # 32 layers x 8 KV heads x 32 tiles x 100
-    prompts x 8k keys python benchmarks/select_anchors.py --prompts 5 --keep capture.h5
+    python benchmarks/select_anchors.py    # 32 layers x 8 KV heads x 32 tiles x 100 prompts x 8k keys
+    python benchmarks/select_anchors.py --prompts 5 --keep capture.h5
 
 Every prompt is distinct: per (layer, head) and per tile random log-normal patterns, multiplied, with sink
 keys and a local window, written with the store's own compression. Half of the tiles are decode rows. Peak
