@@ -96,8 +96,10 @@ class Step:
             scores, self.count[:, None], self.start[:, None], self.len[:, None], max_count=self.budget
         )
 
-    def sparse(self, i: int, picked: Tensor) -> Tensor:
-        return self.ops.decode_sparse(self.q, self.k[i], self.v[i], picked, self.count, self.map, scale=self.scale)
+    def sparse(self, i: int, picked: Tensor, logits: Tensor | None = None) -> Tensor:
+        return self.ops.decode_sparse(
+            self.q, self.k[i], self.v[i], picked, self.count, self.map, scale=self.scale, logits=logits
+        )
 
     def layer0(self, i: int) -> tuple[Tensor, Tensor]:
         out, scores = self.ops.decode_dense(
@@ -106,8 +108,9 @@ class Step:
         return out, self.select(scores)
 
     def anchor(self, i: int) -> tuple[Tensor, Tensor]:
-        picked = self.select(self.score(i))
-        return self.sparse(i, picked), picked
+        scores, logits = self.ops.decode_score(self.q, self.k[i], self.start, self.len, scale=self.scale, logits=True)
+        picked = self.select(scores)
+        return self.sparse(i, picked, logits), picked
 
     def reuse(self, i: int) -> Tensor:
         return self.sparse(i, self.picked[i])

@@ -142,7 +142,9 @@ def prefill_cases(dry: bool) -> list[Any]:
     if dry:
         return [single(*first, 33), ragged(*first, 129)]
     cases = [single(*first, length) for length in (1, 33, 127, 129, 1000, 4097)]
-    cases += [late(*first, 32768 + 17, 100), late(*first, 131072, 64)]
+    cases += [late(*first, 32768 + 17, 100), late(*first, 131072, 64), late(*first, 1 << 19, 33)]
+    cases += [ragged(*first, 777, tile=tile) for tile in (8, 16, 64, 128)]
+    cases += [ragged(torch.float16, group, 64, 777) for group in (2, 6, 12)]
     for group, size, dtype in PREFILL_CORNERS:
         corner = (getattr(torch, dtype), group, size)
         cases += [single(*corner, 1025), late(*corner, 5000, 333), ragged(*corner, 777)]

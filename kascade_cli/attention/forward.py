@@ -86,14 +86,15 @@ class Forward:
         if plan.attends == "dense":
             out, extra = self._dense(query, key, value, scale, writes=plan.writes)
             if plan.writes:
-                self.indices[layer] = self._select(query, key, extra, scale)
+                self.indices[layer], _ = self._select(query, key, extra, scale)
             return out
+        logits = None
         if plan.writes:
-            self.indices[layer] = self._select(query, key, None, scale)
+            self.indices[layer], logits = self._select(query, key, None, scale)
             chosen, head_map = self.indices[layer], self._identity(query, self.indices[layer].shape[1])
         else:
             chosen, head_map = self._reused(layer, plan, query)
-        return self._sparse(query, key, value, chosen, head_map, scale)
+        return self._sparse(query, key, value, chosen, head_map, scale, logits)
 
     def read_and_visible(self) -> Tensor:
         """float64 [2] on the device: keys that a sparse layer attends to, and keys visible, summed over queries."""
@@ -124,11 +125,21 @@ class Forward:
         return chosen, self._identity(query, self.groups)
 
     def _sparse(
-        self, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, head_map: Tensor, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        chosen: Tensor,
+        head_map: Tensor,
+        scale: float,
+        logits: Tensor | None = None,
     ) -> Tensor:
+        """`logits`: what scoring left of this layer's own (decode only)."""
         counts = self.counts.to(query.device)
         if self.phase == "decode":
-            out = self.backend.decode_sparse(query[:, :, 0], key, value, chosen, counts, head_map, scale=scale)
+            out = self.backend.decode_sparse(
+                query[:, :, 0], key, value, chosen, counts, head_map, scale=scale, logits=logits
+            )
             return out[:, :, None]
         lengths = [tensor.to(query.device) for tensor in (self.query_start, self.kv_start, self.kv_len)]
         return self.backend.prefill_sparse(
@@ -183,20 +194,24 @@ class Forward:
         out = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
         return out.flatten(1, 2)[:, :, None]
 
-    def _select(self, query: Tensor, key: Tensor, known: Tensor | None, scale: float) -> Tensor:
+    def _select(self, query: Tensor, key: Tensor, known: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
         """Indices of this layer's Top-k: int32 [B, G, K] or [B, G, NT, K]; one set instead of G when pooled.
 
-        `known` is what dense attention left: pooled scores in decode, the log-sum-exp in prefill.
+        `known` is what dense attention left: pooled scores in decode, the log-sum-exp in prefill. The second result
+        is the logits that scoring left, if it did.
         """
         query_start, kv_start, kv_len = (t.to(query.device) for t in (self.query_start, self.kv_start, self.kv_len))
         counts = self.counts.to(query.device)
         if self.phase == "decode":
-            scores = known
+            scores, logits = known, None
             if scores is None:
-                scores = self.backend.decode_score(query[:, :, 0], key, kv_start, kv_len, scale=scale)
-            return self.backend.select_topk(
+                scores, logits = self.backend.decode_score(
+                    query[:, :, 0], key, kv_start, kv_len, scale=scale, logits=True
+                )
+            chosen = self.backend.select_topk(
                 self._pool(scores), counts[:, None], kv_start[:, None], kv_len[:, None], max_count=self.width
             )
+            return chosen, logits
         lse = known
         if lse is None and self.backend.name != "torch":
             _, lse = self.backend.prefill_dense(query, key, None, query_start, kv_start, kv_len, scale=scale)
@@ -220,7 +235,7 @@ class Forward:
             here = slice(first, first + tiles)
             rows = [counts[:, None, here], kv_start[:, None, None], before[:, None, here]]
             parts.append(self.backend.select_topk(self._pool(scores), *rows, max_count=self.width))
-        return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+        return (torch.cat(parts, 2) if len(parts) > 1 else parts[0]), None
 
     def _pool(self, scores: Tensor) -> Tensor:
         return scores.sum(1, keepdim=True) if self.plan.pooled else scores

@@ -36,7 +36,7 @@ def role_work(role: str, case: Any) -> Work:
         sparse = work_of("decode_sparse", case)
         if role == "reuse":
             return sparse
-        return Work(0, case.kv_bytes / 2 + sparse.bytes, "memory")
+        return Work(0, case.kv_bytes / 2 + work_of("decode_sparse+logits", case).bytes, "memory")
     if role == "layer0":
         parts = [work_of("prefill_dense", case), work_of("prefill_score", case)]
     elif role == "anchor":

@@ -27,7 +27,7 @@ def _head_map(case: Case, device: torch.device) -> torch.Tensor:
 
 
 def decode_ops(case: Case, setting: Setting) -> Iterator[_Op]:
-    """The four decode ops, and dense attention that leaves scores as well."""
+    """The four decode ops, dense attention that leaves scores as well, and an anchor's sparse attention."""
     ops = setting.backend
 
     def lengths(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,10 +46,13 @@ def decode_ops(case: Case, setting: Setting) -> Iterator[_Op]:
         rows = (inputs.forward.counts[:, None], start[:, None], length[:, None])
         return lambda: ops.select_topk(pooled, *rows, max_count=inputs.forward.width)
 
-    def sparse(inputs: Inputs) -> Call:
+    def sparse(inputs: Inputs, known: bool) -> Call:
         chosen, row, forward = select(inputs)(), inputs.q[:, :, 0], inputs.forward
         where = (chosen, forward.counts, _head_map(case, setting.device))
-        return lambda: ops.decode_sparse(row, inputs.k, inputs.v, *where, scale=inputs.scale)
+        logits = None
+        if known:
+            _, logits = ops.decode_score(row, inputs.k, *lengths(inputs), scale=inputs.scale, logits=True)
+        return lambda: ops.decode_sparse(row, inputs.k, inputs.v, *where, scale=inputs.scale, logits=logits)
 
     whole = work_of("decode_dense", case)
     with_scores = Work(whole.flops, whole.bytes + 4 * case.batch * case.kv_heads * case.context, "memory")
@@ -57,7 +60,8 @@ def decode_ops(case: Case, setting: Setting) -> Iterator[_Op]:
     yield "decode_dense+scores", with_scores, lambda inputs: dense(inputs, True)
     yield "decode_score", work_of("decode_score", case), score
     yield "select_topk", work_of("select_topk", case), select
-    yield "decode_sparse", work_of("decode_sparse", case), sparse
+    yield "decode_sparse", work_of("decode_sparse", case), lambda inputs: sparse(inputs, False)
+    yield "decode_sparse+logits", work_of("decode_sparse+logits", case), lambda inputs: sparse(inputs, True)
 
 
 def prefill_ops(case: Case, setting: Setting) -> Iterator[_Op]:

@@ -89,6 +89,9 @@ def work_of(op: str, case: Case, *, tiles: tuple[int, int] | None = None) -> Wor
     if op == "decode_sparse":
         share = case.selected / case.context
         return Work(2 * pair * case.selected, cache * share + 4 * batch * groups * case.selected, "memory")
+    if op == "decode_sparse+logits":  # V and the indices; the logits are a few bytes a key
+        share = case.selected / case.context / 2
+        return Work(pair * case.selected, cache * share + 4 * batch * groups * case.selected, "memory")
     if op == "select_topk":
         if case.phase == "decode":
             return Work(0, 4 * batch * groups * (case.context + case.selected), "memory")

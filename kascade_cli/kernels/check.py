@@ -48,6 +48,10 @@ CASES = (
     Case((5000, 777), 5120, heads=16, kv_heads=1),
     Case((5000, 777), 5120, heads=12, kv_heads=12, dtype=torch.float16),
     Case((5000, 777), 5120, heads=9, kv_heads=1, dim=64),
+    Case((2500, 31), 2560, heads=4, kv_heads=2, dim=64, dtype=torch.float16),
+    Case((2500, 31), 2560, heads=6, kv_heads=1),
+    Case((2500, 31), 2560, heads=12, kv_heads=1, dtype=torch.float16),
+    Case((2500, 31), 2560, heads=30, kv_heads=2, dim=64),
     Case((5000, 777, 16), 5120, page=16),
     Case((5000, 777, 1), 5120, page=64, starts=(3, 64, 0)),
     Case((5000, 777, 255), 5120, page=256, dtype=torch.float16),
@@ -202,15 +206,17 @@ def _dead(ops: Any) -> int:
 
 
 def _outputs(ops: Any, data: dict[str, Any]) -> tuple[Tensor, ...]:
-    """One layer of each role: (dense out, dense scores, scores, indices, sparse out)."""
+    """(dense out, dense scores, dense out without scores, scores, indices, sparse out, sparse out by known logits)."""
     q, k, v, start, length = (data[n] for n in ("q", "k", "v", "start", "length"))
     paged = {} if data["table"] is None else {"block_table": data["table"]}
     out, scores = ops.decode_dense(q, k, v, start, length, scale=data["scale"], scores=True, **paged)
     plain, _ = ops.decode_dense(q, k, v, start, length, scale=data["scale"], **paged)
-    pooled = ops.decode_score(q, k, start, length, scale=data["scale"], **paged)
+    pooled, logits = ops.decode_score(q, k, start, length, scale=data["scale"], logits=True, **paged)
     picked = ops.select_topk(pooled, data["count"][:, None], start[:, None], length[:, None], max_count=data["most"])
-    sparse = ops.decode_sparse(q, k, v, picked, data["count"], data["map"], scale=data["scale"], **paged)
-    return out, scores, plain, pooled, picked, sparse
+    where = (q, k, v, picked, data["count"], data["map"])
+    sparse = ops.decode_sparse(*where, scale=data["scale"], **paged)
+    known = ops.decode_sparse(*where, scale=data["scale"], logits=logits, **paged)
+    return out, scores, plain, pooled, picked, sparse, known
 
 
 def _check_case(ops: Any, case: Case, device: torch.device, seed: int) -> list[Row]:
@@ -218,7 +224,7 @@ def _check_case(ops: Any, case: Case, device: torch.device, seed: int) -> list[R
     with poisoned():
         found = _outputs(ops, data)
         again = _outputs(ops, data)
-    out, scores, plain, pooled, picked, sparse = found
+    out, scores, plain, pooled, picked, sparse, known = found
     q, start, length, scale = data["q"], data["start"], data["length"], data["scale"]
     k, v = data["k"], data["v"]
     if data["table"] is not None:
@@ -246,7 +252,9 @@ def _check_case(ops: Any, case: Case, device: torch.device, seed: int) -> list[R
             slots = expected[b, int(data["map"][g])]
             chosen[b, g, slots[slots >= 0].long()] = True
     true_sparse = reference.decode_sparse(*wide, expected, data["count"], data["map"], scale=scale)
-    rows.append(_error("decode_sparse", name, sparse, true_sparse, _plain(q, k, v, chosen, scale)[0]))
+    low_sparse = _plain(q, k, v, chosen, scale)[0]
+    rows.append(_error("decode_sparse", name, sparse, true_sparse, low_sparse))
+    rows.append(_error("decode_sparse logits", name, known, true_sparse, low_sparse))
     if any(not torch.equal(a, b) for a, b in zip(found, again, strict=True)):
         rows.append(_row("repeat", name, note="two calls differ", ok=False))
     return rows

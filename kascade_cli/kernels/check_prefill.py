@@ -38,7 +38,8 @@ class Case:
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         heads = f"H{self.group * self.kv_heads}-G{self.kv_heads}-D{self.head_dim}"
-        return f"{name}-B{len(self.starts)}-{heads}-T{self.queries}-S{self.slots}"
+        tile = "" if self.tile == 32 else f"-tile{self.tile}"
+        return f"{name}-B{len(self.starts)}-{heads}-T{self.queries}-S{self.slots}{tile}"
 
 
 @dataclass

@@ -21,6 +21,7 @@ from torch import Tensor
 # block should stay in the cache, on a GPU it should fill the machine.
 _BLOCK_ELEMENTS = 1 << 20
 _GPU_BLOCKS = 16
+LN2 = 0.6931471805599453
 
 
 def tile_count(queries: int, tile: int, aligned: bool = False) -> int:
@@ -90,16 +91,27 @@ def decode_dense(
 
 
 def decode_score(
-    q: Tensor, k: Tensor, kv_start: Tensor, kv_len: Tensor, *, scale: float, block_table: Tensor | None = None
-) -> Tensor:
+    q: Tensor,
+    k: Tensor,
+    kv_start: Tensor,
+    kv_len: Tensor,
+    *,
+    scale: float,
+    logits: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Post-softmax attention of one query per row, summed over the heads of each group (method: decode pooling).
 
     q [B, H, D]; k [B, G, S, D] or paged. Returns float32 [B, G, S]; zero outside the row's keys; sums to R.
+    With `logits` also the scaled logits in log2 units, [B, G, S', R'] with S' >= S, R' >= R, valid for the row's keys
+    and the group's heads: `decode_sparse` need not read K again. Their dtype and padding are the backend's.
     """
     if block_table is not None:
         k = gather_pages(k, block_table)
-    logits = _grouped(_wide(q), k.shape[1]) @ _wide(k).transpose(-1, -2) * scale
-    return _softmax(logits, _slots(k, kv_start, kv_len)[:, None, None]).sum(2)
+    raw = _grouped(_wide(q), k.shape[1]) @ _wide(k).transpose(-1, -2) * scale
+    kept = raw.transpose(2, 3) / LN2 if logits else None  # the softmax masks in place
+    scores = _softmax(raw, _slots(k, kv_start, kv_len)[:, None, None]).sum(2)
+    return (scores, kept) if logits else scores
 
 
 def select_topk(scores: Tensor, count: Tensor, start: Tensor, length: Tensor, *, max_count: int) -> Tensor:
@@ -139,22 +151,28 @@ def decode_sparse(
     head_map: Tensor,
     *,
     scale: float,
+    logits: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query per row over the selected keys only (paper, section 3.1).
 
     q [B, H, D]; k, v [B, G, S, D] or paged; indices int32 [B, G2, K] of slots; counts int32 [B] entries in use;
-    head_map int32 [G]: KV head g reads indices[:, head_map[g]]. Returns [B, H, D]; zeros where the count is 0.
+    head_map int32 [G]: KV head g reads indices[:, head_map[g]]; logits as `decode_score` gives them, or None to
+    compute them. Returns [B, H, D]; zeros where the count is 0.
     """
     if block_table is not None:
         k, v = gather_pages(k, block_table), gather_pages(v, block_table)
-    width = indices.shape[-1]
-    chosen = indices[:, head_map.long()].clamp_min(0).long()[..., None].expand(-1, -1, -1, k.shape[-1])
-    keys = _wide(k.gather(2, chosen))
-    values = _wide(v.gather(2, chosen[..., :1].expand(-1, -1, -1, v.shape[-1])))
-    logits = _grouped(_wide(q), k.shape[1]) @ keys.transpose(-1, -2) * scale
+    width, groups = indices.shape[-1], k.shape[1]
+    chosen = indices[:, head_map.long()].clamp_min(0).long()[..., None]
+    values = _wide(v.gather(2, chosen.expand(-1, -1, -1, v.shape[-1])))
+    if logits is None:
+        keys = _wide(k.gather(2, chosen.expand(-1, -1, -1, k.shape[-1])))
+        raw = _grouped(_wide(q), groups) @ keys.transpose(-1, -2) * scale
+    else:
+        known = logits[..., : q.shape[1] // groups]
+        raw = _wide(known.gather(2, chosen.expand(-1, -1, -1, known.shape[-1]))).transpose(2, 3) * LN2
     used = torch.arange(width, device=q.device) < counts[:, None]
-    return (_softmax(logits, used[:, None, None]) @ values).flatten(1, 2).to(q.dtype)
+    return (_softmax(raw, used[:, None, None]) @ values).flatten(1, 2).to(q.dtype)
 
 
 def prefill_dense(

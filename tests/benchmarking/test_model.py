@@ -45,9 +45,9 @@ def test_whole_model_reproduces_the_papers_table():
     assert row["speedup"] == pytest.approx(3.97, abs=0.02)
 
 
-def test_decode_anchor_reads_keys_once_and_the_chosen_keys_and_values(shape, setting):
+def test_decode_anchor_reads_keys_once_and_the_chosen_values(shape, setting):
     case = case_of(shape, "decode", 1, 1000, setting)
-    chosen = 200 * 2 * 2 * 8 * 4
+    chosen = 200 * 2 * 8 * 4
     assert role_work("anchor", case).bytes == 1000 * 2 * 8 * 4 + chosen + 200 * 2 * 4
 
 

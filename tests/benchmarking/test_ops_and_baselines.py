@@ -10,7 +10,14 @@ from kascade_cli.benchmarking.roles import case_of, make_inputs
 from kascade_cli.errors import KascadeError, UsageError
 
 OPS = {
-    "decode": ["decode_dense", "decode_dense+scores", "decode_score", "select_topk", "decode_sparse"],
+    "decode": [
+        "decode_dense",
+        "decode_dense+scores",
+        "decode_score",
+        "select_topk",
+        "decode_sparse",
+        "decode_sparse+logits",
+    ],
     "prefill": ["prefill_dense", "prefill_dense, lse", "prefill_score", "select_topk", "prefill_sparse"],
 }
 
@@ -39,7 +46,8 @@ def test_an_op_that_fails_keeps_the_others(shape, setting, monkeypatch):
 
     monkeypatch.setattr(setting.backend, "decode_score", broken)
     rows = run_ops(shape, "decode", [(1, 32)], setting, [])
-    assert {row["name"] for row in rows if "error" in row} == {"decode_score", "select_topk", "decode_sparse"}
+    broken_too = {"decode_score", "select_topk", "decode_sparse", "decode_sparse+logits"}
+    assert {row["name"] for row in rows if "error" in row} == broken_too
     assert {row["name"] for row in rows if "ms_p50" in row} == {"decode_dense", "decode_dense+scores"}
 
 

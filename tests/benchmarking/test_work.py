@@ -45,6 +45,7 @@ def test_sparse_decode_reads_the_budget_and_its_indices():
     case = make_case("decode", context=1000, ratio=0.1, min_keys=8)
     # 100 keys of 2 x 2 heads: K and V rows of 16 x 2 bytes, and an int32 index each
     assert work_of("decode_sparse", case).bytes == 2 * 2 * 100 * (2 * 32 + 4)
+    assert work_of("decode_sparse+logits", case).bytes == 2 * 2 * 100 * (32 + 4)
 
 
 def test_decode_score_reads_keys_once_and_writes_scores():

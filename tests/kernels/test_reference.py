@@ -79,6 +79,24 @@ def test_decode_sparse_follows_the_head_map(batch, heads, groups, size, rows, sl
         torch.testing.assert_close(out[b], naive(q[b], k, v, b, slots, first, count, keys)[0])
 
 
+def test_decode_sparse_with_the_logits_of_scoring_does_not_read_keys():
+    q, k, v, start, length = make(2, 6, 2, 24, [(2, 31), (0, 17)], 37, seed=5)
+    q, scale = q[:, :, 0], scale_of(q)
+    scores, logits = ops.decode_score(q, k, start, length, scale=scale, logits=True)
+    torch.testing.assert_close(scores, ops.decode_score(q, k, start, length, scale=scale))
+    for b, head, slot in ((0, 0, 2), (0, 5, 32), (1, 3, 16)):
+        expected = (q[b, head] * k[b, head // 3, slot]).sum() * scale / math.log(2)
+        torch.testing.assert_close(logits[b, head // 3, slot, head % 3], expected)
+    counts = torch.tensor([9, 4], dtype=torch.int32)
+    indices = ops.select_topk(scores, counts[:, None], start[:, None], length[:, None], max_count=9)
+    head_map = torch.tensor([1, 0], dtype=torch.int32)
+    want = ops.decode_sparse(q, k, v, indices, counts, head_map, scale=scale)
+    padded = torch.cat([logits, torch.full_like(logits[..., :1], math.nan)], -1)  # heads past the group's are ignored
+    k = torch.full_like(k, math.nan)
+    out = ops.decode_sparse(q, k, v, indices, counts, head_map, scale=scale, logits=padded)
+    torch.testing.assert_close(out, want)
+
+
 def test_decode_sparse_of_nothing_is_zero():
     q, k, v, *_ = make(1, 4, 2, 8, [(0, 5)], 5)
     indices = torch.full((1, 2, 4), -1, dtype=torch.int32)

@@ -52,6 +52,8 @@ def test_decode_kernels_compile_without_spills(corner: tuple[int, int, str, int]
         if spec.name == "sparse":
             assert report.marks["cp_async"]
             assert report.marks["fence"]
+            # With known logits there is no product with the keys, the one of two operands in shared memory.
+            assert ("wgmma_ss<" in report.source) != spec.config["known"], str(spec)
             # Two CTAs per SM: half of the registers and of the shared memory (1 KB of each CTA is reserved).
             assert all(r.registers <= 128 and r.dynamic_shared <= 114 << 10 for r in report.resources)
         if spec.name in ("dense", "score"):
@@ -120,6 +122,16 @@ def test_one_line_says_what_is_wrong(change: dict[str, torch.Tensor], message: s
     with pytest.raises(KascadeError, match=message) as caught:
         decode_sparse(**decode_inputs(**change), scale=1.0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2, 2, 63, 4), torch.float16), ((2, 2, 64, 3), torch.float16), ((2, 2, 64, 4), torch.float32),
+     ((2, 8, 64), torch.float16)],
+)  # fmt: skip
+def test_logits_must_be_those_of_this_backend(shape: tuple[int, ...], dtype: torch.dtype):
+    with pytest.raises(Unsupported, match=r"must be contiguous float16 \[2, 2, 64 or more, 4\]"):
+        decode_sparse(**decode_inputs(), scale=1.0, logits=torch.zeros(shape, dtype=dtype))
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def score(
     block = min(block, page) if page >= 64 else block  # a block within one page comes by TMA
     tma = not page or page % block == 0
     sub = WIDTH // block
+    padded = pad(group, LOGITS[dtype])
 
     @T.prim_func
     def decode_score_kernel(
@@ -44,7 +45,7 @@ def score(
         Table: T.Tensor((B, MP), "int32"),
         Start: T.Tensor((B,), "int32"),
         Length: T.Tensor((B,), "int32"),
-        Logits: T.Tensor((B, G, N, WIDTH, pad(group)) if packed else (B, G, group, N, WIDTH), LOGITS[dtype]),
+        Logits: T.Tensor((B, G, N, WIDTH, padded) if packed else (B, G, group, N, WIDTH), LOGITS[dtype]),
         Lse: T.Tensor((B, G, splits, group), f32),
         scale: T.float32,
     ):
@@ -111,7 +112,7 @@ def score(
                     top[i, j] = higher[i, j]
                 if packed:
                     for i, j in T.Parallel(block, wide):
-                        if j < pad(group):
+                        if j < padded:
                             Logits[b, g, (lo + k) // sub, (lo + k) % sub * block + i, j] = T.min(
                                 T.max(logit[i, j], -FLOAT16_MAX), FLOAT16_MAX
                             )
@@ -139,17 +140,27 @@ def score(
 
 
 def decode_score(
-    q: Tensor, k: Tensor, kv_start: Tensor, kv_len: Tensor, *, scale: float, block_table: Tensor | None = None
-) -> Tensor:
+    q: Tensor,
+    k: Tensor,
+    kv_start: Tensor,
+    kv_len: Tensor,
+    *,
+    scale: float,
+    logits: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Post-softmax attention of one query per row, summed over the heads of each group; see `reference.decode_score`.
 
     q [B, H, D]; k [B, G, S, D] or paged. Returns float32 [B, G, S], zero outside the row's keys; rows may be padded in
-    memory. Raises Unsupported for what the kernel does not take.
+    memory. With `logits` also the logits [B, G, S', R'] that `decode_sparse` takes: log2 units, float16 for bfloat16
+    inputs (finer than the products that they are made of), else float32. Raises Unsupported for what the kernel does
+    not take.
     """
     call = check_decode(q, k, None, block_table, kv_start=kv_start, kv_len=kv_len)
     splits = even_split_count(call.rows, -(-call.slots // BLOCK), require_hopper(q.device))
-    logits, lse = workspace(
+    raw, lse = workspace(
         call.batch, call.kv_heads, call.group, call.slots, splits, call.dtype, q.device, packed=PACKED
     )
-    score(**call.config())(call.grouped, call.k, call.table, kv_start, kv_len, logits, lse, scale * LOG2E)
-    return pooled_scores(logits, lse, kv_start, kv_len, call.slots, packed=PACKED)
+    score(**call.config())(call.grouped, call.k, call.table, kv_start, kv_len, raw, lse, scale * LOG2E)
+    scores = pooled_scores(raw, lse, kv_start, kv_len, call.slots, packed=PACKED)
+    return (scores, raw.flatten(2, 3)) if logits else scores

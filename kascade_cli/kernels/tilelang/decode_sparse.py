@@ -3,7 +3,7 @@
 A producer warpgroup gathers K and V rows with cp.async, its indices read one block ahead of the free slot; a
 consumer warpgroup runs an online softmax on WGMMA, with the group's heads padded to its 64 rows. A row's keys are
 shared out over `splits` CTAs; the last of them to finish merges the parts, in a fixed order, so that the result
-does not depend on timing.
+does not depend on timing. An anchor has its logits from scoring already: it gathers those instead of K.
 """
 
 import tilelang.language as T
@@ -11,30 +11,54 @@ import torch
 from torch import Tensor
 
 from kascade_cli.kernels.backend import Unsupported
-from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, counters, split_count
+from kascade_cli.kernels.tilelang.arguments import LOG2E, Decode, check_decode, counters, split_count
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
+from kascade_cli.kernels.tilelang.pool import LOGITS, pad
 
 BLOCK = 64
 STAGES = 3
+RING = 108 << 10  # bytes in flight per CTA with known logits, so that two CTAs fit an SM
 M = 64
 
 
 @kernel(tl__disable_safe_memory_legalize=True)
-def sparse(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK, stages: int = STAGES):
-    """Builder. Compiled per group, head size, dtype and page (0: contiguous); everything else is read at run time."""
+def sparse(group: int, head_dim: int, dtype: str, page: int, known: bool, block: int = BLOCK, stages: int = STAGES):
+    """Builder. Compiled per group, head size, dtype, page (0: contiguous) and whether the logits are known."""
     f32, policy, low = "float32", T.GemmWarpPolicy.FullRow, -(2.0**30)
     B, G, S, K, G2 = T.dynamic("B"), T.dynamic("G"), T.dynamic("S"), T.dynamic("K"), T.dynamic("G2")
-    MP, W, C = T.dynamic("MP"), T.dynamic("W"), T.dynamic("C")
+    MP, W, C, L = T.dynamic("MP"), T.dynamic("W"), T.dynamic("C"), T.dynamic("L")
     cache = (S, page, G, head_dim) if page else (B, G, S, head_dim)
     per_row = head_dim // 8  # threads that copy one row, 16 bytes each
     step = 128 // per_row  # rows copied at once
     turns = block // step
+    heads = pad(group, LOGITS[dtype])  # logits of one key, side by side
+    size = 2 if LOGITS[dtype] == "float16" else 4
+    chunk = min(heads, 16 // size)  # logits in one copy
+    if known:
+        stages = min(2 * stages, RING // (block * (2 * head_dim + size * heads)))
+
+    @T.macro
+    def gather(Cache, ring, stage, b, g, at, row, t):
+        for i in T.unroll(turns):
+            if page:
+                T.ptx_cp_async(
+                    T.access_ptr(ring[stage, i * step + t // per_row, t % per_row * 8], "w", 8),
+                    T.access_ptr(Cache[at[i], row[i], g, t % per_row * 8], "r", 8),
+                    8,
+                )
+            else:
+                T.ptx_cp_async(
+                    T.access_ptr(ring[stage, i * step + t // per_row, t % per_row * 8], "w", 8),
+                    T.access_ptr(Cache[b, g, row[i], t % per_row * 8], "r", 8),
+                    8,
+                )
 
     @T.prim_func
     def decode_sparse_kernel(
         Q: T.Tensor((B, G, group, head_dim), dtype),
         Keys: T.Tensor(cache, dtype),
         Values: T.Tensor(cache, dtype),
+        Logits: T.Tensor((B, G, L, heads), LOGITS[dtype]),
         Table: T.Tensor((B, MP), "int32"),
         Index: T.Tensor((B, G2, K), "int32"),
         Count: T.Tensor((B,), "int32"),
@@ -48,7 +72,8 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK,
     ):
         with T.Kernel(splits, G, B, threads=256) as (s, g, b):
             Qs = T.alloc_shared((M, head_dim), dtype)
-            Kr = T.alloc_shared((stages, block, head_dim), dtype)
+            # What comes before V: rows of K, or of the logits where they are known.
+            Kr = T.alloc_shared((stages, block, heads if known else head_dim), LOGITS[dtype] if known else dtype)
             Vr = T.alloc_shared((stages, block, head_dim), dtype)
             ticket = T.alloc_shared((1,), "int32")
             logit = T.alloc_fragment((M, block), f32)
@@ -65,6 +90,7 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK,
             lo = T.alloc_var("int32")
             used = T.alloc_var("int32")
             source = T.alloc_var("int32")
+            slot = T.alloc_var("int32")
             peak = T.alloc_var(f32)
             mass = T.alloc_var(f32)
             value = T.alloc_var(f32)
@@ -87,65 +113,57 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK,
                         row[i] = T.max(
                             Index[b, source, T.min((lo + k) * block + i * step + (tx - 128) // per_row, used - 1)], 0
                         )
+                    if known:
+                        slot = T.max(Index[b, source, T.min((lo + k) * block + (tx - 128) % block, used - 1)], 0)
                     if page:
                         for i in T.unroll(turns):
                             at[i] = Table[b, row[i] // page]
                             row[i] = row[i] % page
-                    T.barrier_wait(kfree[k % stages], ((k // stages) & 1) ^ 1)
-                    for i in T.unroll(turns):
-                        if page:
-                            T.ptx_cp_async(
-                                T.access_ptr(
-                                    Kr[k % stages, i * step + (tx - 128) // per_row, (tx - 128) % per_row * 8], "w", 8
-                                ),
-                                T.access_ptr(Keys[at[i], row[i], g, (tx - 128) % per_row * 8], "r", 8),
-                                8,
-                            )
-                        else:
-                            T.ptx_cp_async(
-                                T.access_ptr(
-                                    Kr[k % stages, i * step + (tx - 128) // per_row, (tx - 128) % per_row * 8], "w", 8
-                                ),
-                                T.access_ptr(Keys[b, g, row[i], (tx - 128) % per_row * 8], "r", 8),
-                                8,
-                            )
-                    T.cp_async_barrier_noinc(kfull[k % stages])
-                    T.barrier_wait(vfree[k % stages], ((k // stages) & 1) ^ 1)
-                    for i in T.unroll(turns):
-                        if page:
-                            T.ptx_cp_async(
-                                T.access_ptr(
-                                    Vr[k % stages, i * step + (tx - 128) // per_row, (tx - 128) % per_row * 8], "w", 8
-                                ),
-                                T.access_ptr(Values[at[i], row[i], g, (tx - 128) % per_row * 8], "r", 8),
-                                8,
-                            )
-                        else:
-                            T.ptx_cp_async(
-                                T.access_ptr(
-                                    Vr[k % stages, i * step + (tx - 128) // per_row, (tx - 128) % per_row * 8], "w", 8
-                                ),
-                                T.access_ptr(Values[b, g, row[i], (tx - 128) % per_row * 8], "r", 8),
-                                8,
-                            )
+                    if known:
+                        T.barrier_wait(vfree[k % stages], ((k // stages) & 1) ^ 1)
+                        if tx - 128 < block:
+                            for w in T.unroll(-(-heads // chunk)):
+                                T.ptx_cp_async(
+                                    T.access_ptr(Kr[k % stages, tx - 128, w * chunk], "w", chunk),
+                                    T.access_ptr(Logits[b, g, slot, w * chunk], "r", chunk),
+                                    chunk,
+                                )
+                    else:
+                        T.barrier_wait(kfree[k % stages], ((k // stages) & 1) ^ 1)
+                        gather(Keys, Kr, k % stages, b, g, at, row, tx - 128)
+                        T.cp_async_barrier_noinc(kfull[k % stages])
+                        T.barrier_wait(vfree[k % stages], ((k // stages) & 1) ^ 1)
+                    gather(Values, Vr, k % stages, b, g, at, row, tx - 128)
                     T.cp_async_barrier_noinc(vfull[k % stages])
             else:
                 T.set_max_nreg(200 if page else 216, 1)
-                for i, j in T.Parallel(M, head_dim):
-                    Qs[i, j] = T.if_then_else(i < group, Q[b, g, T.min(i, group - 1), j], 0)
+                if not known:
+                    for i, j in T.Parallel(M, head_dim):
+                        Qs[i, j] = T.if_then_else(i < group, Q[b, g, T.min(i, group - 1), j], 0)
                 T.fill(acc, 0)
                 T.fill(total, 0)
                 T.fill(top, low)
                 for k in T.serial(n):
-                    T.barrier_wait(kfull[k % stages], (k // stages) & 1)
-                    T.fence_proxy_async()
-                    T.wgmma_gemm(Qs, Kr[k % stages, :, :], logit, transpose_B=True, clear_accum=True, policy=policy)
-                    T.wait_wgmma(0)
-                    T.barrier_arrive(kfree[k % stages])
-                    for i, j in T.Parallel(M, block):
-                        logit[i, j] = T.if_then_else(
-                            (lo + k) * block + j < used, logit[i, j] * scale, -T.infinity(f32)
+                    if known:
+                        T.barrier_wait(vfull[k % stages], (k // stages) & 1)
+                        for i, j in T.Parallel(M, block):
+                            logit[i, j] = T.if_then_else(
+                                i < group and (lo + k) * block + j < used,
+                                T.cast(Kr[k % stages, j, T.min(i, group - 1)], f32),
+                                -T.infinity(f32),
+                            )
+                    else:
+                        T.barrier_wait(kfull[k % stages], (k // stages) & 1)
+                        T.fence_proxy_async()
+                        T.wgmma_gemm(
+                            Qs, Kr[k % stages, :, :], logit, transpose_B=True, clear_accum=True, policy=policy
                         )
+                        T.wait_wgmma(0)
+                        T.barrier_arrive(kfree[k % stages])
+                        for i, j in T.Parallel(M, block):
+                            logit[i, j] = T.if_then_else(
+                                (lo + k) * block + j < used, logit[i, j] * scale, -T.infinity(f32)
+                            )
                     T.copy(top, before)
                     T.reduce_max(logit, top, dim=1, clear=False)
                     for i in T.Parallel(M):
@@ -158,7 +176,8 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, block: int = BLOCK,
                     for i, j in T.Parallel(M, head_dim):
                         acc[i, j] *= fade[i]
                     T.copy(logit, weight)
-                    T.barrier_wait(vfull[k % stages], (k // stages) & 1)
+                    if not known:
+                        T.barrier_wait(vfull[k % stages], (k // stages) & 1)
                     T.fence_proxy_async()
                     T.wgmma_gemm(weight, Vr[k % stages, :, :], acc, policy=policy)
                     T.wait_wgmma(0)
@@ -214,19 +233,23 @@ def decode_sparse(
     head_map: Tensor,
     *,
     scale: float,
+    logits: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query per row over the selected keys only; see `reference.decode_sparse`.
 
     q [B, H, D]; k, v [B, G, S, D] or [P, page, G, D] with block_table int32 [B, MP]; indices int32 [B, G2, K] of
-    slots, the first counts[b] of them valid; head_map int32 [G]. Returns [B, H, D]; zeros where the count is 0.
-    Raises Unsupported for what the kernel does not take.
+    slots, the first counts[b] of them valid; head_map int32 [G]; logits [B, G, S', R'] as `decode_score` leaves them:
+    K is not read then. Returns [B, H, D]; zeros where the count is 0. Raises Unsupported for what the kernel does not
+    take.
     """
     call = check_decode(q, k, v, block_table, indices=indices, counts=counts, head_map=head_map)
     if indices.dim() != 3 or indices.shape[0] != call.batch:
         raise Unsupported(f"indices has shape {list(indices.shape)} and needs [{call.batch}, G2, K]")
     if tuple(head_map.shape) != (call.kv_heads,):
         raise Unsupported(f"head_map has shape {list(head_map.shape)} and needs [{call.kv_heads}]")
+    if logits is not None:
+        _check_logits(logits, call)
     out = torch.empty_like(call.grouped)
     if not indices.shape[-1] or not call.rows:
         return out.zero_().flatten(1, 2)
@@ -236,10 +259,11 @@ def decode_sparse(
     part_out = torch.empty((parts, call.group, call.head_dim), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((parts, call.group), dtype=torch.float32, device=q.device)
     arrived = counters(call.rows if splits > 1 else 1, q.device)
-    sparse(**call.config())(
+    sparse(**call.config(), known=logits is not None)(
         call.grouped,
         call.k,
         call.v,
+        _no_logits(call, q.device) if logits is None else logits,
         call.table,
         indices,
         counts,
@@ -252,3 +276,18 @@ def decode_sparse(
         scale * LOG2E,
     )
     return out.flatten(1, 2)
+
+
+def _no_logits(call: Decode, device: torch.device) -> Tensor:
+    shape = (call.batch, call.kv_heads, 1, pad(call.group, LOGITS[call.dtype]))
+    return torch.empty(shape, dtype=getattr(torch, LOGITS[call.dtype]), device=device)
+
+
+def _check_logits(logits: Tensor, call: Decode) -> None:
+    heads, dtype = pad(call.group, LOGITS[call.dtype]), getattr(torch, LOGITS[call.dtype])
+    fits = logits.dim() == 4 and logits.shape[:2] == call.grouped.shape[:2] and logits.shape[3] == heads
+    if not fits or logits.shape[2] < call.slots or logits.dtype != dtype or not logits.is_contiguous():
+        raise Unsupported(
+            f"logits are {str(logits.dtype)[6:]} {list(logits.shape)} and must be contiguous {LOGITS[call.dtype]} "
+            f"[{call.batch}, {call.kv_heads}, {call.slots} or more, {heads}]: what this backend's decode_score gives"
+        )

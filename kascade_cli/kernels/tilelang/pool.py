@@ -20,7 +20,7 @@ def pool(group: int, logits: str, packed: bool):
     Logits (log2 units, of dtype `logits`) are only valid inside the row's keys. Lse is per split, in log2 units.
     """
     f32 = "float32"
-    padded = pad(group) if packed else group
+    padded = pad(group, logits) if packed else group
     step = min(8 if logits == "float16" else 4, padded * EACH)  # 16 bytes
     B, G, N, splits = T.dynamic("B"), T.dynamic("G"), T.dynamic("N"), T.dynamic("splits")
 
@@ -82,9 +82,9 @@ def pool(group: int, logits: str, packed: bool):
     return pool_kernel
 
 
-def pad(group: int) -> int:
-    """Heads of a slot in packed logits: a power of two."""
-    return 1 << (group - 1).bit_length()
+def pad(group: int, logits: str) -> int:
+    """Heads of a slot in packed logits of that dtype: a power of two, and four bytes or more (cp.async copies those)."""
+    return max(1 << (group - 1).bit_length(), 2 if logits == "float16" else 1)
 
 
 def workspace(
@@ -95,7 +95,7 @@ def workspace(
     Logits are [B, G, N, WIDTH, heads] if `packed` (all heads of a slot side by side), else [B, G, R, N, WIDTH].
     """
     blocks = -(-slots // WIDTH)
-    shape = (blocks, WIDTH, pad(group)) if packed else (group, blocks, WIDTH)
+    shape = (blocks, WIDTH, pad(group, LOGITS[dtype])) if packed else (group, blocks, WIDTH)
     logits = torch.empty((batch, kv_heads, *shape), dtype=getattr(torch, LOGITS[dtype]), device=device)
     return logits, torch.empty((batch, kv_heads, splits, group), dtype=torch.float32, device=device)
 
