@@ -83,7 +83,7 @@ def pool(group: int, logits: str, packed: bool):
 
 
 def pad(group: int, logits: str) -> int:
-    """Heads of a slot in packed logits of that dtype: a power of two, and four bytes or more (cp.async copies those)."""
+    """Heads of a slot in packed logits of that dtype: a power of two; four bytes or more, for cp.async."""
     return max(1 << (group - 1).bit_length(), 2 if logits == "float16" else 1)
 
 
