@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, even_split_count
 from kascade_cli.kernels.tilelang.compile import ONE_WARP_WAITS, kernel, require_hopper
+from kascade_cli.kernels.tilelang.decode_macros import block_loader, online_softmax
 from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pooled_scores, workspace
 
 BLOCK = 64
@@ -23,7 +24,7 @@ def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: 
     B, G, S, MP = T.dynamic("B"), T.dynamic("G"), T.dynamic("S"), T.dynamic("MP")
     N, splits = T.dynamic("N"), T.dynamic("splits")
     cache = (S, page, G, head_dim) if page else (B, G, S, head_dim)
-    tma = not page or page % block == 0
+    load, update = block_loader(page, block, head_dim), online_softmax(M, block)
     sub = WIDTH // block
 
     @T.prim_func
@@ -72,27 +73,7 @@ def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: 
             T.fill(total, 0)
             T.fill(top, -(2.0**30))
             for k in T.Pipelined(n, num_stages=stages):
-                if page:
-                    if tma:
-                        T.copy(
-                            Keys[
-                                Table[b, (lo + k) * block // page],
-                                (lo + k) * block % page : (lo + k) * block % page + block,
-                                g,
-                                :,
-                            ],
-                            Ks,
-                        )
-                    else:
-                        for i, j in T.Parallel(block, head_dim):
-                            Ks[i, j] = Keys[
-                                Table[b, T.max(T.min((lo + k) * block + i, end - 1), begin) // page],
-                                T.max(T.min((lo + k) * block + i, end - 1), begin) % page,
-                                g,
-                                j,
-                            ]
-                else:
-                    T.copy(Keys[b, g, (lo + k) * block : (lo + k + 1) * block, :], Ks)
+                load(Keys, Ks, Table, b, g, lo, k, begin, end)
                 T.gemm(Qs, Ks, logit, transpose_B=True, clear_accum=True, policy=policy)
                 for i, j in T.Parallel(M, block):
                     logit[i, j] = T.if_then_else(
@@ -106,39 +87,8 @@ def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: 
                             Logits[b, g, i, (lo + k) // sub, (lo + k) % sub * block + j] = T.min(
                                 T.max(logit[i, j], -FLOAT16_MAX), FLOAT16_MAX
                             )
-                T.copy(top, before)
-                T.reduce_max(logit, top, dim=1, clear=False)
-                for i in T.Parallel(M):
-                    fade[i] = T.exp2(before[i] - top[i])
-                for i, j in T.Parallel(M, block):
-                    logit[i, j] = T.exp2(logit[i, j] - top[i])
-                T.reduce_sum(logit, part, dim=1)
-                for i in T.Parallel(M):
-                    total[i] = total[i] * fade[i] + part[i]
-                for i, j in T.Parallel(M, head_dim):
-                    acc[i, j] *= fade[i]
-                T.copy(logit, weight)
-                if page:
-                    if tma:
-                        T.copy(
-                            Values[
-                                Table[b, (lo + k) * block // page],
-                                (lo + k) * block % page : (lo + k) * block % page + block,
-                                g,
-                                :,
-                            ],
-                            Vs,
-                        )
-                    else:
-                        for i, j in T.Parallel(block, head_dim):
-                            Vs[i, j] = Values[
-                                Table[b, T.max(T.min((lo + k) * block + i, end - 1), begin) // page],
-                                T.max(T.min((lo + k) * block + i, end - 1), begin) % page,
-                                g,
-                                j,
-                            ]
-                else:
-                    T.copy(Values[b, g, (lo + k) * block : (lo + k + 1) * block, :], Vs)
+                update(logit, weight, top, before, fade, part, total, acc)
+                load(Values, Vs, Table, b, g, lo, k, begin, end)
                 T.gemm(weight, Vs, acc, policy=policy)
             for i, j in T.Parallel(M, head_dim):
                 if i < group:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, even_split_count
 from kascade_cli.kernels.tilelang.compile import ONE_WARP_WAITS, kernel, require_hopper
+from kascade_cli.kernels.tilelang.decode_macros import block_loader
 from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pad, pooled_scores, workspace
 
 BLOCK = 128
@@ -34,7 +35,7 @@ def score(
     cache = (S, page, G, head_dim) if page else (B, G, S, head_dim)
     wide = 8 if group <= 8 else 16
     block = min(block, page) if page >= 64 else block  # a block within one page comes by TMA
-    tma = not page or page % block == 0
+    load = block_loader(page, block, head_dim)
     sub = WIDTH // block
     padded = pad(group, LOGITS[dtype])
 
@@ -80,27 +81,7 @@ def score(
             T.fill(top, low)
             T.fill(total, 0)
             for k in T.Pipelined(n, num_stages=stages):
-                if page:
-                    if tma:
-                        T.copy(
-                            Keys[
-                                Table[b, (lo + k) * block // page],
-                                (lo + k) * block % page : (lo + k) * block % page + block,
-                                g,
-                                :,
-                            ],
-                            Ks,
-                        )
-                    else:
-                        for i, j in T.Parallel(block, head_dim):
-                            Ks[i, j] = Keys[
-                                Table[b, T.max(T.min((lo + k) * block + i, end - 1), begin) // page],
-                                T.max(T.min((lo + k) * block + i, end - 1), begin) % page,
-                                g,
-                                j,
-                            ]
-                else:
-                    T.copy(Keys[b, g, (lo + k) * block : (lo + k + 1) * block, :], Ks)
+                load(Keys, Ks, Table, b, g, lo, k, begin, end)
                 T.gemm(Ks, Qs, logit, transpose_B=True, clear_accum=True, policy=policy)
                 for i, j in T.Parallel(block, wide):
                     logit[i, j] = T.if_then_else(

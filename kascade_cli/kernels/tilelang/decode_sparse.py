@@ -13,6 +13,7 @@ from torch import Tensor
 from kascade_cli.kernels.backend import Unsupported
 from kascade_cli.kernels.tilelang.arguments import LOG2E, Decode, check_decode, counters, split_count
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
+from kascade_cli.kernels.tilelang.decode_macros import online_softmax
 from kascade_cli.kernels.tilelang.pool import LOGITS, pad
 
 BLOCK = 64
@@ -36,6 +37,8 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, known: bool, block:
     chunk = min(heads, 16 // size)  # logits in one copy
     if known:
         stages = min(2 * stages, RING // (block * (2 * head_dim + size * heads)))
+
+    update = online_softmax(M, block)
 
     @T.macro
     def gather(Cache, ring, stage, b, g, at, row, t):
@@ -164,18 +167,7 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, known: bool, block:
                             logit[i, j] = T.if_then_else(
                                 (lo + k) * block + j < used, logit[i, j] * scale, -T.infinity(f32)
                             )
-                    T.copy(top, before)
-                    T.reduce_max(logit, top, dim=1, clear=False)
-                    for i in T.Parallel(M):
-                        fade[i] = T.exp2(before[i] - top[i])
-                    for i, j in T.Parallel(M, block):
-                        logit[i, j] = T.exp2(logit[i, j] - top[i])
-                    T.reduce_sum(logit, part, dim=1)
-                    for i in T.Parallel(M):
-                        total[i] = total[i] * fade[i] + part[i]
-                    for i, j in T.Parallel(M, head_dim):
-                        acc[i, j] *= fade[i]
-                    T.copy(logit, weight)
+                    update(logit, weight, top, before, fade, part, total, acc)
                     if not known:
                         T.barrier_wait(vfull[k % stages], (k // stages) & 1)
                     T.fence_proxy_async()
