@@ -13,7 +13,7 @@ from kascade_cli.kernels.tilelang.compile import ONE_WARP_WAITS, kernel, require
 from kascade_cli.kernels.tilelang.decode_macros import block_loader
 from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pad, pooled_scores, workspace
 
-BLOCK = 128
+BLOCK = 64
 PACKED = True  # logits of a slot's heads side by side: no detour through shared memory
 
 
@@ -24,7 +24,7 @@ def score(
     dtype: str,
     page: int,
     block: int = BLOCK,
-    stages: int = 3,
+    stages: int = 5,
     threads: int = 128,
     packed: bool = PACKED,
 ):

@@ -14,29 +14,32 @@ from kascade_cli.kernels.backend import Unsupported
 from kascade_cli.kernels.tilelang.arguments import LOG2E, Decode, check_decode, counters, split_count
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
 from kascade_cli.kernels.tilelang.decode_macros import online_softmax
-from kascade_cli.kernels.tilelang.pool import LOGITS, pad
+from kascade_cli.kernels.tilelang.pool import LOGIT_BYTES, LOGITS, pad
 
 BLOCK = 64
 STAGES = 3
-RING = 108 << 10  # bytes in flight per CTA with known logits, so that two CTAs fit an SM
+RING = 108 << 10  # bytes in flight with known logits: two CTAs fit an SM
 M = 64
 
 
 @kernel(tl__disable_safe_memory_legalize=True)
-def sparse(group: int, head_dim: int, dtype: str, page: int, known: bool, block: int = BLOCK, stages: int = STAGES):
+def sparse(group: int, head_dim: int, dtype: str, page: int, known: bool):
     """Builder. Compiled per group, head size, dtype, page (0: contiguous) and whether the logits are known."""
     f32, policy, low = "float32", T.GemmWarpPolicy.FullRow, -(2.0**30)
     B, G, S, K, G2 = T.dynamic("B"), T.dynamic("G"), T.dynamic("S"), T.dynamic("K"), T.dynamic("G2")
     MP, W, C, L = T.dynamic("MP"), T.dynamic("W"), T.dynamic("C"), T.dynamic("L")
     cache = (S, page, G, head_dim) if page else (B, G, S, head_dim)
+    block = key_block(group, dtype, known)
     per_row = head_dim // 8  # threads that copy one row, 16 bytes each
     step = 128 // per_row  # rows copied at once
     turns = block // step
+    producer = (
+        40 + 16 * bool(page) + 16 * (block > BLOCK)
+    )  # registers per thread, of 256 for a producer's and a consumer's
     heads = pad(group, LOGITS[dtype])  # logits of one key, side by side
-    size = 2 if LOGITS[dtype] == "float16" else 4
+    size = LOGIT_BYTES[LOGITS[dtype]]
     chunk = min(heads, 16 // size)  # logits in one copy
-    if known:
-        stages = min(2 * stages, RING // (block * (2 * head_dim + size * heads)))
+    stages = min(6, RING // (block * (2 * head_dim + size * heads))) if known else STAGES
 
     update = online_softmax(M, block)
 
@@ -110,7 +113,7 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, known: bool, block:
             n = T.max(T.min(T.ceildiv(T.ceildiv(used, block), splits), T.ceildiv(used, block) - lo), 0)
             tx = T.get_thread_binding()
             if tx >= 128:
-                T.set_max_nreg(56 if page else 40, 0)
+                T.set_max_nreg(producer, 0)
                 for k in T.serial(n):
                     for i in T.unroll(turns):
                         row[i] = T.max(
@@ -139,7 +142,7 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, known: bool, block:
                     gather(Values, Vr, k % stages, b, g, at, row, tx - 128)
                     T.cp_async_barrier_noinc(vfull[k % stages])
             else:
-                T.set_max_nreg(200 if page else 216, 1)
+                T.set_max_nreg(256 - producer, 1)
                 if not known:
                     for i, j in T.Parallel(M, head_dim):
                         Qs[i, j] = T.if_then_else(i < group, Q[b, g, T.min(i, group - 1), j], 0)
@@ -214,6 +217,13 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, known: bool, block:
                         Arrived[b * G + g] = 0
 
     return decode_sparse_kernel
+
+
+def key_block(group: int, dtype: str, known: bool) -> int:
+    """Keys per block. 128 with known logits (up to 8 % faster in small batches on an H200) where they are narrow enough
+    not to spill registers."""
+    narrow = LOGIT_BYTES[LOGITS[dtype]] * pad(group, LOGITS[dtype]) <= 8
+    return 2 * BLOCK if known and narrow else BLOCK
 
 
 def decode_sparse(

@@ -11,6 +11,7 @@ WIDTH = 1024  # slots per CTA; logits and scores are allocated in multiples of i
 FLOAT16_MAX = 65504.0
 # Logits are kept to 11 bits for bfloat16 models, finer than their inputs; float16 models need more than that.
 LOGITS = {"bfloat16": "float16", "float16": "float32"}
+LOGIT_BYTES = {"float16": 2, "float32": 4}
 
 
 @kernel()
