@@ -220,8 +220,7 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, known: bool):
 
 
 def key_block(group: int, dtype: str, known: bool) -> int:
-    """Keys per block. 128 with known logits (up to 8 % faster in small batches on an H200) where they are narrow enough
-    not to spill registers."""
+    """Keys per block: 128 with known logits (up to 8 % faster in small batches on an H200) that do not spill."""
     narrow = LOGIT_BYTES[LOGITS[dtype]] * pad(group, LOGITS[dtype]) <= 8
     return 2 * BLOCK if known and narrow else BLOCK
 
