@@ -9,6 +9,7 @@ compared on the device and reported afterwards.
 """
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,7 @@ class Refresh:
         try:
             yield
         finally:
+            # Such steps may be replayed without this code: nothing is known of the step after them.
             self._forced, self._snapshot = before, {}
 
     def watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -112,7 +114,10 @@ class Refresh:
         if self._sets is None or self._sets.shape != shape or self._sets.device != device:
             # Not inference tensors, which a later step outside inference mode could not write to.
             with torch.inference_mode(False):
-                self._sets = torch.empty(shape, dtype=torch.int32, device=device)
+                # Every anchor's set begins at 128 bytes, as a tensor of its own would at least: kernels may rely on it.
+                size = math.prod(shape[1:])
+                flat = torch.empty(shape[0], -(-size // 32) * 32, dtype=torch.int32, device=device)
+                self._sets = flat[:, :size].unflatten(1, shape[1:])
                 self.counts = torch.zeros(forward.batch, dtype=torch.int32, device=device)
                 self._lengths = torch.zeros(2, forward.batch, dtype=torch.int32, device=device)
                 if self._tally is None:
@@ -152,8 +157,7 @@ class Refresh:
     def finish(self) -> None:
         """The last layer has run: what was kept may be read."""
         self._complete = self._written == set(self._place)
-        # Steps of a forced kind may be replayed without this code: nothing is known of the step after them.
-        self._snapshot = {} if self._forced or self._layer is None else _tensors(self._layer)
+        self._snapshot = {} if self._layer is None else _tensors(self._layer)
         self._layer, self._continues = None, False
 
     def report(self) -> dict[str, int]:

@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from kascade_cli.attention import attach
 from kascade_cli.attention.attachment import Attachment
@@ -164,6 +166,7 @@ def test_left_padded_batch_equals_each_row_alone(llama):
 def _check_invariants(refresh, mask, age):
     """Used entries: distinct real slots, the newest `age` in place; -1 in the rest; counts as the budget says."""
     visible = mask.sum(1)
+    assert {sets.storage_offset() % 32 for sets in refresh.indices.values()} == {0}
     for sets in refresh.indices.values():
         assert sets.dtype == torch.int32
         assert sets.is_contiguous()
@@ -288,6 +291,23 @@ def test_a_cache_that_was_changed_refreshes(llama, change, static):
         assert attachment.report()["refresh"]["between"] == 1
 
 
+class _Copies(DynamicLayer):
+    """As quantised and offloaded caches do: what attention sees is not what the layer holds, so that a change of the
+    one need not show in the other."""
+
+    def update(self, *args, **options):
+        return tuple(tensor.clone() for tensor in super().update(*args, **options))
+
+
+def test_a_cache_that_hands_out_copies_refreshes(llama):
+    model, profile = llama
+    with with_refresh(model, profile, 8) as attachment:
+        cache = DynamicCache(config=model.config)
+        cache.layers = [_Copies() for _ in cache.layers]
+        _decode(model, _prefilled(model, ids_of(60), cache), [5, 6, 7])
+        assert attachment.report()["refresh"] == {"every": 8, "refreshes": 3, "between": 0}
+
+
 def test_beam_search_is_kascade(llama):
     model, profile = llama
     prompt = torch.tensor([ids_of(60, seed=7)])
@@ -318,8 +338,8 @@ def test_a_pass_that_fails_leaves_nothing_to_read(llama, monkeypatch, kind):
 def test_steps_of_a_forced_kind(llama):
     """What capturing a graph of each kind needs: the caller says which one a step is."""
     model, profile = llama
-    ids = ids_of(70, seed=9)
-    segments = steps_after(62, 8)
+    ids = ids_of(68, seed=9)
+    segments = steps_after(62, 6)
     want = Naive(model, profile, STRATEGY, segments, 0.2, 4, refresh=4).logits(ids)[62:]
     with with_refresh(model, profile, 4) as attachment:
         cache = _prefilled(model, ids[:62], StaticCache(config=model.config, max_cache_len=80))
@@ -337,14 +357,51 @@ def test_steps_of_a_forced_kind(llama):
         assert len(places) == 1  # graphs write where others read
         torch.testing.assert_close(torch.cat(got), want)
         before = attachment.report()["refresh"]
-        assert before["between"] == 6
+        assert before["between"] == 4
         _decode(model, cache, [3])  # nothing is known of what a graph did: refresh
         assert attachment.report()["refresh"]["refreshes"] == before["refreshes"] + 1
     with pytest.raises(UsageError, match="not 'never'"), attachment.refresh.only("never"):
         pass
 
 
-@pytest.mark.parametrize("mistake", ["rewound", "too many", "other padding"])
+class _HostReads(TorchDispatchMode):
+    """Ops that wait for a value from the device, or whose shape depends on one."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.name().split("::")[1].split(".")[0]
+        if name in ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique"):
+            self.found.append(name)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["refresh", "between"])
+def test_no_step_waits_for_the_device(llama, monkeypatch, kind):
+    """The reference's Top-k does, so another stands in for it."""
+    model, profile = llama
+
+    def topk(scores, count, start, length, *, max_count):
+        return scores.topk(max_count, -1).indices.int()
+
+    with with_refresh(model, profile, 4) as attachment, torch.no_grad():
+        cache = _prefilled(model, ids_of(62), StaticCache(config=model.config, max_cache_len=80))
+        monkeypatch.setattr(attachment.backend, "select_topk", topk)
+        if kind == "between":
+            _decode(model, cache, [5])
+        token = torch.tensor([[6]])
+        with _HostReads() as reads:
+            model(token, past_key_values=cache)
+        assert reads.found == []
+        with reads:
+            float(token)
+        assert reads.found == ["_local_scalar_dense"]
+        assert attachment.report()["refresh"]["between"] == (kind == "between")
+
+
+@pytest.mark.parametrize("mistake", ["rewound", "too many", "other padding", "shifted"])
 def test_forced_steps_that_do_not_follow_are_reported(llama, mistake):
     model, profile = llama
     attachment = with_refresh(model, profile, 4)  # 13 keys of 63, room for 16 + 3
@@ -359,8 +416,11 @@ def test_forced_steps_that_do_not_follow_are_reported(llama, mistake):
         if mistake == "too many":
             _decode(model, cache, [8, 9, 10])
             attachment.report()
-        mask = torch.ones(1, 70 if mistake == "too many" else 67)
-        mask[:, : 2 if mistake == "other padding" else 0] = 0
+        if mistake == "shifted":  # as many keys as a next step has, all one slot further on
+            for layer in cache.layers:
+                layer.cumulative_length.add_(1)
+        mask = torch.ones(1, {"too many": 70, "shifted": 68}.get(mistake, 67))
+        mask[:, : {"other padding": 2, "shifted": 1}.get(mistake, 0)] = 0
         with torch.no_grad():
             model(torch.tensor([[8]]), past_key_values=cache, attention_mask=mask)
     with pytest.raises(KascadeError, match="did not follow"):
