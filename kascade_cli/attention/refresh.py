@@ -114,7 +114,7 @@ class Refresh:
         if self._sets is None or self._sets.shape != shape or self._sets.device != device:
             # Not inference tensors, which a later step outside inference mode could not write to.
             with torch.inference_mode(False):
-                # Every anchor's set begins at 128 bytes, as a tensor of its own would at least: kernels may rely on it.
+                # Every anchor's set begins at a multiple of 128 bytes, as a tensor of its own would.
                 size = math.prod(shape[1:])
                 flat = torch.empty(shape[0], -(-size // 32) * 32, dtype=torch.int32, device=device)
                 self._sets = flat[:, :size].unflatten(1, shape[1:])

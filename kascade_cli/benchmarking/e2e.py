@@ -115,6 +115,10 @@ def decode_row(model: Any, batch: int, cache: Any, lengths: Tensor, context: int
     return row | {"tokens_s": round(batch * 1000 / row["ms_p50"], 1)}
 
 
+def _no_graph(error: Exception) -> str:
+    return f"no CUDA graph: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
 def _time_step(step: Callable[[], None], setting: Setting) -> Row:
     """A step in a CUDA graph where that works; eager, with the reason, where it does not."""
     device, note = setting.device, ""
@@ -128,7 +132,7 @@ def _time_step(step: Callable[[], None], setting: Setting) -> Row:
             return timing_fields(timing) | {"method": "graph"}
         except Exception as error:
             torch.cuda.synchronize(device)
-            note = f"no CUDA graph: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            note = _no_graph(error)
     fields = timing_fields(time_calls([step], device, seconds=seconds, fewest=5))
     return fields | ({"note": note} if note else {})
 
@@ -138,7 +142,8 @@ def cycle_row(
 ) -> Row:
     """A cycle of kascade-refresh that ends at `context` keys: the mean of its steps, and the time of both kinds.
 
-    Two graphs, one that chooses keys and one that reads them, replayed in turn; eager on a CPU.
+    Two graphs, one that chooses keys and one that reads them, replayed in turn; eager, with the reason, where that
+    does not work.
     """
     tokens = torch.randint(5, 200, (batch, 1), device=setting.device)
     every = refresh.every
@@ -157,13 +162,17 @@ def cycle_row(
 
     if context < every:
         raise KascadeError(f"a context of {context} keys is shorter than a cycle of {every} decode steps")
-    seconds = max(setting.seconds, 0.5)
+    seconds, more = max(setting.seconds, 0.5), {}
     with torch.no_grad():
         choose()
         calls = [choose, read][:every]
         if setting.device.type == "cuda":
-            # Capturing runs each once before: a refresh and the step after it.
-            calls = [capture(call, setting.device).replay for call in calls]
+            try:
+                # Capturing runs each once before: a refresh and the step after it.
+                calls, more = [capture(call, setting.device).replay for call in calls], {"method": "graph"}
+            except Exception as error:
+                torch.cuda.synchronize(setting.device)
+                more = {"note": _no_graph(error)}
         refresh.reset()
 
         def cycle() -> None:
@@ -177,11 +186,9 @@ def cycle_row(
         name: round(value / every, 5) if name.startswith("ms_") else value
         for name, value in timing_fields(whole).items()
     }
-    if setting.device.type == "cuda":
-        fields |= {"method": "graph"}
     between = (whole.p50 - first.p50) / (every - 1) if every > 1 else None
     kinds = {"refresh_step_ms": round(first.p50, 5), "between_step_ms": None if between is None else round(between, 5)}
-    return fields | kinds | {"tokens_s": round(batch * 1000 / fields["ms_p50"], 1)}
+    return fields | more | kinds | {"tokens_s": round(batch * 1000 / fields["ms_p50"], 1)}
 
 
 def prefill_row(model: Any, batch: int, context: int, setting: Setting) -> Row:
