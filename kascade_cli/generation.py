@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, TextStreamer
 
 from kascade_cli.attention import STRATEGIES, attach
+from kascade_cli.attention.plan import check_refresh
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.kernels.backend import check_backend
 from kascade_cli.models import ModelInfo
@@ -109,6 +110,7 @@ class Setting:
     min_keys: int | None = None
     backend: str = "auto"
     allow_other_weights: bool = False
+    refresh: int | None = None
 
     def check(self) -> None:
         """What can be refused before a model is loaded. Raises UsageError."""
@@ -118,6 +120,7 @@ class Setting:
             raise UsageError(f"strategy {self.strategy} needs a profile (--profile)")
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise UsageError(f"ratio {self.ratio:g} is outside (0, 1]")
+        check_refresh(self.strategy, self.refresh)
         check_backend(self.backend)
 
     def attach(self, model: nn.Module) -> Any:
@@ -127,6 +130,7 @@ class Setting:
             strategy=self.strategy,
             ratio=self.ratio,
             min_keys=self.min_keys,
+            refresh=self.refresh,
             backend=self.backend,
             allow_other_weights=self.allow_other_weights,
         )

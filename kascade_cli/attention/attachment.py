@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kascade_cli.attention.forward import Forward
 from kascade_cli.attention.lengths import causal_lengths_mask
 from kascade_cli.attention.plan import Plan, make_plan
+from kascade_cli.attention.refresh import Refresh
 from kascade_cli.errors import KascadeError
 from kascade_cli.kernels import Backend, get_backend
 from kascade_cli.models import attention_modules, describe
@@ -23,12 +24,16 @@ _HANDLE = "_kascade_attachment"
 class Attachment:
     """A model running under a plan. A context manager; leaving it restores the model.
 
-    Attributes: plan, backend, info (ModelInfo). `report()` says what really ran.
+    Attributes: plan, backend, info (ModelInfo), refresh (what decode steps share; kascade-refresh only).
+    `report()` says what really ran.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, backend: Backend, info: Any):
         self.model, self.plan, self.backend, self.info = model, plan, backend, info
         self._forward: Forward | None = None
+        self.refresh: Refresh | None = None
+        if plan.refresh is not None:
+            self.refresh = Refresh(plan.refresh, [i for i, layer in plan.layers["decode"].items() if layer.writes])
         self._modules = attention_modules(model)
         self._totals: dict[str, Tensor | None] = dict.fromkeys(PHASES)
         self._forwards = 0
@@ -43,7 +48,10 @@ class Attachment:
         for module in self._modules.values():
             setattr(module, _HANDLE, self)
         self.model.set_attn_implementation(NAME)
-        self._hook = self.model.register_forward_hook(self._count_forward)
+        self._hooks = [self.model.register_forward_hook(self._count_forward)]
+        if self.refresh is not None:
+            first = self._modules[self.info.profiled_layers[0]]
+            self._hooks.append(first.register_forward_pre_hook(self.refresh.watch, with_kwargs=True))
         # generate() would compile decoding with a static cache, and compiled code does not see our per-step state.
         generation = getattr(self.model, "generation_config", None)
         self._compile = getattr(generation, "disable_compile", None)
@@ -59,7 +67,8 @@ class Attachment:
         if not self._attached:
             return
         self._attached = False
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for module in self._modules.values():
             delattr(module, _HANDLE)
         self.model.set_attn_implementation(self._previous)
@@ -74,6 +83,8 @@ class Attachment:
         self.detach()
         if kind is None:
             self._check_ran()
+            if self.refresh is not None:
+                self.refresh.report()
 
     def _check_ran(self) -> None:
         if self._forwards and not self._passes:
@@ -94,7 +105,7 @@ class Attachment:
         """One full-attention layer. query [B, H, T, D], key, value [B, G, S, D] -> [B, T, H, Dv]."""
         layer = module.layer_idx
         if layer == self.info.profiled_layers[0]:
-            self._forward = Forward(self.plan, self.backend, query, key, mask)
+            self._forward = Forward(self.plan, self.backend, query, key, mask, self.refresh)
             self._count(self._forward)
         if self._forward is None:
             raise KascadeError(f"layer {layer} ran before the first full-attention layer")
@@ -104,6 +115,8 @@ class Attachment:
         out = self._forward.attend(layer, plan, query, key, value, scale)
         if layer == self.info.profiled_layers[-1]:
             self._forward = None  # the indices are not needed any more
+            if self.refresh is not None:
+                self.refresh.finish()
         return out.transpose(1, 2).contiguous()
 
     def _count(self, forward: Forward) -> None:
@@ -125,14 +138,19 @@ class Attachment:
         """Forgets what has run so far."""
         self._totals = dict.fromkeys(PHASES)
         self._forwards = self._passes = 0
+        if self.refresh is not None:
+            self.refresh.reset()
 
     def report(self) -> dict[str, Any]:
         """What ran since attaching (or `reset`): strategy, backend, roles, keys read and visible.
 
         Keys are counted per query and layer. Anchor layers score every key besides; that is not counted as reading.
-        Raises KascadeError if the model ran and its attention did not go through kascade.
+        With kascade-refresh, `refresh` counts the decode steps that chose keys and those between.
+        Raises KascadeError if the model ran and its attention did not go through kascade, or if decode steps read
+        keys that were kept for another sequence.
         """
         self._check_ran()
+        refresh = {} if self.refresh is None else {"refresh": self.refresh.report()}
         phases: dict[str, dict[str, float]] = {}
         for phase, total in self._totals.items():
             if total is None:
@@ -156,6 +174,7 @@ class Attachment:
             "backend": self.backend.name,
             "fallbacks": dict(self.backend.fallbacks),
             "budget": self.plan.budget.model_dump(),
+            **refresh,
             "roles": roles,
             "forward_passes": self._passes,
             "phases": phases,
@@ -173,18 +192,20 @@ def attach(
     ratio: float | None = None,
     min_keys: int | None = None,
     tile: int | None = None,
+    refresh: int | None = None,
     backend: str = "auto",
     allow_other_weights: bool = False,
 ) -> Attachment:
     """Switches `model` to `strategy` until the returned context manager is left (or `.detach()` is called).
 
     `ratio`, `min_keys` and `tile` override the profile's budget; `profile` may be None for dense, oracle and
-    streaming-llm. `allow_other_weights` accepts a profile of a model with the same shape but another fingerprint.
+    streaming-llm. `refresh` is kascade-refresh's number of decode steps from one choice of keys to the next (8).
+    `allow_other_weights` accepts a profile of a model with the same shape but another fingerprint.
     Raises KascadeError if the model's attention is not supported, the profile is for another model, or the backend
     cannot run here; UsageError for options that make no sense.
     """
     info = describe(model)
-    plan = make_plan(info, profile, strategy, ratio=ratio, min_keys=min_keys, tile=tile)
+    plan = make_plan(info, profile, strategy, ratio=ratio, min_keys=min_keys, tile=tile, refresh=refresh)
     if profile is not None and profile.model.fingerprint != info.fingerprint and not allow_other_weights:
         raise KascadeError(
             f"the profile was made for {profile.model.name}, whose weights are not those of {info.name}; "

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from kascade_cli.attention.lengths import lengths_of
 from kascade_cli.attention.plan import SINKS, LayerPlan, Plan
+from kascade_cli.attention.refresh import Refresh
 from kascade_cli.errors import KascadeError
 from kascade_cli.kernels import Backend
 from kascade_cli.kernels.reference import first_tile, tile_count
@@ -28,9 +29,21 @@ def _score_bytes(device: torch.device) -> int:
 
 
 class Forward:
-    """State of one forward pass. It is made anew at the first attention layer, so stale indices cannot be read."""
+    """State of one forward pass. It is made anew at the first attention layer, so stale indices cannot be read.
 
-    def __init__(self, plan: Plan, backend: Backend, query: Tensor, key: Tensor, mask: Tensor | None):
+    `refresh` is what survives (kascade-refresh only); it alone decides whether a decode step is `between`, that is,
+    reads the keys of an earlier one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        backend: Backend,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        refresh: Refresh | None = None,
+    ):
         self.plan = plan
         self.backend = backend
         self.batch, self.queries, self.slots = query.shape[0], query.shape[2], key.shape[2]
@@ -40,6 +53,9 @@ class Forward:
         self.phase = "decode" if self.queries == 1 else "prefill"
         self.indices: dict[int, Tensor] = {}
         self._windows: Tensor | None = None
+        self.refresh, self.between = refresh, False
+        if refresh is not None and refresh.begin(self, key):
+            self.between, self.indices = True, refresh.indices
 
     def check(self, layer: int, query: Tensor, key: Tensor) -> None:
         """Raises KascadeError if a layer's shapes are not those of this forward pass."""
@@ -68,8 +84,15 @@ class Forward:
 
     @functools.cached_property
     def counts(self) -> Tensor:
-        """Keys to select: int32 [B] in decode, [B, NT] in prefill."""
+        """Keys to select: int32 [B] in decode, [B, NT] in prefill; between refreshes, those that are kept."""
+        if self.between:
+            return self.refresh.counts
         return self.plan.counts(self.kv_len if self.phase == "decode" else self.before)
+
+    @property
+    def sets(self) -> int:
+        """Key sets per row: one for each KV head, or one for all."""
+        return 1 if self.plan.pooled else self.groups
 
     @functools.cached_property
     def width(self) -> int:
@@ -84,14 +107,17 @@ class Forward:
         if plan.attends == "window":
             return self._sparse(query, key, value, self._window(), self._identity(query, 1), scale)
         if plan.attends == "dense":
-            out, extra = self._dense(query, key, value, scale, writes=plan.writes)
-            if plan.writes:
-                self.indices[layer], _ = self._select(query, key, extra, scale)
+            writes = plan.writes and not self.between
+            out, extra = self._dense(query, key, value, scale, writes=writes)
+            if writes:
+                self._choose(layer, query, key, extra, scale)
             return out
         logits = None
         if plan.writes:
-            self.indices[layer], logits = self._select(query, key, None, scale)
-            chosen, head_map = self.indices[layer], self._identity(query, self.indices[layer].shape[1])
+            if not self.between:
+                logits = self._choose(layer, query, key, None, scale)
+            chosen = self.indices[layer].to(query.device)
+            head_map = self._identity(query, chosen.shape[1])
         else:
             chosen, head_map = self._reused(layer, plan, query)
         return self._sparse(query, key, value, chosen, head_map, scale, logits)
@@ -106,6 +132,13 @@ class Forward:
         selected = self.counts.gather(1, local.clamp(0, self.tiles - 1).long())
         read = (selected + position % self.tile + 1) * real
         return torch.stack([read.sum(), ((position + 1) * real).sum()]).double()
+
+    def _choose(self, layer: int, query: Tensor, key: Tensor, known: Tensor | None, scale: float) -> Tensor | None:
+        """Leaves the indices of an anchor for the layers, and if need be the steps, after it; returns its logits."""
+        self.indices[layer], logits = self._select(query, key, known, scale)
+        if self.refresh is not None and self.phase == "decode":
+            self.refresh.keep(layer, self.indices[layer])
+        return logits
 
     def _identity(self, query: Tensor, sets: int) -> Tensor:
         """Every KV head its own set, or all the one there is."""
@@ -151,7 +184,7 @@ class Forward:
     ) -> tuple[Tensor, Tensor | None]:
         """Output, and what selecting can use of it: scores in decode, log-sum-exp in prefill (None: not computed)."""
         lengths = [tensor.to(query.device) for tensor in (self.query_start, self.kv_start, self.kv_len)]
-        if self.backend.name == "torch" or (self.plain and not writes):
+        if self.backend.name == "torch" or (self.plain and not writes and not self.between):
             return self._sdpa(query, key, value, lengths, scale), None
         if self.phase == "decode":
             out, scores = self.backend.decode_dense(

@@ -17,9 +17,12 @@ STRATEGIES = {
     "kascade-pooled": "one key set per anchor and tile, pooled over all heads",
     "kascade-no-remap": "reuse layers read the keys of the anchor head with their own number",
     "kascade-decode-only": "dense prefill, kascade decode",
+    "kascade-refresh": "kascade that chooses keys every N decode steps; between, those and all newer ones",
     "oracle": "every layer chooses its own keys; the first layer is dense",
     "streaming-llm": "4 sink tokens and a sliding window of the same budget, in every layer",
 }
+REFRESH = "kascade-refresh"
+REFRESH_EVERY = 8
 SINKS = 4
 
 
@@ -38,13 +41,17 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Roles of all full-attention layers for both phases, and the budget."""
+    """Roles of all full-attention layers for both phases, and the budget.
+
+    refresh: decode steps from one choice of keys to the next; None where every step chooses.
+    """
 
     strategy: str
     budget: Budget
     pooled: bool
     layers: dict[str, dict[int, LayerPlan]]
     roles: dict[int, str]
+    refresh: int | None = None
     _head_maps: dict[tuple[str, int, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def head_map(self, phase: str, layer: int, device: torch.device) -> Tensor:
@@ -77,16 +84,18 @@ def make_plan(
     ratio: float | None = None,
     min_keys: int | None = None,
     tile: int | None = None,
+    refresh: int | None = None,
 ) -> Plan:
     """The plan of `strategy` for the model described by `info`; options left out come from the profile.
 
-    Raises UsageError for an unknown strategy, a ratio outside (0, 1], or a missing profile, and KascadeError for a
-    profile of another shape.
+    Raises UsageError for an unknown strategy, a ratio outside (0, 1], a missing profile, or `refresh` with another
+    strategy than kascade-refresh, and KascadeError for a profile of another shape.
     """
     if strategy not in STRATEGIES:
         raise UsageError(f"strategy '{strategy}' is not known; use one of {', '.join(STRATEGIES)}")
     if strategy.startswith("kascade") and profile is None:
         raise UsageError(f"strategy {strategy} needs a profile (--profile)")
+    refresh = check_refresh(strategy, refresh)
     if ratio is not None and not (0 < ratio <= 1 and math.isfinite(ratio)):
         raise UsageError(f"ratio {ratio} is outside (0, 1]")
     for name, value in (("min-keys", min_keys), ("tile", tile)):
@@ -98,7 +107,18 @@ def make_plan(
     if profile is not None:
         _check_shape(info, profile)
     layers = {phase: _phase_layers(info, profile, strategy, phase) for phase in PHASES}
-    return Plan(strategy, budget, strategy == "kascade-pooled", layers, _roles(info, profile, strategy))
+    return Plan(strategy, budget, strategy == "kascade-pooled", layers, _roles(info, profile, strategy), refresh)
+
+
+def check_refresh(strategy: str, refresh: int | None) -> int | None:
+    """How often `strategy` chooses keys (None: in every step). Raises UsageError."""
+    if strategy != REFRESH:
+        if refresh is not None:
+            raise UsageError(f"--refresh is for strategy {REFRESH}, not {strategy}")
+        return None
+    if refresh is not None and refresh < 1:
+        raise UsageError(f"refresh {refresh} must be 1 or more")
+    return REFRESH_EVERY if refresh is None else refresh
 
 
 def _check_shape(info: ModelInfo, profile: Profile) -> None:

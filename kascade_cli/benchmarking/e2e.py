@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from kascade_cli.attention import attach
+from kascade_cli.attention.plan import REFRESH
+from kascade_cli.attention.refresh import Refresh
 from kascade_cli.benchmarking.baselines import BASELINES, Baseline, why_missing
 from kascade_cli.benchmarking.model import Say, failure, timing_fields
 from kascade_cli.benchmarking.report import Row, base_row
@@ -113,6 +115,10 @@ def decode_row(model: Any, batch: int, cache: Any, lengths: Tensor, context: int
     return row | {"tokens_s": round(batch * 1000 / row["ms_p50"], 1)}
 
 
+def _no_graph(error: Exception) -> str:
+    return f"no CUDA graph: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
 def _time_step(step: Callable[[], None], setting: Setting) -> Row:
     """A step in a CUDA graph where that works; eager, with the reason, where it does not."""
     device, note = setting.device, ""
@@ -126,9 +132,63 @@ def _time_step(step: Callable[[], None], setting: Setting) -> Row:
             return timing_fields(timing) | {"method": "graph"}
         except Exception as error:
             torch.cuda.synchronize(device)
-            note = f"no CUDA graph: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            note = _no_graph(error)
     fields = timing_fields(time_calls([step], device, seconds=seconds, fewest=5))
     return fields | ({"note": note} if note else {})
+
+
+def cycle_row(
+    model: Any, batch: int, cache: Any, lengths: Tensor, context: int, setting: Setting, refresh: Refresh
+) -> Row:
+    """A cycle of kascade-refresh that ends at `context` keys: the mean of its steps, and the time of both kinds.
+
+    Two graphs, one that chooses keys and one that reads them, replayed in turn; eager, with the reason, where that
+    does not work.
+    """
+    tokens = torch.randint(5, 200, (batch, 1), device=setting.device)
+    every = refresh.every
+
+    def step(kind: str) -> None:
+        with refresh.only(kind):
+            logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+        tokens.copy_(logits[:, -1:].argmax(-1) % 200 + 5)
+
+    def choose() -> None:
+        lengths.fill_(context - every)
+        step("refresh")
+
+    def read() -> None:
+        step("between")
+
+    if context < every:
+        raise KascadeError(f"a context of {context} keys is shorter than a cycle of {every} decode steps")
+    seconds, more = max(setting.seconds, 0.5), {}
+    with torch.no_grad():
+        choose()
+        calls = [choose, read][:every]
+        if setting.device.type == "cuda":
+            try:
+                # Capturing runs each once before: a refresh and the step after it.
+                calls, more = [capture(call, setting.device).replay for call in calls], {"method": "graph"}
+            except Exception as error:
+                torch.cuda.synchronize(setting.device)
+                more = {"note": _no_graph(error)}
+        refresh.reset()
+
+        def cycle() -> None:
+            calls[0]()
+            for _ in range(every - 1):
+                calls[-1]()
+
+        whole = time_calls([cycle], setting.device, seconds=seconds, fewest=5)
+        first = time_calls([calls[0]], setting.device, seconds=seconds / 2, fewest=5)
+    fields = {
+        name: round(value / every, 5) if name.startswith("ms_") else value
+        for name, value in timing_fields(whole).items()
+    }
+    between = (whole.p50 - first.p50) / (every - 1) if every > 1 else None
+    kinds = {"refresh_step_ms": round(first.p50, 5), "between_step_ms": None if between is None else round(between, 5)}
+    return fields | more | kinds | {"tokens_s": round(batch * 1000 / fields["ms_p50"], 1)}
 
 
 def prefill_row(model: Any, batch: int, context: int, setting: Setting) -> Row:
@@ -205,8 +265,13 @@ def _one_size(
     free_memory(setting.device)
     say(f"{phase} {base['size']}: sparse")
     backend = setting.backend.name
-    with attach(model, profile, backend=backend, allow_other_weights=True) as attachment:
-        sparse = base | {"name": "sparse"} | measure()
+    options = {} if setting.refresh is None else {"strategy": REFRESH, "refresh": setting.refresh}
+    with attach(model, profile, backend=backend, allow_other_weights=True, **options) as attachment:
+        if options and phase == "decode":
+            cycle = cycle_row(model, batch, cache, lengths, context, setting, attachment.refresh)
+            sparse = base | {"name": "sparse"} | options | cycle
+        else:
+            sparse = base | {"name": "sparse"} | options | measure()
         report = attachment.report()
     sparse |= {"density": round(report["density"], 4), "fallbacks": report["fallbacks"]}
     speedup = round(dense["ms_p50"] / sparse["ms_p50"], 3)

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kascade_cli.attention.plan import REFRESH
 from kascade_cli.benchmarking.baselines import OWN, Baseline, why_missing
 from kascade_cli.benchmarking.report import Row, base_row
 from kascade_cli.benchmarking.roles import (
+    BETWEEN,
     ROLES,
     Setting,
     case_of,
@@ -27,9 +29,17 @@ def _nothing(_: str) -> None:
     return None
 
 
-def role_work(role: str, case: Any) -> Work:
-    """Least operations and bytes of a role: its own ops, K read once where scoring and attending share it."""
+def role_work(role: str, case: Any, refresh: int = 1) -> Work:
+    """Least operations and bytes of a role: its own ops, K read once where scoring and attending share it.
+
+    refresh: length of kascade-refresh's cycle; its last step reads `refresh - 1` keys more.
+    """
     phase = case.phase
+    if role == "layer0_between":
+        return work_of("decode_dense", case)
+    if role == "reuse_between":
+        sparse, share = work_of("decode_sparse", case), 1 + (refresh - 1) / case.selected
+        return Work(sparse.flops * share, sparse.bytes * share, "memory")
     if phase == "decode":
         if role == "layer0":
             return work_of("decode_dense", case)
@@ -86,13 +96,18 @@ def best_dense(rows: Sequence[Row]) -> Row | None:
 
 
 def role_rows(case: Any, setting: Setting, base: Row, say: Say = _nothing) -> list[Row]:
-    """Rows `layer0`, `anchor`, `reuse` and `pass` (what every forward pass does once)."""
+    """Rows `layer0`, `anchor`, `reuse` and `pass` (what every forward pass does once).
+
+    With kascade-refresh also those of a decode step that reads kept keys: `layer0_between`, `reuse_between` (anchors
+    too) and `pass_between`.
+    """
     rows = []
     sets = [make_inputs(case, setting)]
     graph = case.phase == "decode"
-    for role in ROLES:
+    cycle = sets[0].between is not None
+    for role in (*ROLES, *BETWEEN) if cycle else ROLES:
         say(f"{case.phase} {base['size']}: {role}")
-        work = role_work(role, case)
+        work = role_work(role, case, setting.refresh or 1)
         sets = make_sets(case, setting, work.bytes, sets)
         if role == "reuse":
             for inputs in sets:
@@ -100,8 +115,10 @@ def role_rows(case: Any, setting: Setting, base: Row, say: Say = _nothing) -> li
         calls = [role_call(role, inputs) for inputs in sets]
         timing = time_calls(calls, setting.device, graph=graph, seconds=setting.seconds)
         rows.append(base | {"kind": "role", "name": role} | timing_fields(timing) | work.rates(timing.p50))
-    timing = time_calls([pass_call(sets[0])], setting.device, graph=graph, seconds=setting.seconds / 4)
-    rows.append(base | {"kind": "role", "name": "pass"} | timing_fields(timing))
+    # The pass of a refresh alone leaves nothing to read, so it comes last.
+    for between in (True, False) if cycle else (False,):
+        timing = time_calls([pass_call(sets[0], between)], setting.device, graph=graph, seconds=setting.seconds / 4)
+        rows.append(base | {"kind": "role", "name": "pass_between" if between else "pass"} | timing_fields(timing))
     sets.clear()
     free_memory(setting.device)
     return rows
@@ -110,11 +127,18 @@ def role_rows(case: Any, setting: Setting, base: Row, say: Say = _nothing) -> li
 def whole_model(roles: Sequence[Row], dense: Row | None, shape: Shape, base: Row) -> Row:
     """The whole-model row from the roles' medians: layers and anchors of `shape`, speed-up over `dense`.
 
-    It carries `dense_ms`, `layer0_ms`, `anchor_ms`, `reuse_ms`, which `select-anchors --cost` reads.
+    It carries `dense_ms`, `layer0_ms`, `anchor_ms`, `reuse_ms`, which `select-anchors --cost` reads. With roles of
+    kascade-refresh the total is the mean over a cycle of `base["refresh"]` decode steps.
     """
     ms = {row["name"]: row["ms_p50"] for row in roles}
     reuse = shape.layers - shape.anchors
     total = ms["layer0"] + (shape.anchors - 1) * ms["anchor"] + reuse * ms["reuse"] + ms.get("pass", 0.0)
+    cycle = {}
+    if "layer0_between" in ms:
+        between = ms["layer0_between"] + (shape.layers - 1) * ms["reuse_between"] + ms["pass_between"]
+        cycle = {f"{name}_ms": ms[name] for name in (*BETWEEN, "pass_between")}
+        cycle |= {"refresh_step_ms": round(total, 5), "between_step_ms": round(between, 5)}
+        total = (total + (base["refresh"] - 1) * between) / base["refresh"]
     row = base | {
         "kind": "model",
         "name": "model",
@@ -126,6 +150,7 @@ def whole_model(roles: Sequence[Row], dense: Row | None, shape: Shape, base: Row
         "pass_ms": ms.get("pass", 0.0),
         "mean_ms": round(total / shape.layers, 5),
         "total_ms": round(total, 5),
+        **cycle,
     }
     if dense is None:
         return row
@@ -150,6 +175,8 @@ def run_model(
     rows: list[Row] = []
     for batch, context in sizes:
         base = base_row(shape, phase, batch, context, setting)
+        if setting.refresh is not None:
+            base |= {"strategy": REFRESH, "refresh": setting.refresh}
         case = case_of(shape, phase, batch, context, setting)
         here: list[Row] = []
         try:
@@ -157,7 +184,7 @@ def run_model(
             here += role_rows(case, setting, base, say)
             best = best_dense(here)
             for row in here:
-                if best and "ms_p50" in row and row["name"] != "pass":
+                if best and "ms_p50" in row and not row["name"].startswith("pass"):
                     row |= {"baseline": best["name"], "speedup": round(best["ms_p50"] / row["ms_p50"], 3)}
             here.append(whole_model([row for row in here if row["kind"] == "role"], best, shape, base))
         except Exception as error:

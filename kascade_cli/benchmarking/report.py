@@ -183,7 +183,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     phases = list(dict.fromkeys(row["phase"] for row in rows))
     figure, axes = pyplot.subplots(1, max(1, len(phases)), figsize=(6.4 * max(1, len(phases)), 4.2), squeeze=False)
     for axis, phase in zip(axes[0], phases, strict=False):
-        here = [row for row in rows if row["phase"] == phase and row["name"] != "pass"]
+        here = [row for row in rows if row["phase"] == phase and not row["name"].startswith("pass")]
         sizes = list(dict.fromkeys(row["size"] for row in here))
         names = list(dict.fromkeys(row["name"] for row in here))
         width = 0.8 / len(names)

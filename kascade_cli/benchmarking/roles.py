@@ -3,6 +3,7 @@
 The roles go through `attention.forward.Forward`, so that what is timed is what runs.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,25 +13,29 @@ from torch import Tensor
 
 from kascade_cli.attention.forward import Forward
 from kascade_cli.attention.plan import LayerPlan, Plan
+from kascade_cli.attention.refresh import Refresh
 from kascade_cli.benchmarking.shapes import Shape
 from kascade_cli.benchmarking.timing import set_count
 from kascade_cli.benchmarking.work import Case
+from kascade_cli.errors import KascadeError
 from kascade_cli.kernels import Backend
 from kascade_cli.schema import Budget
 
 ROLES = ("layer0", "anchor", "reuse")
-_LAYER = {"layer0": 0, "anchor": 1, "reuse": 2}
+BETWEEN = ("layer0_between", "reuse_between")  # of a step that reads kept keys: anchors are reuse layers there
+_LAYER = {"layer0": 0, "anchor": 1, "reuse": 2, "layer0_between": 0, "reuse_between": 2}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and with what a case runs."""
+    """Where and with what a case runs. refresh: kascade-refresh's decode steps from one choice of keys to the next."""
 
     backend: Backend
     device: torch.device
     dtype: torch.dtype
     budget: Budget
     seconds: float = 0.4  # of repeats for each timing
+    refresh: int | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -39,12 +44,16 @@ class Setting:
 
 @dataclass
 class Inputs:
-    """One input set. q [B, H, T, D] (memory [B, T, H, D]); k, v [B, G, S, D]; forward: the state of its pass."""
+    """One input set. q [B, H, T, D] (memory [B, T, H, D]); k, v [B, G, S, D]; forward: the state of its pass.
+
+    between: with kascade-refresh, the state of the last step of a cycle, which reads the most keys.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     forward: Forward
+    between: Forward | None = None
 
     @property
     def scale(self) -> float:
@@ -73,7 +82,31 @@ def make_inputs(case: Case, setting: Setting, seed: int = 0) -> Inputs:
     q = torch.randn(case.batch, queries, case.query_heads, case.head_dim, **options).transpose(1, 2)
     k, v = (torch.randn(case.batch, case.kv_heads, case.context, case.head_dim, **options) for _ in range(2))
     plan = role_plan(case.kv_heads, setting.budget)
-    return Inputs(q, k, v, Forward(plan, setting.backend, q, k, None))
+    if case.phase == "prefill" or (setting.refresh or 1) < 2:
+        return Inputs(q, k, v, Forward(plan, setting.backend, q, k, None))
+    return _refresh_inputs(q, k, v, dataclasses.replace(plan, refresh=setting.refresh), setting.backend)
+
+
+def _refresh_inputs(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: Backend) -> Inputs:
+    """A refresh at the full context, whose anchors also keep what they choose; and a cycle that ends there."""
+    context, every = k.shape[2], plan.refresh
+    if context < every:
+        raise KascadeError(f"a context of {context} keys is shorter than a cycle of {every} decode steps")
+    refresh = Refresh(every, [layer for layer, role in plan.layers["decode"].items() if role.writes])
+    with refresh.only("refresh"):
+        inputs = Inputs(q, k, v, Forward(plan, backend, q, k, None, refresh))
+    for age in range(every):
+        kv_len = context - every + 1 + age
+        row = torch.tensor([kv_len - 1, 0, kv_len], dtype=torch.int32, device=q.device)
+        mask = row.expand(q.shape[0], 1, 1, 3).contiguous()
+        with refresh.only("between" if age else "refresh"), torch.no_grad():
+            forward = Forward(plan, backend, q, k, mask, refresh)
+            for layer, role in plan.layers["decode"].items():
+                if role.writes and not age:
+                    forward.attend(layer, role, q, k, v, inputs.scale)
+            refresh.finish()
+    inputs.between = forward
+    return inputs
 
 
 def make_sets(case: Case, setting: Setting, touched: float, have: Sequence[Inputs] = ()) -> list[Inputs]:
@@ -87,7 +120,7 @@ def make_sets(case: Case, setting: Setting, touched: float, have: Sequence[Input
 
 def role_call(role: str, inputs: Inputs) -> Callable[[], Any]:
     """The attention of one layer of that role. A reuse layer needs `run_anchor` first."""
-    forward, layer = inputs.forward, _LAYER[role]
+    forward, layer = inputs.between if role in BETWEEN else inputs.forward, _LAYER[role]
     plan = forward.plan.layers[forward.phase][layer]
     return lambda: forward.attend(layer, plan, inputs.q, inputs.k, inputs.v, inputs.scale)
 
@@ -98,11 +131,18 @@ def run_anchor(inputs: Inputs) -> None:
         role_call("anchor", inputs)()
 
 
-def pass_call(inputs: Inputs) -> Callable[[], Any]:
-    """What a forward pass does once, whatever the number of layers: lengths and budgets."""
+def pass_call(inputs: Inputs, between: bool = False) -> Callable[[], Any]:
+    """What a forward pass does once, whatever the number of layers: lengths and budgets; between refreshes, also
+    adding its key to the kept sets."""
+    like = inputs.forward
 
     def begin() -> Any:
-        forward = Forward(inputs.forward.plan, inputs.forward.backend, inputs.q, inputs.k, None)
-        return forward.counts
+        return Forward(like.plan, like.backend, inputs.q, inputs.k, None, like.refresh).counts
 
-    return begin
+    def of_a_kind() -> Any:
+        with like.refresh.only("between" if between else "refresh"):
+            counts = begin()
+            like.refresh.finish()
+        return counts
+
+    return begin if like.refresh is None else of_a_kind

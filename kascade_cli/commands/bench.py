@@ -1,6 +1,7 @@
 """`kascade bench`: measure the attention kernels (`ops`), the roles of a layer (`model`) and whole models (`e2e`)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +44,11 @@ _Baseline = Annotated[
     typer.Option(help="Dense attention to compare with: all, or some of cudnn,flash2,sdpa,fa4,fa3,flashinfer,own."),
 ]
 _Seconds = Annotated[float, typer.Option(min=0.01, help="Time to spend on the repeats of each measurement.")]
+_Strategy = Annotated[str, typer.Option(help="kascade or kascade-refresh (decode).")]
+_Refresh = Annotated[
+    int | None,
+    typer.Option(min=1, help="kascade-refresh chooses keys every so many decode steps.", show_default="8"),
+]
 _Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write the result as JSON.")]
 _Csv = Annotated[Path | None, typer.Option("--csv", help="Write the rows as CSV.")]
 _Plot = Annotated[Path | None, typer.Option("--plot", help="Write a PNG picture.")]
@@ -100,6 +106,8 @@ def model(
     backend: _Backend = "auto",
     device: _Device = "auto",
     baseline: _Baseline = "all",
+    strategy: _Strategy = "kascade",
+    refresh: _Refresh = None,
     seconds: _Seconds = 0.4,
     output: _Output = None,
     csv: _Csv = None,
@@ -111,8 +119,10 @@ def model(
 
     The JSON result is what `kascade select-anchors --cost` reads.
     """
+    every = _every(strategy, refresh)
     job = _Job(phase, context, batch, output, csv, plot, overwrite, as_json)
     run = job.start(shape, model, profile, ratio, min_keys, dtype, backend, device, seconds)
+    run.setting = replace(run.setting, refresh=every)
     from kascade_cli.benchmarking.baselines import choose
     from kascade_cli.benchmarking.model import run_model
     from kascade_cli.benchmarking.shapes import with_layers
@@ -139,6 +149,8 @@ def e2e(
     dtype: _Dtype = None,
     backend: _Backend = "auto",
     device: _Device = "auto",
+    strategy: _Strategy = "kascade",
+    refresh: _Refresh = None,
     seconds: _Seconds = 1.0,
     output: _Output = None,
     csv: _Csv = None,
@@ -151,8 +163,10 @@ def e2e(
     Give --model for real weights, or a named --shape for random ones. Decode runs on a full static cache of random
     keys and values, in a CUDA graph where there is a GPU.
     """
+    every = _every(strategy, refresh)
     job = _Job(phase, context, batch, output, csv, plot, overwrite, as_json)
     run = job.start(shape, model, profile, ratio, min_keys, dtype, backend, device, seconds, whole=True)
+    run.setting = replace(run.setting, refresh=every)
     from kascade_cli.benchmarking.e2e import run_e2e
     from kascade_cli.benchmarking.shapes import random_model, with_layers
     from kascade_cli.models import load_model
@@ -171,6 +185,15 @@ def e2e(
         return run_e2e(loaded, run.shape, name, sizes, run.setting, run.profile, job.say)
 
     job.finish(run, "e2e", measure)
+
+
+def _every(strategy: str, refresh: int | None) -> int | None:
+    """Decode steps from one choice of keys to the next; None for strategies that choose in every step."""
+    from kascade_cli.attention.plan import REFRESH, check_refresh
+
+    if strategy not in ("kascade", REFRESH):
+        raise UsageError(f"strategy '{strategy}' is not measured: use kascade or {REFRESH}")
+    return check_refresh(strategy, refresh)
 
 
 class _Run:

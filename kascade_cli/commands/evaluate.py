@@ -27,8 +27,8 @@ def evaluate(
     strategies: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: dense, kascade, kascade-pooled, kascade-no-remap, kascade-decode-only, oracle, "
-            "streaming-llm."
+            help="Comma-separated: dense, kascade, kascade-pooled, kascade-no-remap, kascade-decode-only, "
+            "kascade-refresh, oracle, streaming-llm."
         ),
     ] = "dense,kascade,streaming-llm",
     ratio: Annotated[
@@ -36,6 +36,9 @@ def evaluate(
     ] = None,
     min_keys: Annotated[
         int | None, typer.Option(min=1, help="Read at least this many keys. Default: the profile's.")
+    ] = None,
+    refresh: Annotated[
+        int | None, typer.Option(min=1, help="kascade-refresh chooses keys every so many decode steps. Default: 8.")
     ] = None,
     max_length: Annotated[str, typer.Option(help="Tokens of the text before the questions, such as 1k,2k.")] = "1k",
     num_prompts: Annotated[
@@ -92,6 +95,7 @@ def evaluate(
     sources = split_sources(asked, demo_task)
     sets = {text: parse_anchors(text) for text in anchors or []}
     _check(names, ratios, lengths, loaded_profile, sets, capture, chat, sources)
+    refresh = _check_refresh(names, refresh)
     check_backend(backend)
     labels = names + list(dict.fromkeys(_label(chosen) for chosen in sets.values()))
     kinds = [*sources[0], *(path.stem for path in sources[2])]
@@ -105,7 +109,7 @@ def evaluate(
     info = describe(loaded, model)
     asked_for = {"num_prompts": num_prompts, "questions": questions, "seed": seed, "chat": chat}
     cases = {length: _cases(sources, tokenizer, info, length, **asked_for) for length in lengths}
-    runs, maps = _runs(names, ratios, loaded_profile, sets, capture, info, seed)
+    runs, maps = _runs(names, ratios, loaded_profile, sets, capture, info, seed, refresh)
 
     options = {"min_keys": min_keys, "backend": backend, "allow_other_weights": allow_other_weights}
     rows = _evaluate(loaded, tokenizer, cases, runs, options)
@@ -167,6 +171,13 @@ def _check(
         raise UsageError("--chat is for prompts of a file: the built-in tasks are plain text")
 
 
+def _check_refresh(names: list[str], refresh: int | None) -> int | None:
+    """How often kascade-refresh chooses keys, or None without that strategy."""
+    from kascade_cli.attention.plan import REFRESH, check_refresh
+
+    return check_refresh(REFRESH if REFRESH in names else ", ".join(names), refresh)
+
+
 def _label(chosen: int | list[int]) -> str:
     return "random" if isinstance(chosen, int) else f"kascade[{','.join(map(str, chosen))}]"
 
@@ -223,8 +234,10 @@ def _runs(
     capture: Path | None,
     info: Any,
     seed: int,
+    refresh: int | None,
 ) -> tuple[list[Any], str]:
     """(what to run for each length, how the head maps of other anchors were made)."""
+    from kascade_cli.attention.plan import REFRESH
     from kascade_cli.evaluation.anchors import HeadMaps, random_sets, with_anchors
     from kascade_cli.evaluation.run import Run
 
@@ -232,7 +245,9 @@ def _runs(
     runs = [Run("dense", "dense", None, (profile,))] if "dense" in names else []
     maps = HeadMaps(info, capture if sets else None)
     for value in ratios:
-        runs += [Run(name, name, value, (profile,)) for name in names if name != "dense"]
+        for name in names:
+            if name != "dense":
+                runs.append(Run(name, name, value, (profile,), refresh=refresh if name == REFRESH else None))
         for chosen in sets.values():
             drawn = random_sets(info, profile.anchors, chosen, seed) if isinstance(chosen, int) else [chosen]
             profiles = tuple(with_anchors(profile, info, layers, maps) for layers in drawn)

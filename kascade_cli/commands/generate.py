@@ -30,7 +30,8 @@ def generate(
     strategy: Annotated[
         str,
         typer.Option(
-            help="kascade, kascade-pooled, kascade-no-remap, kascade-decode-only, oracle, streaming-llm or dense."
+            help="kascade, kascade-pooled, kascade-no-remap, kascade-decode-only, kascade-refresh, oracle, "
+            "streaming-llm or dense."
         ),
     ] = "kascade",
     ratio: Annotated[
@@ -38,6 +39,9 @@ def generate(
     ] = None,
     min_keys: Annotated[
         int | None, typer.Option(min=1, help="Read at least this many keys. Default: the profile's.")
+    ] = None,
+    refresh: Annotated[
+        int | None, typer.Option(min=1, help="kascade-refresh chooses keys every so many decode steps. Default: 8.")
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens to write. Default: 64; with --task the length of the answer.")
@@ -66,12 +70,23 @@ def generate(
     loaded_profile = Profile.load(profile) if profile else None
 
     from kascade_cli import generation
+    from kascade_cli.attention.plan import REFRESH
     from kascade_cli.models import describe, load_model
     from kascade_cli.tasks import TASKS
 
+    names = ([compare] if compare else []) + [strategy]
     settings = [
-        generation.Setting(name, loaded_profile, ratio, min_keys, backend, allow_other_weights)
-        for name in ([compare] if compare else []) + [strategy]
+        generation.Setting(
+            name,
+            loaded_profile,
+            ratio,
+            min_keys,
+            backend,
+            allow_other_weights,
+            # One of two strategies may have no use for it; if neither has, the last one's check says so.
+            refresh if name == REFRESH or REFRESH not in names else None,
+        )
+        for name in names
     ]
     for setting in settings:
         setting.check()

@@ -18,13 +18,17 @@ MEAN = "mean"  # the unweighted mean over tasks
 
 @dataclass(frozen=True)
 class Run:
-    """One row of the table: a strategy at a ratio. Several `profiles` are draws that it is averaged over."""
+    """One row of the table: a strategy at a ratio. Several `profiles` are draws that it is averaged over.
+
+    refresh: of kascade-refresh, the decode steps from one choice of keys to the next.
+    """
 
     label: str
     strategy: str
     ratio: float | None
     profiles: tuple[Profile | None, ...]
     draws: bool = False
+    refresh: int | None = None
 
 
 @dataclass
@@ -66,6 +70,7 @@ def run_cases(
             strategy=run.strategy,
             ratio=run.ratio,
             min_keys=min_keys,
+            refresh=run.refresh,
             backend=backend,
             allow_other_weights=allow_other_weights,
         )
@@ -152,6 +157,8 @@ def summarise(outcome: Outcome, cases: Sequence[Case], baseline: Outcome | None)
     if run.strategy.startswith("kascade"):
         anchors = [profile.anchors for profile in run.profiles]
         row["anchors"] = anchors if run.draws else anchors[0]
+    if run.refresh is not None:
+        row["refresh"] = run.refresh
     if run.draws:
         row["draws"] = [round(100 * float((right * weights).mean()), 2) for right in outcome.right]
     return row

@@ -14,9 +14,10 @@ from transformers.masking_utils import sdpa_mask
 
 
 class Naive:
-    def __init__(self, model, profile, strategy, segments, ratio, min_keys, tile=32):
+    def __init__(self, model, profile, strategy, segments, ratio, min_keys, tile=32, refresh=8):
         self.model, self.profile, self.strategy, self.segments = model, profile, strategy, segments
         self.ratio, self.min_keys, self.tile = ratio, min_keys, tile
+        self.refresh = refresh if strategy == "kascade-refresh" else 1
         self.sets = {}
         self.read = self.visible = 0
 
@@ -35,8 +36,21 @@ class Naive:
         chosen = {}
         for queries, before in self.pieces():
             score = pooled[:, queries].sum(1)
-            chosen[queries[0]] = [self.top(score[g], range(before), self.count(before)) for g in range(groups)]
+            at, last = queries[0], self.chosen_at(queries[0])
+            if last < at:  # a decode step between refreshes: the old choice, and every key since
+                chosen[at] = [keys | set(range(last + 1, at + 1)) for keys in chosen[last]]
+                continue
+            chosen[at] = [self.top(score[g], range(before), self.count(before)) for g in range(groups)]
         return chosen
+
+    def chosen_at(self, query):
+        """The query whose keys a decode step reads: the first after a prefill, then every `refresh`-th."""
+        steps = 0
+        for start, end in self.segments:
+            if start == query:
+                return query - steps % self.refresh if end - start == 1 else query
+            steps = steps + 1 if end - start == 1 else 0
+        return query
 
     def pieces(self):
         for start, end in self.segments:

@@ -1,5 +1,7 @@
 """Whole models: what is timed is the model, dense and sparse on the same cache."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -66,3 +68,25 @@ def test_rows_of_both_sides(phase, model, shape, setting):
 
 def test_anchors_of_the_profile_are_the_shapes(model, shape, setting):
     assert e2e.profile_for(model, shape, setting).anchors == [0, 2]
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_cycle_of_refresh_runs_to_the_end_of_the_cache(every, model, shape, setting):
+    cycle = dataclasses.replace(setting, refresh=every)
+    dense, sparse = e2e.run_e2e(model, shape, "decode", [(2, 64)], cycle)
+    assert (sparse["strategy"], sparse["refresh"]) == ("kascade-refresh", every)
+    assert sparse["tokens_s"] == pytest.approx(2000 / sparse["ms_p50"], rel=1e-3)
+    if every == 1:
+        assert sparse["between_step_ms"] is None
+        return
+    steps = sparse["refresh_step_ms"] + 4 * sparse["between_step_ms"]
+    assert steps == pytest.approx(5 * sparse["ms_p50"], rel=1e-3)
+    # Every step followed the one before, or the report would have raised; the last ones saw the whole cache.
+    cache, lengths = e2e.filled_cache(model, 2, 64, setting)
+    profile = e2e.profile_for(model, shape, setting)
+    with attach(model, profile, strategy="kascade-refresh", refresh=every, backend="torch") as attachment:
+        e2e.cycle_row(model, 2, cache, lengths, 64, setting, attachment.refresh)
+        counts = attachment.report()["refresh"]
+    assert lengths.tolist() == [60] * 4  # the refreshes that are timed alone came last
+    assert counts["between"] % 4 == 0
+    assert counts["refreshes"] > counts["between"] / 4

@@ -1,5 +1,6 @@
 """Roles compute what the method says, and whole-model figures follow from theirs."""
 
+import dataclasses
 import json
 
 import pytest
@@ -104,3 +105,39 @@ def test_own_share_compares_with_the_best_other():
     rows = [{"kind": "dense", "name": n, "ms_p50": ms} for n, ms in (("cudnn", 1.9), ("fa4", 1.95), ("own", 2.0))]
     assert own_share(rows) == 0.95
     assert own_share(rows[:2]) is None
+
+
+def test_a_step_between_refreshes_reads_the_kept_keys_and_the_newest(shape, setting):
+    cycle = dataclasses.replace(setting, refresh=4)
+    inputs = make_inputs(case_of(shape, "decode", 2, 200, cycle), cycle)
+    q, k, v = inputs.q[:, :, 0], inputs.k, inputs.v
+    zero, before = torch.zeros(2, dtype=torch.int32), torch.full((2,), 197, dtype=torch.int32)
+    chosen = reference.decode_score(q, k, zero, before, scale=inputs.scale).topk(40, -1).indices.flip(1)
+    keys = torch.cat([chosen, torch.arange(197, 200).expand(2, 2, 3)], -1).int()
+    count, same = torch.tensor([43, 43], dtype=torch.int32), torch.arange(2, dtype=torch.int32)
+    expected = reference.decode_sparse(q, k, v, keys, count, same, scale=inputs.scale)
+    torch.testing.assert_close(role_call("reuse_between", inputs)()[:, :, 0], expected)
+    dense = functional.scaled_dot_product_attention(inputs.q, k, v, enable_gqa=True)
+    torch.testing.assert_close(role_call("layer0_between", inputs)(), dense)
+    assert role_work("reuse_between", case_of(shape, "decode", 2, 200, cycle), 4).bytes == pytest.approx(
+        role_work("reuse", case_of(shape, "decode", 2, 200, cycle)).bytes * 43 / 40
+    )
+
+
+def test_refresh_is_the_mean_over_a_cycle(shape, setting):
+    cycle = dataclasses.replace(setting, refresh=4)
+    chosen = baselines.choose("sdpa", setting.backend)
+    rows = run_model(shape, "decode", [(1, 64)], cycle, chosen)
+    ms = {row["name"]: row["ms_p50"] for row in rows if row["kind"] == "role"}
+    first = ms["layer0"] + ms["anchor"] + 2 * ms["reuse"] + ms["pass"]
+    between = ms["layer0_between"] + 3 * ms["reuse_between"] + ms["pass_between"]
+    row = rows[-1]
+    assert (row["strategy"], row["refresh"]) == ("kascade-refresh", 4)
+    assert row["total_ms"] == pytest.approx((first + 3 * between) / 4, rel=1e-3)
+    assert row["speedup"] == pytest.approx(4 * row["dense_ms"] / row["total_ms"], rel=1e-2)
+    names = {row["name"] for row in run_model(shape, "prefill", [(1, 64)], cycle, chosen)}
+    assert not {name for name in names if "between" in name}
+    once = dataclasses.replace(setting, refresh=1)
+    assert "between_step_ms" not in run_model(shape, "decode", [(1, 64)], once, chosen)[-1]
+    with pytest.raises(KascadeError, match="shorter than a cycle of 4"):
+        run_model(shape, "decode", [(1, 3)], cycle, chosen)

@@ -76,6 +76,17 @@ def test_layers_and_anchors_change_the_whole_model_only(kascade):
     assert row["speedup"] == pytest.approx(10 * row["dense_ms"] / expected, rel=1e-2)
 
 
+def test_refresh_adds_the_steps_between(kascade):
+    shape = ["--shape", "4,2,16", "--phase", "decode", "--context", "64", "--baseline", "sdpa"]
+    code, out, _ = kascade("bench", "model", *shape, "--strategy", "kascade-refresh", "--refresh", 3, *QUICK, "--json")
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert {"layer0_between", "reuse_between", "pass_between"} <= {row["name"] for row in rows}
+    assert rows[-1]["total_ms"] == pytest.approx(
+        (rows[-1]["refresh_step_ms"] + 2 * rows[-1]["between_step_ms"]) / 3, rel=1e-3
+    )
+
+
 def test_e2e_runs_the_demo_model(kascade):
     code, out, _ = kascade(
         "bench", "e2e", "--shape", "demo", "--phase", "decode", "--context", "128", "--batch", 2, *QUICK, "--json"
@@ -102,6 +113,10 @@ def test_e2e_runs_the_demo_model(kascade):
         (["model", "--dtype", "auto"], "dtype auto means nothing"),
         (["model", "--shape", "4,2,16", "--layers", "2", "--anchors", "3"], "3 anchors do not fit 2 layers"),
         (["model", "--baseline", "magic"], "baseline 'magic' is not known"),
+        (["model", "--strategy", "magic"], "strategy 'magic' is not measured"),
+        (["model", "--refresh", "4"], "--refresh is for strategy kascade-refresh, not kascade"),
+        (["model", "--strategy", "kascade-refresh", "--refresh", "0"], "'--refresh'"),
+        (["e2e", "--refresh", "4"], "--refresh is for strategy kascade-refresh, not kascade"),
         (["model", "-o", "/nonexistent/r.json"], "does not exist"),
         (["e2e", "--shape", "4,2,16"], "says nothing of the rest of the model"),
         (["e2e", "--shape", "demo", "--layers", "2"], "--layers is for random weights"),

@@ -57,6 +57,21 @@ def test_json(run_kascade, profile, small):
     assert rows[1]["mean"]["vs_dense"]["score"] == pytest.approx(rows[1]["mean"]["score"] - rows[0]["mean"]["score"])
 
 
+def test_refresh(run_kascade, profile):
+    """With 1 the rows of kascade; a longer cycle reads a few keys more."""
+    options = ["--profile", profile, "--ratio", "0.1", "--strategies", "kascade,kascade-refresh", "--json"]
+    found = {}
+    for every in (None, 1, 3):
+        code, out, _ = run_kascade(*SMALL, *FAST, *options, *(["--refresh", every] if every else []))
+        assert code == 0
+        kascade, found[every] = json.loads(out)["rows"]
+        assert "refresh" not in kascade
+    assert [found[every]["refresh"] for every in (None, 1, 3)] == [8, 1, 3]
+    assert (found[1]["scores"], found[1]["density"]) == (kascade["scores"], kascade["density"])
+    assert found[3]["density"]["decode"] > kascade["density"]["decode"]
+    assert found[3]["density"]["prefill"] == kascade["density"]["prefill"]
+
+
 def test_table_anchors_and_targets(run_kascade, profile, tmp_path):
     figure = tmp_path / "e.png"
     options = ["--profile", profile, "--anchors", "random:2", "--anchors", "0,1", "--plot", figure]
@@ -130,6 +145,13 @@ def test_a_file_of_one_s_own(run_kascade, tmp_path):
         (["--strategies", "dense", "--num-prompts", "0"], 2, "--num-prompts"),
         (["--strategies", "dense", "--anchors", "random:2"], 2, "pass --profile"),
         (["--strategies", "dense", "--capture", "c.h5"], 2, "pass --anchors too"),
+        (
+            ["--strategies", "dense,oracle", "--refresh", "4"],
+            2,
+            "--refresh is for strategy kascade-refresh, not dense, ",
+        ),
+        (["--strategies", "kascade-refresh"], 2, "strategy kascade-refresh needs a profile"),
+        (["--strategies", "dense", "--refresh", "0"], 2, "'--refresh'"),
         (["--strategies", "dense", "--chat"], 2, "--chat is for prompts of a file"),
         (["--strategies", "dense", "--require", "kascade >= 1"], 2, "is not understood"),
         (
