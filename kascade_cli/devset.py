@@ -8,6 +8,7 @@ another seed split; of documents, every fourth usable one belongs to the twin.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from kascade_cli.errors import KascadeError, UsageError, require_extra
-from kascade_cli.tasks.encoding import check_words, encode_prompt, encode_text
+from kascade_cli.tasks.encoding import EncodedPrompt, check_words, encode_prompt, encode_text
+from kascade_cli.tasks.haystack import LAYOUTS
 from kascade_cli.tasks.questions import TASKS, make_prompt, member_tasks, prompt_rng
 
 # The similarity of two layers compares their top 64 keys: a shorter prompt leaves nothing to choose.
@@ -69,6 +71,15 @@ def ids_sha256(*prompts: Sequence[int]) -> str:
     return digest.hexdigest()
 
 
+def check_text_field(source: str, text_field: str | None) -> None:
+    """Raises UsageError for a field of a dev set without fields: a built-in task, a folder of .txt files."""
+    if text_field is None:
+        return
+    what = f"the built-in task '{source}'" if source in TASKS else source if Path(source).is_dir() else None
+    if what:
+        raise UsageError(f"{what} is plain text without fields: leave --text-field out")
+
+
 def load_devset(
     source: str,
     tokenizer: Any,
@@ -104,27 +115,35 @@ def load_devset(
 def _task_devset(source: str, tokenizer: Any, num_prompts: int, max_length: int, seed: int, held_out: bool) -> DevSet:
     """Haystacks followed by questions with their answers, about one eighth of the tokens."""
     check_words(tokenizer)
-    kinds = len(member_tasks(source))
-    each = min(16, max(1, max_length // (32 * kinds)))
-    prompts, positions = [], []
-    for index in range(num_prompts):
-        # Words of several pieces, or fewer questions than asked for, change the length: shrink until it fits.
-        length = max_length - TASKS[source].words * each
-        while True:
-            try:
-                prompt = make_prompt(
-                    prompt_rng(seed, "held-out" if held_out else "dev", index), length, each, tasks=(source,)
-                )
-            except KascadeError as error:
-                raise KascadeError(f"{max_length} tokens cannot hold the task {source!r}: {error}") from error
-            encoded = encode_prompt(prompt, tokenizer)
-            if len(encoded.ids) <= max_length:
-                break
-            length = min(length - 1, int(length * max_length / len(encoded.ids)))
-        prompts.append(encoded.ids)
-        positions.append(encoded.answer_positions)
+    split = "held-out" if held_out else "dev"
+
+    def encode(limit: int) -> list[EncodedPrompt] | None:
+        found = (_task_prompt(source, tokenizer, limit, (seed, split, index)) for index in range(num_prompts))
+        prompts = list(itertools.takewhile(lambda prompt: prompt is not None, found))
+        return prompts if len(prompts) == num_prompts else None
+
+    encoded = encode(max_length)
+    if encoded is None:
+        least = next(limit for limit in itertools.count(max_length + 1) if encode(limit) is not None)
+        raise KascadeError(f"{max_length} tokens cannot hold the task {source!r}: take at least {least}")
+    prompts = [prompt.ids for prompt in encoded]
+    positions = [prompt.answer_positions for prompt in encoded]
     name = f"{source}/held-out" if held_out else source
     return DevSet(name, ids_sha256(*prompts), prompts, seed, max_length, positions)
+
+
+def _task_prompt(source: str, tokenizer: Any, limit: int, stream: tuple[int, str, int]) -> EncodedPrompt | None:
+    """The prompt of a stream (seed, split, index) in at most `limit` tokens, or None if they cannot hold one."""
+    each = min(16, max(1, limit // (32 * len(member_tasks(source)))))
+    length = limit - TASKS[source].words * each
+    shortest = LAYOUTS[TASKS[source].layout].shortest
+    # Words of several pieces, or fewer questions than asked for, change the length: shrink until it fits.
+    while length >= shortest:
+        encoded = encode_prompt(make_prompt(prompt_rng(*stream), length, each, tasks=(source,)), tokenizer)
+        if len(encoded.ids) <= limit:
+            return encoded
+        length = min(length - 1, int(length * limit / len(encoded.ids)))
+    return None
 
 
 def _document_devset(

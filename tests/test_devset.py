@@ -282,5 +282,18 @@ def test_bad_requests_get_one_line(tmp_path, tokenizer, demo_tokenizer, jsonl):
     ):
         with pytest.raises(error, match=message):
             load(source, tokenizer, **options)
-    with pytest.raises(KascadeError, match="20 tokens cannot hold the task 'hops'"):
-        load("hops", demo_tokenizer, max_length=20)
+
+
+@pytest.mark.parametrize("source", ["single-hop", "pairs", "hops"])
+@pytest.mark.parametrize("words", ["demo_tokenizer", "byte_tokenizer"])
+def test_a_length_too_short_for_a_task_names_the_least_that_works(request, source, words):
+    tokenizer = request.getfixturevalue(words)
+    with pytest.raises(KascadeError) as error:
+        load(source, tokenizer, max_length=5, num_prompts=3)
+    message = str(error.value)
+    least = int(message.rpartition(" ")[2])
+    assert message == f"5 tokens cannot hold the task '{source}': take at least {least}"
+    for prompt in load(source, tokenizer, max_length=least, num_prompts=3).prompts:
+        assert len(prompt) <= least
+    with pytest.raises(KascadeError, match=f"take at least {least}$"):
+        load(source, tokenizer, max_length=least - 1, num_prompts=3)
