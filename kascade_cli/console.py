@@ -49,19 +49,20 @@ def print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
-def parse_size(text: str | int) -> int:
-    """`32k` -> 32768, `1m` -> 1048576, `4096` -> 4096. Raises UsageError for anything else."""
+def parse_size(text: str | int, option: str = "") -> int:
+    """`32k` -> 32768, `1m` -> 1048576, `4096` -> 4096. Raises UsageError, naming `option`, for anything else."""
     value = str(text).strip().lower()
     factor = {"k": 1024, "m": 1024**2}.get(value[-1:], 1)
     digits = value[:-1] if factor > 1 else value
-    if not digits.isdigit() or int(digits) < 1:
-        raise UsageError(f"'{text}' is not a length: use a whole number above 0, such as 4096 or 32k")
+    if not digits.isdecimal() or int(digits) < 1:
+        place = f"{option}: " if option else ""
+        raise UsageError(f"{place}'{text}' is not a size: use a whole number, 1 or more, such as 4096 or 32k")
     return int(digits) * factor
 
 
-def parse_sizes(text: str) -> list[int]:
-    """`1k,2k` -> [1024, 2048]."""
-    return [parse_size(part) for part in text.split(",")]
+def parse_sizes(text: str, option: str = "") -> list[int]:
+    """`1k,2k` -> [1024, 2048]. Raises UsageError, naming `option`, for anything else."""
+    return [parse_size(part, option) for part in text.split(",")]
 
 
 def parse_ints(text: str) -> list[int]:

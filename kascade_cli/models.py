@@ -50,6 +50,18 @@ def resolve_name(name: str) -> str:
     return str(DEMO_MODELS.get(name, name))
 
 
+def check_revision(name: str, revision: str | None) -> None:
+    """Raises UsageError for a revision of a model that does not come from the hub."""
+    from kascade_cli.demo import DEMO_MODELS
+
+    if revision is None:
+        return
+    if name in DEMO_MODELS:
+        raise UsageError(f"{name} is shipped with the package and has no revisions: leave --revision out")
+    if Path(name).exists():
+        raise UsageError(f"{name} is a local folder, and --revision chooses a version on the hub: leave it out")
+
+
 def resolve_device(device: str) -> torch.device:
     """`auto` is the first CUDA device where there is one, else the CPU. Raises UsageError."""
     if device == "auto":
@@ -82,12 +94,14 @@ def load_model(
     """Loads (model, tokenizer) in evaluation mode with SDPA attention.
 
     `HF_HUB_OFFLINE`, `HF_HOME`, `HF_TOKEN` and the like are honoured by transformers. Raises KascadeError if the
-    model cannot be found or read, is not a causal LM, or has weights that are not finite.
+    model cannot be found or read, is not a causal LM, or has weights that are not finite; UsageError for a device or
+    dtype that is not there, or a revision of a local model.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
+    check_revision(name, revision)
     target = torch.device("cpu") if device == "cpu" else resolve_device(device)
     source = resolve_name(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -99,7 +113,7 @@ def load_model(
     retries.setLevel(logging.ERROR)
     try:
         config = AutoConfig.from_pretrained(source, **options)
-        _check_causal(config, name)
+        check_causal(config, name)
         _check_softcapping(config.get_text_config(decoder=True), name)
         model = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=resolve_dtype(dtype), attn_implementation="sdpa", **options
@@ -134,19 +148,25 @@ def _loading_problem(name: str, source: str, error: Exception) -> str:
     return f"cannot load {name}: {text[:300]}"
 
 
-def _check_causal(config: Any, name: str) -> None:
+def check_causal(config: Any, name: str) -> None:
+    """Raises KascadeError unless the config is of a decoder-only (causal) language model."""
     if getattr(config, "is_encoder_decoder", False):
         raise KascadeError(f"{name}: encoder-decoder model; kascade needs a decoder-only (causal) language model")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 
     architectures = getattr(config, "architectures", None) or []
     generative = any(
         "CausalLM" in entry or "LMHead" in entry or "ConditionalGeneration" in entry for entry in architectures
     )
     remote = bool(getattr(config, "auto_map", None))
-    # BERT-like encoders have a causal class too; what was saved tells them apart.
+    # BERT-like encoders have a causal class too; what was saved tells them apart, or `is_decoder` where nothing was.
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False
     if (
-        architectures
+        encoder
+        or architectures
         and not generative
         and not remote
         or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -17,12 +17,14 @@ def test_sizes(text, value):
 
 @pytest.mark.parametrize("text", ["", "k", "0", "-1", "1.5k", "ten", "1 k", "0k"])
 def test_bad_sizes(text):
-    with pytest.raises(UsageError, match="not a length"):
+    with pytest.raises(UsageError, match="not a size"):
         console.parse_size(text)
 
 
 def test_lists():
     assert console.parse_sizes("1k,2k") == [1024, 2048]
+    with pytest.raises(UsageError, match="^--batch: '0' is not a size: use a whole number, 1 or more"):
+        console.parse_sizes("4,0", "--batch")
     assert console.parse_floats("0.05,0.1") == [0.05, 0.1]
     assert console.parse_ints("0,2,8") == [0, 2, 8]
     for parse in (console.parse_floats, console.parse_ints):

@@ -92,9 +92,24 @@ def test_folders_that_hold_no_causal_model(tmp_path):
     tf.BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path / "bert")
     with pytest.raises(KascadeError, match="not a causal language model"):
         load_model(str(tmp_path / "bert"), device="cpu")
+    # a BERT that says nothing of its class, and one saved as its own causal class but still an encoder
+    for architectures in (None, ["BertLMHeadModel"]):
+        tf.BertConfig(architectures=architectures).save_pretrained(tmp_path / "bert")
+        with pytest.raises(KascadeError, match="not a causal language model"):
+            load_model(str(tmp_path / "bert"), device="cpu")
     tf.T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
     with pytest.raises(KascadeError, match="encoder-decoder"):
         load_model(str(tmp_path / "t5"), device="cpu")
+
+
+def test_a_revision_of_a_model_that_is_not_on_the_hub(tmp_path):
+    shutil.copytree(DEMO_MODELS["demo-small"], tmp_path / "model")
+    for name in ("demo", "demo-small", str(tmp_path / "model")):
+        with pytest.raises(UsageError, match="--revision") as error:
+            load_model(name, device="cpu", revision="main")
+        assert str(error.value).startswith(name)
+    with pytest.raises(KascadeError, match="cannot load some-org/no-such-model"):
+        load_model("some-org/no-such-model", device="cpu", revision="main")
 
 
 def test_folders_that_cannot_be_used(tmp_path):

@@ -73,7 +73,7 @@ def evaluate(
     """
     if plot:
         check_output(plot, overwrite)
-    lengths = parse_sizes(max_length)
+    lengths = parse_sizes(max_length, "--max-length")
     ratios = parse_floats(ratio) if ratio else [None]
     names = [name.strip() for name in strategies.split(",")]
 

@@ -59,7 +59,7 @@ def generate(
     --compare dense shows both texts with speed, token agreement and KL divergence.
     """
     text = _text(prompt, prompt_file, task)
-    length = parse_size(max_length)
+    length = parse_size(max_length, "--max-length")
 
     from kascade_cli.schema import Profile
 
