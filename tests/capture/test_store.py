@@ -178,7 +178,7 @@ def test_overwrite_forgets_the_old_parts(tmp_path):
     [
         ({"model_fingerprint": "sha256:" + "c" * 64, "model_name": "n"}, r"the model was m \(.*, now n \("),
         ({"options": {"seed": 1, "tile": 32}}, "--seed was 0, now 1"),
-        ({"options": {"seed": 0, "tile": 32, "max_length": 9}}, "--max-length was None, now 9"),
+        ({"options": {"seed": 0, "tile": 32, "max_length": 9}}, "--max-length was not given, now 9"),
         ({"dev_set_sha256": "d" * 64, "dev_set_name": "x.jsonl"}, r"the dev set was \(words, .*now \(x.jsonl"),
     ],
 )
