@@ -116,16 +116,9 @@ def shape_of_model(name: str) -> Shape:
 
     Raises KascadeError if the config cannot be read or is not a decoder-only model's.
     """
-    from transformers import AutoConfig
+    from kascade_cli.models import load_config
 
-    from kascade_cli.models import check_causal, resolve_name
-
-    try:
-        whole = AutoConfig.from_pretrained(resolve_name(name))
-    except (OSError, ValueError) as error:
-        raise KascadeError(f"cannot read the config of {name}: {' '.join(str(error).split())[:200]}") from error
-    check_causal(whole, name)
-    config = whole.get_text_config(decoder=True)
+    config = load_config(name).get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     heads = getattr(config, "num_attention_heads", None)
     if not heads:
