@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from kascade_cli.errors import UsageError
+from kascade_cli.errors import KascadeError, UsageError
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -95,8 +95,15 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
 def check_output(path: str | Path, overwrite: bool) -> Path:
-    """Refuses an output that exists (without `overwrite`) or whose folder does not. Raises UsageError."""
+    """Refuses an output that exists (without `overwrite`), or whose folder does not or cannot be written to.
+
+    Raises UsageError.
+    """
     path = Path(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file")
@@ -104,13 +111,24 @@ def check_output(path: str | Path, overwrite: bool) -> Path:
         raise UsageError(f"{path} exists; pass --overwrite to replace it")
     if not path.parent.is_dir():
         raise UsageError(f"folder {path.parent} does not exist; create it first")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UsageError(f"cannot write into the folder {path.parent}: {_reason(error)}") from error
     return path
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:
-    """Writes beside `path` and renames, so that a reader never sees half a file."""
+    """Writes beside `path` and renames, so that a reader never sees half a file. Raises KascadeError."""
     path = Path(path)
     payload = data.encode() if isinstance(data, str) else data
+    try:
+        _replace(path, payload)
+    except OSError as error:
+        raise KascadeError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _replace(path: Path, payload: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -71,13 +71,40 @@ def ids_sha256(*prompts: Sequence[int]) -> str:
     return digest.hexdigest()
 
 
-def check_text_field(source: str, text_field: str | None) -> None:
-    """Raises UsageError for a field of a dev set without fields: a built-in task, a folder of .txt files."""
-    if text_field is None:
-        return
-    what = f"the built-in task '{source}'" if source in TASKS else source if Path(source).is_dir() else None
-    if what:
+def check_source(source: str, text_field: str | None = None, chat_template: bool | None = None) -> None:
+    """Refuses what needs no look into the dev set: what is none, and options that mean nothing to it.
+
+    Raises KascadeError or UsageError, as `load_devset` does after its model.
+    """
+    kind = _kind(source)
+    if kind == "hub":
+        require_extra("datasets", "hub")
+    elif kind == "parquet":
+        require_extra("pyarrow", "parquet")
+    what = f"the built-in task '{source}'" if kind == "task" else source
+    if text_field is not None and kind in ("task", "folder"):
         raise UsageError(f"{what} is plain text without fields: leave --text-field out")
+    if chat_template and kind == "task":
+        raise UsageError(f"{what} is plain text: leave --chat-template out")
+
+
+def _kind(source: str) -> str:
+    """`task`, `folder`, `jsonl`, `parquet` or `hub`. Raises KascadeError for what is none of them."""
+    path = Path(source)
+    if source in TASKS:
+        return "task"
+    if source and path.is_dir():
+        return "folder"
+    if kind := {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(path.suffix):
+        if not path.exists():
+            raise KascadeError(f"cannot read {source}: No such file or directory")
+        return kind
+    if source and path.exists():
+        raise KascadeError(f"{source}: a dev set is a .jsonl or .parquet file or a folder of .txt files")
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        return "hub"
+    tasks = ", ".join(TASKS)
+    raise KascadeError(f"no dev set {source!r}: not a file, a folder, a built-in task ({tasks}) or a hub id org/name")
 
 
 def load_devset(
@@ -240,22 +267,17 @@ def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _open(source: str, text_field: str | None) -> Sequence[Document]:
-    path = Path(source)
+    path, kind = Path(source), _kind(source)
     try:
-        if path.is_dir():
+        if kind == "folder":
             return _read_folder(path)
-        if path.suffix in (".jsonl", ".ndjson"):
+        if kind == "jsonl":
             return _Records(list(_read_jsonl(path)), source, text_field)
-        if path.suffix == ".parquet":
+        if kind == "parquet":
             return _Records(_read_parquet(path), source, text_field)
     except OSError as error:
         raise KascadeError(f"cannot read {source}: {error.strerror or error}") from error
-    if path.exists():
-        raise KascadeError(f"{source}: a dev set is a .jsonl or .parquet file or a folder of .txt files")
-    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return _Records(_read_hub(source), source, text_field)
-    tasks = ", ".join(TASKS)
-    raise KascadeError(f"no dev set {source!r}: not a file, a folder, a built-in task ({tasks}) or a hub id org/name")
+    return _Records(_read_hub(source), source, text_field)
 
 
 def _read_folder(path: Path) -> list[str]:

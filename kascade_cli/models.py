@@ -142,6 +142,8 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     """
     from transformers import AutoConfig
 
+    if not name.strip():
+        raise UsageError("the model's name is empty: give a hub id, a folder, demo or demo-small")
     check_revision(name, revision)
     source = resolve_name(name)
     with _quiet_loading():

@@ -4,7 +4,7 @@ import stat
 import pytest
 
 from kascade_cli import console
-from kascade_cli.errors import UsageError
+from kascade_cli.errors import KascadeError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,17 @@ def test_output_checks(tmp_path):
     with pytest.raises(UsageError, match="--overwrite"):
         console.check_output(tmp_path / "a", False)
     assert console.check_output(tmp_path / "a", True) == tmp_path / "a"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that nobody can write to")
+def test_a_folder_that_cannot_be_written_to_is_refused():
+    # /proc takes no files from anyone, root included
+    with pytest.raises(UsageError, match="cannot write into the folder /proc: ") as error:
+        console.check_output("/proc/profile.yaml", False)
+    assert "\n" not in str(error.value)
+    with pytest.raises(KascadeError, match="cannot write /proc/profile.yaml: "):
+        console.atomic_write("/proc/profile.yaml", "text")
 
 
 def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
@@ -62,7 +73,7 @@ def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(KascadeError, match="cannot write .*file: disk full"):
         console.atomic_write(target, "two")
     assert target.read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -86,6 +86,7 @@ def test_loading_the_demo_models():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("", "name is empty"),
         ("/no/such/folder", "no such folder"),
         ("some-org/no-such-model", "cannot load some-org/no-such-model"),
     ],

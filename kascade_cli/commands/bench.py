@@ -200,9 +200,11 @@ class _Job:
                 raise UsageError(f"phase '{name}' is not known: use decode, prefill or decode,prefill")
         self.contexts = parse_sizes(context, "--context") if context is not None else None
         self.batches = parse_sizes(batch, "--batch") if batch is not None else None
-        for path in (output, csv, plot):
-            if path is not None:
-                check_output(path, overwrite)
+        outputs = [path for path in (output, csv, plot) if path is not None]
+        for path in outputs:
+            check_output(path, overwrite)
+            if outputs.count(path) > 1:
+                raise UsageError(f"two outputs name the same file {path}: give each its own")
         if plot is not None:
             require_extra("matplotlib", "plot")
         self.output, self.csv, self.plot, self.as_json = output, csv, plot, as_json
@@ -232,7 +234,8 @@ class _Job:
         from kascade_cli.models import resolve_device, resolve_dtype
         from kascade_cli.schema import Budget, Profile
 
-        if shape and (model or (profile and not whole)) or (model and profile and not whole):
+        given_names = [value is not None for value in (shape, model, None if whole else profile)]
+        if sum(given_names) > 1:
             raise UsageError("give one of --shape, --model and --profile")
         if ratio is not None and not 0 < ratio <= 1:
             raise UsageError(f"ratio {ratio} is outside (0, 1]")
@@ -241,9 +244,9 @@ class _Job:
         where = resolve_device(device)
         gpu = where.type == "cuda"
         loaded = Profile.load(profile) if profile else None
-        if shape:
+        if shape is not None:
             chosen = shapes.parse_shape(shape)
-        elif model:
+        elif model is not None:
             chosen = shapes.shape_of_model(model)
         elif loaded:
             chosen = shapes.shape_of_profile(loaded)

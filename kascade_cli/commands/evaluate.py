@@ -74,7 +74,7 @@ def evaluate(
     if plot:
         check_output(plot, overwrite)
     lengths = parse_sizes(max_length, "--max-length")
-    ratios = parse_floats(ratio) if ratio else [None]
+    ratios = parse_floats(ratio) if ratio is not None else [None]
     names = [name.strip() for name in strategies.split(",")]
 
     from kascade_cli.schema import Profile
@@ -165,6 +165,13 @@ def _check(
         raise UsageError("--capture gives the head maps of --anchors: pass --anchors too")
     if chat and not sources[2]:
         raise UsageError("--chat is for prompts of a file: the built-in tasks are plain text")
+    for path in sources[2]:
+        if not path.is_file():
+            raise KascadeError(f"cannot read {path}: No such file or directory")
+    if capture:
+        from kascade_cli.capture.store import open_capture
+
+        open_capture(capture).close()
 
 
 def _label(chosen: int | list[int]) -> str:

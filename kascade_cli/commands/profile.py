@@ -69,11 +69,11 @@ def profile(
 
     from kascade_cli.capture.run import CaptureOptions, plan_capture, run_capture
     from kascade_cli.demo import DEMO_TASKS
-    from kascade_cli.devset import check_text_field, load_devset
+    from kascade_cli.devset import check_source, load_devset
     from kascade_cli.models import check_revision, describe, load_model
 
-    dev_set = dev_set or DEMO_TASKS.get(model, "hops")
-    check_text_field(dev_set, text_field)
+    dev_set = DEMO_TASKS.get(model, "hops") if dev_set is None else dev_set
+    check_source(dev_set, text_field, chat_template)
     check_revision(model, revision)
     options: dict[str, Any] = {
         "num_prompts": num_prompts,

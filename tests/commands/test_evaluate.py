@@ -124,6 +124,7 @@ def test_a_file_of_one_s_own(run_kascade, tmp_path):
         (["--strategies", "dense", "--max-length", "1k,1024"], 2, "--max-length names 1024 twice"),
         (["--strategies", "dense", "--backend", "nope"], 2, "backend 'nope' is not known"),
         (["--strategies", "oracle", "--ratio", "x"], 2, "'x' is not a list of numbers"),
+        (["--strategies", "oracle", "--ratio", ""], 2, "'' is not a list of numbers"),
         (["--strategies", "dense", "--max-length", "0"], 2, "--max-length: '0' is not a size"),
         (["--strategies", "dense", "--max-length", "8k"], 1, "and demo-small has 4096: lower --max-length"),
         (["--strategies", "dense", "--max-length", "8"], 1, "too short"),

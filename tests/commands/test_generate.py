@@ -115,6 +115,8 @@ def test_unknown_words_are_mentioned(run_kascade):
         (["--prompt", ""], 2, "the prompt is empty"),
         (["--prompt", "  "], 2, "the prompt is empty"),
         (["--prompt", "a", "--task", "two-hop"], 2, "--prompt and --task exclude each other"),
+        (["--task", "two-hop", "--strategy", "dense", "--chat"], 2, "--chat is for --prompt and --prompt-file"),
+        (["--prompt", "a", "--strategy", "dense", "--max-length", "2k"], 2, "--max-length is the length of the text"),
         (["--prompt-file", "nowhere.txt"], 1, "cannot read nowhere.txt: No such file"),
         (["--prompt", "a"], 2, "strategy kascade needs a profile"),
         (["--prompt", "a", "--strategy", "magic"], 2, "strategy 'magic' is not known; use one of dense,"),

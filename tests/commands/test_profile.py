@@ -92,8 +92,18 @@ def test_people_get_a_table_and_a_complete_capture_stays(kascade, tmp_path):
         assert capture.meta["seed"] == 1
 
 
+def test_a_dev_set_that_is_none_is_refused_before_the_model_is_loaded(kascade, tmp_path, monkeypatch):
+    monkeypatch.setattr("kascade_cli.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    for source in ("nowhere.jsonl", "nowhere", "nowhere.parquet"):
+        code, out, err = kascade("profile", "demo-small", "-o", tmp_path / "c.h5", "--dev-set", source)
+        assert (code, out) == (1, "")
+        assert err.startswith("error: ")
+        assert source in err
+
+
 def test_other_options_are_refused_before_the_model_is_loaded(kascade, tmp_path, monkeypatch):
-    path, damaged = tmp_path / "c.h5", tmp_path / "d.h5"
+    path, damaged, texts = tmp_path / "c.h5", tmp_path / "d.h5", tmp_path / "texts.jsonl"
+    texts.write_text("")
     assert kascade("profile", "demo-small", "-o", path, *SMALL, "--dtype", "float32")[0] == 0
     damaged.write_bytes(path.read_bytes()[:5000])
     before = path.read_bytes()
@@ -109,8 +119,8 @@ def test_other_options_are_refused_before_the_model_is_loaded(kascade, tmp_path,
         (["--no-chat-template"], "--chat-template was not given, now --no-chat-template"),
         (["--dtype", "bf16"], "--dtype was float32, now bfloat16"),
         (["--dev-set", "hops"], "--dev-set was pairs, now hops"),
-        (["--dev-set", "texts.jsonl"], "--dev-set was pairs, now texts.jsonl"),
-        (["--dev-set", "texts.jsonl", "--text-field", "body"], "--text-field was not given, now body"),
+        (["--dev-set", texts], f"--dev-set was pairs, now {texts}"),
+        (["--dev-set", texts, "--text-field", "body"], "--text-field was not given, now body"),
     ):
         code, out, err = kascade(*resume, *changed)
         assert (code, out) == (2, ""), err
@@ -177,6 +187,8 @@ def test_text_sources(kascade, tmp_path):
         (["--dtype", "int8"], 2, "dtype 'int8'"),
         (["--device", "cuda:99"], 2, "cuda:99"),
         (["--dev-set", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+        (["--dev-set", ""], 1, "no dev set ''"),
+        (["--chat-template"], 2, "the built-in task 'pairs' is plain text: leave --chat-template out"),
         (["--num-prompts", "0"], 2, "num-prompts"),
         (["--resume", "--overwrite"], 2, "pass one of them"),
         (["--max-length", "5"], 1, "5 tokens cannot hold the task 'pairs': take at least 17"),
