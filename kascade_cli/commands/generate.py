@@ -24,7 +24,7 @@ def generate(
     prompt_file: Annotated[Path | None, typer.Option(help="A file with the text to continue; - is stdin.")] = None,
     task: Annotated[str | None, typer.Option(help="Ask a question of this built-in task about a long text.")] = None,
     max_length: Annotated[
-        str | None, typer.Option(help="With --task: tokens of the text, such as 2k.", show_default=DEFAULT_LENGTH)
+        str | None, typer.Option(help="With --task: tokens of the text, such as 2k. Default: 1k.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user turn of the chat template.")] = False,
     compare: Annotated[

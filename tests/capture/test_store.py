@@ -363,5 +363,20 @@ def test_wrong_shape_is_refused(tmp_path):
         list(capture)
 
 
+@pytest.mark.parametrize("tile", [(99, 1), (0, 9999), (-1, 1), (3, 0)])
+def test_a_tile_outside_its_prompt_is_refused(tmp_path, tile):
+    path = tmp_path / "c.h5"
+    with open_store(path, make_meta(), LAYERS, SHA256) as store:
+        for index in range(3):
+            write(store, index)
+        store.join()
+    with open_capture(path) as capture:
+        assert [prompt.n_tokens for prompt in capture]
+    with h5py.File(path, "a") as file:
+        file["prompts/000001/tiles"][0] = tile
+    with open_capture(path) as capture, pytest.raises(KascadeError, match="prompt 000001: a tile lies outside its"):
+        list(capture)
+
+
 def test_names_that_the_package_offers():
     assert all(hasattr(store_module, name) for name in store_module.__all__)
