@@ -111,11 +111,24 @@ def check_output(path: str | Path, overwrite: bool) -> Path:
         raise UsageError(f"{path} exists; pass --overwrite to replace it")
     if not path.parent.is_dir():
         raise UsageError(f"folder {path.parent} does not exist; create it first")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UsageError(f"cannot write into the folder {path.parent}: {_reason(error)}") from error
+    _check_folder(path.parent)
     return path
+
+
+def check_output_folder(path: str | Path) -> Path:
+    """Refuses a folder for outputs that is a file, or where it cannot be made or written to. Raises UsageError."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; name a folder")
+    _check_folder(next(folder for folder in (path, *path.absolute().parents) if folder.exists()))
+    return path
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"cannot write into the folder {folder}: {_reason(error)}") from error
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:

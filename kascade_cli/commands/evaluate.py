@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from kascade_cli.console import check_output, err, format_size, out, parse_floats, parse_sizes, print_json, progress
-from kascade_cli.errors import KascadeError, TargetMissed, UsageError
+from kascade_cli.errors import KascadeError, TargetMissed, UsageError, require_extra
 
 DEFAULT_PROMPTS = 16
 _WIDTH = 120
@@ -73,6 +73,7 @@ def evaluate(
     """
     if plot:
         check_output(plot, overwrite)
+        require_extra("matplotlib", "plot")
     lengths = parse_sizes(max_length, "--max-length")
     ratios = parse_floats(ratio) if ratio is not None else [None]
     names = [name.strip() for name in strategies.split(",")]

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from kascade_cli.console import check_output, err, out, parse_size, print_json, progress
-from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.console import check_output, check_output_folder, err, out, parse_size, print_json, progress
+from kascade_cli.errors import KascadeError, UsageError, require_extra
 
 
 def select_anchors(
@@ -99,8 +99,9 @@ def select_anchors(
         }
         if unused := [name for name, value in given.items() if value is not None]:
             raise UsageError(f"{unused[0]} is for verification: pass --verify N too")
-    if plots and plots.exists() and not plots.is_dir():
-        raise UsageError(f"{plots} is a file; --plots names a folder")
+    if plots is not None:
+        check_output_folder(plots)
+        require_extra("matplotlib", "plot")
     budget = _budget(Budget, ratio, min_keys)
     table = costs.load(cost) if cost else costs.published()
     with open_capture(capture) as file:
