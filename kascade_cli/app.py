@@ -36,6 +36,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+_INTERRUPTED = 130
+
+
 class _LazyGroup(TyperGroup):
     """Shows every command in the help without importing it; imports one when it is called."""
 
@@ -96,10 +99,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         result: Any = app(arguments, standalone_mode=False)
+        if result == _INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
         sys.exit(result if isinstance(result, int) else 0)
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except KascadeError as error:
         if debug:
             raise

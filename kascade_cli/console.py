@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from kascade_cli.errors import UsageError
+from kascade_cli.errors import KascadeError, UsageError
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -49,19 +49,20 @@ def print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
-def parse_size(text: str | int) -> int:
-    """`32k` -> 32768, `1m` -> 1048576, `4096` -> 4096. Raises UsageError for anything else."""
+def parse_size(text: str | int, option: str = "") -> int:
+    """`32k` -> 32768, `1m` -> 1048576, `4096` -> 4096. Raises UsageError, naming `option`, for anything else."""
     value = str(text).strip().lower()
     factor = {"k": 1024, "m": 1024**2}.get(value[-1:], 1)
     digits = value[:-1] if factor > 1 else value
-    if not digits.isdigit() or int(digits) < 1:
-        raise UsageError(f"'{text}' is not a length: use a whole number above 0, such as 4096 or 32k")
+    if not digits.isdecimal() or int(digits) < 1:
+        place = f"{option}: " if option else ""
+        raise UsageError(f"{place}'{text}' is not a size: use a whole number, 1 or more, such as 4096 or 32k")
     return int(digits) * factor
 
 
-def parse_sizes(text: str) -> list[int]:
-    """`1k,2k` -> [1024, 2048]."""
-    return [parse_size(part) for part in text.split(",")]
+def parse_sizes(text: str, option: str = "") -> list[int]:
+    """`1k,2k` -> [1024, 2048]. Raises UsageError, naming `option`, for anything else."""
+    return [parse_size(part, option) for part in text.split(",")]
 
 
 def parse_ints(text: str) -> list[int]:
@@ -94,8 +95,15 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
 def check_output(path: str | Path, overwrite: bool) -> Path:
-    """Refuses an output that exists (without `overwrite`) or whose folder does not. Raises UsageError."""
+    """Refuses an output that exists (without `overwrite`), or whose folder does not or cannot be written to.
+
+    Raises UsageError.
+    """
     path = Path(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file")
@@ -103,13 +111,37 @@ def check_output(path: str | Path, overwrite: bool) -> Path:
         raise UsageError(f"{path} exists; pass --overwrite to replace it")
     if not path.parent.is_dir():
         raise UsageError(f"folder {path.parent} does not exist; create it first")
+    _check_folder(path.parent)
     return path
 
 
+def check_output_folder(path: str | Path) -> Path:
+    """Refuses a folder for outputs that is a file, or where it cannot be made or written to. Raises UsageError."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; name a folder")
+    _check_folder(next(folder for folder in (path, *path.absolute().parents) if folder.exists()))
+    return path
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"cannot write into the folder {folder}: {_reason(error)}") from error
+
+
 def atomic_write(path: str | Path, data: str | bytes) -> None:
-    """Writes beside `path` and renames, so that a reader never sees half a file."""
+    """Writes beside `path` and renames, so that a reader never sees half a file. Raises KascadeError."""
     path = Path(path)
     payload = data.encode() if isinstance(data, str) else data
+    try:
+        _replace(path, payload)
+    except OSError as error:
+        raise KascadeError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _replace(path: Path, payload: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -8,6 +8,7 @@ another seed split; of documents, every fourth usable one belongs to the twin.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from kascade_cli.errors import KascadeError, UsageError, require_extra
-from kascade_cli.tasks.encoding import check_words, encode_prompt, encode_text
+from kascade_cli.tasks.encoding import EncodedPrompt, check_words, encode_prompt, encode_text
+from kascade_cli.tasks.haystack import LAYOUTS
 from kascade_cli.tasks.questions import TASKS, make_prompt, member_tasks, prompt_rng
 
 # The similarity of two layers compares their top 64 keys: a shorter prompt leaves nothing to choose.
@@ -69,6 +71,42 @@ def ids_sha256(*prompts: Sequence[int]) -> str:
     return digest.hexdigest()
 
 
+def check_source(source: str, text_field: str | None = None, chat_template: bool | None = None) -> None:
+    """Refuses what needs no look into the dev set: what is none, and options that mean nothing to it.
+
+    Raises KascadeError or UsageError, as `load_devset` does after its model.
+    """
+    kind = _kind(source)
+    if kind == "hub":
+        require_extra("datasets", "hub")
+    elif kind == "parquet":
+        require_extra("pyarrow", "parquet")
+    what = f"the built-in task '{source}'" if kind == "task" else source
+    if text_field is not None and kind in ("task", "folder"):
+        raise UsageError(f"{what} is plain text without fields: leave --text-field out")
+    if chat_template and kind == "task":
+        raise UsageError(f"{what} is plain text: leave --chat-template out")
+
+
+def _kind(source: str) -> str:
+    """`task`, `folder`, `jsonl`, `parquet` or `hub`. Raises KascadeError for what is none of them."""
+    path = Path(source)
+    if source in TASKS:
+        return "task"
+    if source and path.is_dir():
+        return "folder"
+    if kind := {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(path.suffix):
+        if not path.exists():
+            raise KascadeError(f"cannot read {source}: No such file or directory")
+        return kind
+    if source and path.exists():
+        raise KascadeError(f"{source}: a dev set is a .jsonl or .parquet file or a folder of .txt files")
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        return "hub"
+    tasks = ", ".join(TASKS)
+    raise KascadeError(f"no dev set {source!r}: not a file, a folder, a built-in task ({tasks}) or a hub id org/name")
+
+
 def load_devset(
     source: str,
     tokenizer: Any,
@@ -104,27 +142,35 @@ def load_devset(
 def _task_devset(source: str, tokenizer: Any, num_prompts: int, max_length: int, seed: int, held_out: bool) -> DevSet:
     """Haystacks followed by questions with their answers, about one eighth of the tokens."""
     check_words(tokenizer)
-    kinds = len(member_tasks(source))
-    each = min(16, max(1, max_length // (32 * kinds)))
-    prompts, positions = [], []
-    for index in range(num_prompts):
-        # Words of several pieces, or fewer questions than asked for, change the length: shrink until it fits.
-        length = max_length - TASKS[source].words * each
-        while True:
-            try:
-                prompt = make_prompt(
-                    prompt_rng(seed, "held-out" if held_out else "dev", index), length, each, tasks=(source,)
-                )
-            except KascadeError as error:
-                raise KascadeError(f"{max_length} tokens cannot hold the task {source!r}: {error}") from error
-            encoded = encode_prompt(prompt, tokenizer)
-            if len(encoded.ids) <= max_length:
-                break
-            length = min(length - 1, int(length * max_length / len(encoded.ids)))
-        prompts.append(encoded.ids)
-        positions.append(encoded.answer_positions)
+    split = "held-out" if held_out else "dev"
+
+    def encode(limit: int) -> list[EncodedPrompt] | None:
+        found = (_task_prompt(source, tokenizer, limit, (seed, split, index)) for index in range(num_prompts))
+        prompts = list(itertools.takewhile(lambda prompt: prompt is not None, found))
+        return prompts if len(prompts) == num_prompts else None
+
+    encoded = encode(max_length)
+    if encoded is None:
+        least = next(limit for limit in itertools.count(max_length + 1) if encode(limit) is not None)
+        raise KascadeError(f"{max_length} tokens cannot hold the task {source!r}: take at least {least}")
+    prompts = [prompt.ids for prompt in encoded]
+    positions = [prompt.answer_positions for prompt in encoded]
     name = f"{source}/held-out" if held_out else source
     return DevSet(name, ids_sha256(*prompts), prompts, seed, max_length, positions)
+
+
+def _task_prompt(source: str, tokenizer: Any, limit: int, stream: tuple[int, str, int]) -> EncodedPrompt | None:
+    """The prompt of a stream (seed, split, index) in at most `limit` tokens, or None if they cannot hold one."""
+    each = min(16, max(1, limit // (32 * len(member_tasks(source)))))
+    length = limit - TASKS[source].words * each
+    shortest = LAYOUTS[TASKS[source].layout].shortest
+    # Words of several pieces, or fewer questions than asked for, change the length: shrink until it fits.
+    while length >= shortest:
+        encoded = encode_prompt(make_prompt(prompt_rng(*stream), length, each, tasks=(source,)), tokenizer)
+        if len(encoded.ids) <= limit:
+            return encoded
+        length = min(length - 1, int(length * limit / len(encoded.ids)))
+    return None
 
 
 def _document_devset(
@@ -221,22 +267,17 @@ def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _open(source: str, text_field: str | None) -> Sequence[Document]:
-    path = Path(source)
+    path, kind = Path(source), _kind(source)
     try:
-        if path.is_dir():
+        if kind == "folder":
             return _read_folder(path)
-        if path.suffix in (".jsonl", ".ndjson"):
+        if kind == "jsonl":
             return _Records(list(_read_jsonl(path)), source, text_field)
-        if path.suffix == ".parquet":
+        if kind == "parquet":
             return _Records(_read_parquet(path), source, text_field)
     except OSError as error:
         raise KascadeError(f"cannot read {source}: {error.strerror or error}") from error
-    if path.exists():
-        raise KascadeError(f"{source}: a dev set is a .jsonl or .parquet file or a folder of .txt files")
-    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return _Records(_read_hub(source), source, text_field)
-    tasks = ", ".join(TASKS)
-    raise KascadeError(f"no dev set {source!r}: not a file, a folder, a built-in task ({tasks}) or a hub id org/name")
+    return _Records(_read_hub(source), source, text_field)
 
 
 def _read_folder(path: Path) -> list[str]:

@@ -1,8 +1,11 @@
 """Load a causal LM, describe its attention, and identify it by a fingerprint."""
 
+import contextlib
 import hashlib
 import json
 import logging
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from kascade_cli.schema import ModelCard
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_UNREACHABLE = "cannot load {}: no such folder, and the hub cannot be reached to look there"
+_HUB_ATTEMPTS = (0, 1)  # seconds to wait before each
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,18 @@ def resolve_name(name: str) -> str:
     return str(DEMO_MODELS.get(name, name))
 
 
+def check_revision(name: str, revision: str | None) -> None:
+    """Raises UsageError for a revision of a model that does not come from the hub."""
+    from kascade_cli.demo import DEMO_MODELS
+
+    if revision is None:
+        return
+    if name in DEMO_MODELS:
+        raise UsageError(f"{name} is shipped with the package and has no revisions: leave --revision out")
+    if Path(name).exists():
+        raise UsageError(f"{name} is a local folder, and --revision chooses a version on the hub: leave it out")
+
+
 def resolve_device(device: str) -> torch.device:
     """`auto` is the first CUDA device where there is one, else the CPU. Raises UsageError."""
     if device == "auto":
@@ -71,6 +88,74 @@ def resolve_dtype(dtype: str) -> torch.dtype | str:
     return _DTYPES[dtype]
 
 
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bars, and no log line for every attempt to reach the hub: one error line is enough."""
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    retries = logging.getLogger("huggingface_hub.utils._http")
+    level = retries.level
+    retries.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        retries.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_hub(name: str, revision: str | None) -> None:
+    """Raises KascadeError if the hub is needed for `name` and refuses connections, which loading would retry for 25 s.
+
+    A hub that is slow, or answers with an error, is left to the loading itself.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if constants.HF_HUB_OFFLINE or Path(name).exists():
+        return
+    try:
+        url = hf_hub_url(name, "config.json", revision=revision)
+        if try_to_load_from_cache(name, "config.json", revision=revision) is not None:
+            return
+    except HFValidationError:  # no hub id at all; loading says so without the hub
+        return
+    for wait in _HUB_ATTEMPTS:
+        time.sleep(wait)
+        try:
+            get_hf_file_metadata(url)
+        except Exception as error:
+            # The hub's client raises the types of an HTTP library that changes with its version.
+            if type(error).__name__ in ("ConnectError", "ConnectionError"):
+                continue
+        return
+    raise KascadeError(_UNREACHABLE.format(name))
+
+
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The config of a hub id, a folder or a built-in model: a decoder-only (causal) language model's.
+
+    Raises KascadeError if it cannot be found or read, or is another kind of model's; UsageError for a revision of a
+    local model.
+    """
+    from transformers import AutoConfig
+
+    if not name.strip():
+        raise UsageError("the model's name is empty: give a hub id, a folder, demo or demo-small")
+    check_revision(name, revision)
+    source = resolve_name(name)
+    with _quiet_loading():
+        _check_hub(source, revision)
+        try:
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise KascadeError(_loading_problem(name, source, error)) from error
+    _check_causal(config, name)
+    return config
+
+
 def load_model(
     name: str,
     *,
@@ -82,35 +167,26 @@ def load_model(
     """Loads (model, tokenizer) in evaluation mode with SDPA attention.
 
     `HF_HUB_OFFLINE`, `HF_HOME`, `HF_TOKEN` and the like are honoured by transformers. Raises KascadeError if the
-    model cannot be found or read, is not a causal LM, or has weights that are not finite.
+    model cannot be found or read, is not a causal LM, or has weights that are not finite; UsageError for a device or
+    dtype that is not there, or a revision of a local model.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     target = torch.device("cpu") if device == "cpu" else resolve_device(device)
     source = resolve_name(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    # The hub logs every attempt to reach it; the line that we raise is enough.
-    retries = logging.getLogger("huggingface_hub.utils._http")
-    level = retries.level
-    retries.setLevel(logging.ERROR)
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        _check_causal(config, name)
-        _check_softcapping(config.get_text_config(decoder=True), name)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=resolve_dtype(dtype), attn_implementation="sdpa", **options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise KascadeError(_loading_problem(name, source, error)) from error
-    finally:
-        retries.setLevel(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+    element = resolve_dtype(dtype)
+    config = load_config(name, **options)
+    _check_softcapping(config.get_text_config(decoder=True), name)
+    with _quiet_loading():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=element, attn_implementation="sdpa", **options
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise KascadeError(_loading_problem(name, source, error)) from error
     _check_finite(model, name)
     model.name_or_path_given = name
     return model.to(target).eval(), tokenizer
@@ -126,7 +202,7 @@ def _loading_problem(name: str, source: str, error: Exception) -> str:
     if "backend tokenizer" in text:
         return f"{name}: no tokenizer that can be read; save it beside the model (tokenizer.json)"
     if "couldn't connect to" in text:
-        return f"cannot load {name}: no such folder, and the hub cannot be reached to look there"
+        return _UNREACHABLE.format(name)
     if not path.exists() and (name.startswith((".", "/")) or name.count("/") > 1):
         return f"{name}: no such folder"
     if "Unrecognized configuration class" in text or "Unrecognized model" in text:
@@ -137,16 +213,21 @@ def _loading_problem(name: str, source: str, error: Exception) -> str:
 def _check_causal(config: Any, name: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise KascadeError(f"{name}: encoder-decoder model; kascade needs a decoder-only (causal) language model")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 
     architectures = getattr(config, "architectures", None) or []
     generative = any(
         "CausalLM" in entry or "LMHead" in entry or "ConditionalGeneration" in entry for entry in architectures
     )
     remote = bool(getattr(config, "auto_map", None))
-    # BERT-like encoders have a causal class too; what was saved tells them apart.
+    # BERT-like encoders have a causal class too; what was saved tells them apart, or `is_decoder` where nothing was.
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False
     if (
-        architectures
+        encoder
+        or architectures
         and not generative
         and not remote
         or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -171,7 +171,8 @@ class Profile(_Strict):
             place = f"line {mark.line + 1}: " if mark else ""
             reason = getattr(error, "problem", None) or str(error).splitlines()[0]
             raise KascadeError(f"{source}: {place}not readable as YAML: {reason}") from error
-        if not isinstance(document, dict) or "schema" not in document:
+        # Other files of ours have a schema too, such as a benchmark's result.
+        if not isinstance(document, dict) or not str(document.get("schema", "")).startswith("kascade/"):
             raise KascadeError(f"{source}: not a kascade profile (expected a YAML mapping with `schema: kascade/v1`)")
         try:
             return cls.model_validate(document)

@@ -59,3 +59,20 @@ def tiny_model(kind: str, *, layers: int = 4, heads: int = 4, kv_heads: int = 2,
 @pytest.fixture(scope="session")
 def make_tiny_model():
     return tiny_model
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """A byte-level BPE with few merges: every task word is several tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from kascade_cli.tasks.vocabulary import TASK_WORDS
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([" ".join(TASK_WORDS)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")

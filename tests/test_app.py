@@ -63,6 +63,17 @@ def test_errors_become_one_line(error, code, monkeypatch, capsys):
         app.main(["--debug"])
 
 
+def test_ctrl_c_is_one_word_and_130(monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kascade_cli.commands.show.show", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        app.main(["show"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_unexpected_errors_are_one_line_too(monkeypatch, capsys):
     def fail(*_, **__):
         raise ZeroDivisionError("a\nb")

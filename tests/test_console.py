@@ -4,7 +4,7 @@ import stat
 import pytest
 
 from kascade_cli import console
-from kascade_cli.errors import UsageError
+from kascade_cli.errors import KascadeError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -17,12 +17,14 @@ def test_sizes(text, value):
 
 @pytest.mark.parametrize("text", ["", "k", "0", "-1", "1.5k", "ten", "1 k", "0k"])
 def test_bad_sizes(text):
-    with pytest.raises(UsageError, match="not a length"):
+    with pytest.raises(UsageError, match="not a size"):
         console.parse_size(text)
 
 
 def test_lists():
     assert console.parse_sizes("1k,2k") == [1024, 2048]
+    with pytest.raises(UsageError, match="^--batch: '0' is not a size: use a whole number, 1 or more"):
+        console.parse_sizes("4,0", "--batch")
     assert console.parse_floats("0.05,0.1") == [0.05, 0.1]
     assert console.parse_ints("0,2,8") == [0, 2, 8]
     for parse in (console.parse_floats, console.parse_ints):
@@ -49,6 +51,17 @@ def test_output_checks(tmp_path):
     with pytest.raises(UsageError, match="--overwrite"):
         console.check_output(tmp_path / "a", False)
     assert console.check_output(tmp_path / "a", True) == tmp_path / "a"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that nobody can write to")
+def test_a_folder_that_cannot_be_written_to_is_refused():
+    # /proc takes no files from anyone, root included
+    with pytest.raises(UsageError, match="cannot write into the folder /proc: ") as error:
+        console.check_output("/proc/profile.yaml", False)
+    assert "\n" not in str(error.value)
+    with pytest.raises(KascadeError, match="cannot write /proc/profile.yaml: "):
+        console.atomic_write("/proc/profile.yaml", "text")
 
 
 def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
@@ -60,7 +73,7 @@ def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(KascadeError, match="cannot write .*file: disk full"):
         console.atomic_write(target, "two")
     assert target.read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kascade_cli.demo import DEMO_MODELS
-from kascade_cli.devset import ids_sha256, load_devset
+from kascade_cli.devset import check_source, ids_sha256, load_devset
 from kascade_cli.errors import KascadeError, UsageError
 
 WORDS = [f"t{i}" for i in range(400)]
@@ -279,8 +279,39 @@ def test_bad_requests_get_one_line(tmp_path, tokenizer, demo_tokenizer, jsonl):
         (jsonl, {"chat_template": True}, UsageError, "no chat template"),
         ("hops", {"chat_template": True}, UsageError, "is plain text"),
         ("hops", {}, KascadeError, "lacks words of the built-in tasks"),
+        ("", {}, KascadeError, "no dev set ''"),
     ):
         with pytest.raises(error, match=message):
             load(source, tokenizer, **options)
-    with pytest.raises(KascadeError, match="20 tokens cannot hold the task 'hops'"):
-        load("hops", demo_tokenizer, max_length=20)
+
+
+def test_what_is_no_dev_set_is_refused_without_reading(tmp_path, jsonl):
+    check_source("hops")
+    check_source(str(tmp_path))
+    check_source(jsonl, "body", True)
+    (tmp_path / "notes.md").write_text("x")
+    for source, options, error, message in (
+        ("nowhere.jsonl", (), KascadeError, "cannot read nowhere.jsonl: No such file"),
+        ("nonsense", (), KascadeError, "no dev set 'nonsense'"),
+        (str(tmp_path / "notes.md"), (), KascadeError, "notes.md: a dev set is a .jsonl"),
+        ("hops", ("body",), UsageError, "'hops' is plain text without fields: leave --text-field out"),
+        (str(tmp_path), ("body",), UsageError, "plain text without fields: leave --text-field out"),
+        ("hops", (None, True), UsageError, "'hops' is plain text: leave --chat-template out"),
+    ):
+        with pytest.raises(error, match=message):
+            check_source(source, *options)
+
+
+@pytest.mark.parametrize("source", ["single-hop", "pairs", "hops"])
+@pytest.mark.parametrize("words", ["demo_tokenizer", "byte_tokenizer"])
+def test_a_length_too_short_for_a_task_names_the_least_that_works(request, source, words):
+    tokenizer = request.getfixturevalue(words)
+    with pytest.raises(KascadeError) as error:
+        load(source, tokenizer, max_length=5, num_prompts=3)
+    message = str(error.value)
+    least = int(message.rpartition(" ")[2])
+    assert message == f"5 tokens cannot hold the task '{source}': take at least {least}"
+    for prompt in load(source, tokenizer, max_length=least, num_prompts=3).prompts:
+        assert len(prompt) <= least
+    with pytest.raises(KascadeError, match=f"take at least {least}$"):
+        load(source, tokenizer, max_length=least - 1, num_prompts=3)

@@ -1,6 +1,8 @@
 """Loading and describing models: what is refused, and what identifies a model."""
 
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -8,7 +10,15 @@ import transformers as tf
 
 from kascade_cli.demo import DEMO_MODELS
 from kascade_cli.errors import KascadeError, UsageError
-from kascade_cli.models import decoder_layers, describe, fingerprint, load_model, resolve_device, resolve_dtype
+from kascade_cli.models import (
+    decoder_layers,
+    describe,
+    fingerprint,
+    load_config,
+    load_model,
+    resolve_device,
+    resolve_dtype,
+)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
@@ -76,6 +86,7 @@ def test_loading_the_demo_models():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("", "name is empty"),
         ("/no/such/folder", "no such folder"),
         ("some-org/no-such-model", "cannot load some-org/no-such-model"),
     ],
@@ -86,15 +97,94 @@ def test_missing_models(name, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on this machine that knows no model: it answers after `hub.delay` seconds and counts `hub.requests`."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    from huggingface_hub import constants
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            server.requests += 1
+            time.sleep(server.delay)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests, server.delay = 0, 0.0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_hub_that_cannot_be_reached_is_told_quickly(hub, monkeypatch):
+    hub.shutdown()
+    hub.server_close()
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for read in (load_config, load_model):
+        with pytest.raises(KascadeError) as error:
+            read("some-org/no-such-model")
+        assert str(error.value) == (
+            "cannot load some-org/no-such-model: no such folder, and the hub cannot be reached to look there"
+        )
+    assert sum(waited) <= 2
+    assert hub.requests == 0
+
+
+def test_a_slow_hub_and_one_that_answers_are_left_to_the_loading(hub):
+    hub.delay = 1.5
+    with pytest.raises(KascadeError) as error:
+        load_config("some-org/no-such-model")
+    assert "not a valid model identifier" in str(error.value)
+    assert hub.requests > 1
+
+
+def test_nothing_is_asked_of_the_hub_for_local_models(hub, tmp_path):
+    assert load_config("demo").num_hidden_layers == 16
+    with pytest.raises(KascadeError, match=r"no config\.json"):
+        load_config(str(tmp_path))
+    with pytest.raises(KascadeError, match="no such folder"):
+        load_config("/no/such/folder")
+    assert hub.requests == 0
+
+
 def test_folders_that_hold_no_causal_model(tmp_path):
     with pytest.raises(KascadeError, match=r"no config\.json"):
         load_model(str(tmp_path), device="cpu")
     tf.BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path / "bert")
     with pytest.raises(KascadeError, match="not a causal language model"):
         load_model(str(tmp_path / "bert"), device="cpu")
+    # a BERT that says nothing of its class, and one saved as its own causal class but still an encoder
+    for architectures in (None, ["BertLMHeadModel"]):
+        tf.BertConfig(architectures=architectures).save_pretrained(tmp_path / "bert")
+        with pytest.raises(KascadeError, match="not a causal language model"):
+            load_model(str(tmp_path / "bert"), device="cpu")
     tf.T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
     with pytest.raises(KascadeError, match="encoder-decoder"):
         load_model(str(tmp_path / "t5"), device="cpu")
+
+
+def test_a_revision_of_a_model_that_is_not_on_the_hub(tmp_path):
+    shutil.copytree(DEMO_MODELS["demo-small"], tmp_path / "model")
+    for name in ("demo", "demo-small", str(tmp_path / "model")):
+        with pytest.raises(UsageError, match="--revision") as error:
+            load_model(name, device="cpu", revision="main")
+        assert str(error.value).startswith(name)
+    with pytest.raises(KascadeError, match="cannot load some-org/no-such-model"):
+        load_model("some-org/no-such-model", device="cpu", revision="main")
 
 
 def test_folders_that_cannot_be_used(tmp_path):

@@ -94,6 +94,11 @@ def test_not_a_profile(text):
         Profile.loads(text)
 
 
+def test_another_of_our_files_is_not_a_profile():
+    with pytest.raises(KascadeError, match="^b.json: not a kascade profile"):
+        Profile.loads('{"schema": "kascade-bench/v1", "device": "cpu", "rows": []}', "b.json")
+
+
 def test_unreadable_files(tmp_path):
     with pytest.raises(KascadeError, match="No such file"):
         Profile.load(tmp_path / "missing.yaml")

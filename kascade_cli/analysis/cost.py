@@ -93,7 +93,7 @@ def load(path: str | Path) -> CostTable:
     rows = {phase: sorted(table.values(), key=lambda row: row.context) for phase, table in found.items() if table}
     if not rows:
         raise KascadeError(
-            f"{path}: no cost row; a bench result has rows with phase, context and {', '.join(_FIELDS)}"
+            f"{path}: no cost row; `kascade bench model -o` writes rows with phase, context and {', '.join(_FIELDS)}"
         )
     device = document.get("gpu") or document.get("device") if isinstance(document, dict) else None
     return CostTable(f"{path.name} ({device})" if device else path.name, rows)

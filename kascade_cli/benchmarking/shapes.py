@@ -14,7 +14,8 @@ class Shape:
     """One model's attention: heads, head size, full-attention layers, and how many of those select keys.
 
     `anchors` counts the dense first layer. `config` names the transformers config class and its options, for shapes
-    that can be built with random weights; `chosen` are published anchor layers.
+    that can be built with random weights; `chosen` are published anchor layers; `max_positions` is how many positions
+    the whole model has, where that is known.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Shape:
     anchors: int = 5
     config: tuple[str, dict[str, Any]] | None = None
     chosen: tuple[int, ...] = ()
+    max_positions: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.query_heads, self.kv_heads, self.head_dim) < 1 or self.query_heads % self.kv_heads:
@@ -64,8 +66,8 @@ _QWEN = {
     "rms_norm_eps": 1e-6,
 }
 SHAPES: dict[str, Shape] = {
-    "llama-3.1-8b": Shape("llama-3.1-8b", 32, 8, 128, 32, 5, ("LlamaConfig", _LLAMA), (0, 2, 8, 13, 14)),
-    "qwen3-8b": Shape("qwen3-8b", 32, 8, 128, 36, 5, ("Qwen3Config", _QWEN), (0, 2, 7, 14, 23)),
+    "llama-3.1-8b": Shape("llama-3.1-8b", 32, 8, 128, 32, 5, ("LlamaConfig", _LLAMA), (0, 2, 8, 13, 14), 1 << 20),
+    "qwen3-8b": Shape("qwen3-8b", 32, 8, 128, 36, 5, ("Qwen3Config", _QWEN), (0, 2, 7, 14, 23), 1 << 20),
 }
 
 
@@ -75,7 +77,10 @@ def _demo() -> Shape:
     config = json.loads((DEMO_MODELS["demo"] / "config.json").read_text())
     heads = config["num_attention_heads"]
     size = config.get("head_dim") or config["hidden_size"] // heads
-    return Shape("demo", heads, config["num_key_value_heads"], size, config["num_hidden_layers"], 4)
+    kv_heads, layers, positions = (
+        config[name] for name in ("num_key_value_heads", "num_hidden_layers", "max_position_embeddings")
+    )
+    return Shape("demo", heads, kv_heads, size, layers, 4, max_positions=positions)
 
 
 def named_shape(name: str) -> Shape:
@@ -107,22 +112,24 @@ def shape_of_profile(profile: Profile) -> Shape:
 
 
 def shape_of_model(name: str) -> Shape:
-    """The shape of a hub id or folder, from its config alone. Raises KascadeError if the config cannot be read."""
-    from transformers import AutoConfig
+    """The shape of a hub id or folder, from its config alone.
 
-    from kascade_cli.models import resolve_name
+    Raises KascadeError if the config cannot be read or is not a decoder-only model's.
+    """
+    from kascade_cli.models import load_config
 
-    try:
-        config = AutoConfig.from_pretrained(resolve_name(name)).get_text_config(decoder=True)
-    except (OSError, ValueError) as error:
-        raise KascadeError(f"cannot read the config of {name}: {' '.join(str(error).split())[:200]}") from error
+    config = load_config(name).get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        raise KascadeError(f"{name}: its config names no attention heads")
     layers = sum(kind == "full_attention" for kind in kinds)
     if not layers:
         raise KascadeError(f"{name}: no layer has full attention")
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Shape(name, heads, getattr(config, "num_key_value_heads", None) or heads, size, layers, min(5, layers))
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    positions = getattr(config, "max_position_embeddings", None)
+    return Shape(name, heads, kv_heads, size, layers, min(5, layers), max_positions=positions)
 
 
 def with_layers(shape: Shape, layers: int | None, anchors: int | None) -> Shape:

@@ -102,6 +102,9 @@ class Capture:
         expected = (len(self.profiled_layers), len(found.tiles), self.meta["kv_heads"], found.n_tokens)
         if found.mass.shape != expected:
             raise KascadeError(f"{self.path}: prompt {name}: mass has shape {found.mass.shape}, not {expected}")
+        ends = found.tiles.sum(axis=1)
+        if (found.tiles[:, 0] < 0).any() or (found.tiles[:, 1] < 1).any() or (ends > found.n_tokens).any():
+            raise KascadeError(f"{self.path}: prompt {name}: a tile lies outside its {found.n_tokens} tokens")
         return found
 
     def __iter__(self) -> Iterator[Prompt]:

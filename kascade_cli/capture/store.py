@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import h5py
 import numpy as np
@@ -289,20 +289,35 @@ def describe_existing(path: Path) -> str:
     return f"{path} is an unfinished capture ({done} of {total} prompts); pass --resume to go on, or --overwrite"
 
 
+def check_options(capture: Capture, options: dict[str, Any]) -> None:
+    """Raises UsageError naming the first of `options` (some of a capture's) that is not as it was in `capture`."""
+    old = capture.meta["options"]
+    for name in sorted(options):
+        if old.get(name) != options[name]:
+            option = "--" + name.replace("_", "-")
+            _refuse(capture, option, *(_option_value(name, value) for value in (old.get(name), options[name])))
+
+
 def check_same(capture: Capture, meta: dict[str, Any], profiled_layers: list[int]) -> None:
     """Raises UsageError naming the first difference if `capture` has another model, dev set or option."""
     old = capture.meta
-
-    def refuse(what: str, was: object, now: object) -> None:
-        line = f"cannot resume {capture.path}: {what} was {was}, now {now}"
-        raise UsageError(f"{line}; repeat the old one, or pass --overwrite")
-
     if old["model_fingerprint"] != meta["model_fingerprint"] or capture.profiled_layers != profiled_layers:
-        refuse("the model", *(f"{m['model_name']} ({m['model_fingerprint'][:15]}...)" for m in (old, meta)))
-    for name in sorted({*old["options"], *meta["options"]}):
-        was, now = old["options"].get(name), meta["options"].get(name)
-        if was != now:
-            refuse("--" + name.replace("_", "-"), was, now)
+        _refuse(capture, "the model", *(f"{m['model_name']} ({m['model_fingerprint'][:15]}...)" for m in (old, meta)))
+    check_options(capture, dict.fromkeys(old["options"]) | meta["options"])
     if old["dev_set_sha256"] != meta["dev_set_sha256"] or old["num_prompts"] != meta["num_prompts"]:
         sets = [f"{m['dev_set_name']}, {m['num_prompts']} prompts, {m['dev_set_sha256'][:8]}" for m in (old, meta)]
-        refuse("the dev set", *(f"({text})" for text in sets))
+        _refuse(capture, "the dev set", *(f"({text})" for text in sets))
+
+
+def _option_value(name: str, value: object) -> object:
+    """A stored option as it was typed."""
+    if name == "tiles_per_prompt" and value is None:
+        return "all"
+    if name == "chat_template" and value is not None:
+        return "--chat-template" if value else "--no-chat-template"
+    return "not given" if value is None else value
+
+
+def _refuse(capture: Capture, what: str, was: object, now: object) -> NoReturn:
+    line = f"cannot resume {capture.path}: {what} was {was}, now {now}"
+    raise UsageError(f"{line}; repeat the old one, or pass --overwrite")

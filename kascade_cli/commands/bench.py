@@ -12,7 +12,6 @@ from kascade_cli.console import (
     check_output,
     err,
     out,
-    parse_size,
     parse_sizes,
     print_json,
 )
@@ -171,6 +170,7 @@ def e2e(
     from kascade_cli.benchmarking.shapes import random_model, with_layers
     from kascade_cli.models import load_model
 
+    job.check_positions(run.shape)
     where = run.setting.device
     if run.weights:
         if layers is not None:
@@ -221,11 +221,13 @@ class _Job:
         for name in self.phases:
             if name not in ("decode", "prefill"):
                 raise UsageError(f"phase '{name}' is not known: use decode, prefill or decode,prefill")
-        self.contexts = parse_sizes(context) if context else None
-        self.batches = [parse_size(part) for part in batch.split(",")] if batch else None
-        for path in (output, csv, plot):
-            if path is not None:
-                check_output(path, overwrite)
+        self.contexts = parse_sizes(context, "--context") if context is not None else None
+        self.batches = parse_sizes(batch, "--batch") if batch is not None else None
+        outputs = [path for path in (output, csv, plot) if path is not None]
+        for path in outputs:
+            check_output(path, overwrite)
+            if outputs.count(path) > 1:
+                raise UsageError(f"two outputs name the same file {path}: give each its own")
         if plot is not None:
             require_extra("matplotlib", "plot")
         self.output, self.csv, self.plot, self.as_json = output, csv, plot, as_json
@@ -255,7 +257,8 @@ class _Job:
         from kascade_cli.models import resolve_device, resolve_dtype
         from kascade_cli.schema import Budget, Profile
 
-        if shape and (model or (profile and not whole)) or (model and profile and not whole):
+        given_names = [value is not None for value in (shape, model, None if whole else profile)]
+        if sum(given_names) > 1:
             raise UsageError("give one of --shape, --model and --profile")
         if ratio is not None and not 0 < ratio <= 1:
             raise UsageError(f"ratio {ratio} is outside (0, 1]")
@@ -264,9 +267,9 @@ class _Job:
         where = resolve_device(device)
         gpu = where.type == "cuda"
         loaded = Profile.load(profile) if profile else None
-        if shape:
+        if shape is not None:
             chosen = shapes.parse_shape(shape)
-        elif model:
+        elif model is not None:
             chosen = shapes.shape_of_model(model)
         elif loaded:
             chosen = shapes.shape_of_profile(loaded)
@@ -288,14 +291,23 @@ class _Job:
             err.print("no GPU: the PyTorch backend at small sizes; these are CPU figures", markup=False)
         return _Run(chosen, setting, loaded, weights)
 
+    def check_positions(self, shape: Any) -> None:
+        """Raises UsageError for a context that a whole model of this shape has no positions for."""
+        limit = shape.max_positions
+        for context in self.contexts or []:
+            if limit and context > limit:
+                raise UsageError(f"--context {context} is more than {shape.name} has positions: the most is {limit}")
+
     def sizes(self, run: _Run, kind: str, phase: str) -> list[tuple[int, int]]:
         """(batch, context) pairs: what was asked for, or sizes that suit the device."""
-        gpu = run.setting.device.type == "cuda"
+        gpu, limit = run.setting.device.type == "cuda", run.shape.max_positions
         contexts, batch = [32 * 1024, 128 * 1024], 16 if phase == "decode" else 1
         if kind == "e2e":
             contexts, batch = [32 * 1024, 64 * 1024], 4 if phase == "decode" else 1
         if not gpu:
             contexts, batch = [4096] if phase == "decode" else [1024], 1
+        if kind == "e2e" and limit:
+            contexts = [context for context in contexts if context <= limit] or [limit]
         return [(b, c) for c in self.contexts or contexts for b in self.batches or [batch]]
 
     def finish(self, run: _Run, kind: str, measure: Callable[..., list[dict[str, Any]]]) -> None:

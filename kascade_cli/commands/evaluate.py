@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from kascade_cli.console import check_output, err, format_size, out, parse_floats, parse_sizes, print_json, progress
-from kascade_cli.errors import KascadeError, TargetMissed, UsageError
+from kascade_cli.errors import KascadeError, TargetMissed, UsageError, require_extra
 
 DEFAULT_PROMPTS = 16
 _WIDTH = 120
@@ -76,8 +76,9 @@ def evaluate(
     """
     if plot:
         check_output(plot, overwrite)
-    lengths = parse_sizes(max_length)
-    ratios = parse_floats(ratio) if ratio else [None]
+        require_extra("matplotlib", "plot")
+    lengths = parse_sizes(max_length, "--max-length")
+    ratios = parse_floats(ratio) if ratio is not None else [None]
     names = [name.strip() for name in strategies.split(",")]
 
     from kascade_cli.schema import Profile
@@ -169,6 +170,13 @@ def _check(
         raise UsageError("--capture gives the head maps of --anchors: pass --anchors too")
     if chat and not sources[2]:
         raise UsageError("--chat is for prompts of a file: the built-in tasks are plain text")
+    for path in sources[2]:
+        if not path.is_file():
+            raise KascadeError(f"cannot read {path}: No such file or directory")
+    if capture:
+        from kascade_cli.capture.store import open_capture
+
+        open_capture(capture).close()
 
 
 def _check_refresh(names: list[str], refresh: int | None) -> int | None:

@@ -10,6 +10,7 @@ from kascade_cli.console import err, out, parse_size, print_json
 from kascade_cli.errors import KascadeError, UsageError
 
 DEFAULT_NEW_TOKENS = 64
+DEFAULT_LENGTH = "1k"
 PHASES = ("prefill", "decode")  # in the order in which they run
 _WARM_UP = 256  # tokens of the prompt that are run once before anything is timed
 
@@ -22,7 +23,9 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with the text to continue; - is stdin.")] = None,
     task: Annotated[str | None, typer.Option(help="Ask a question of this built-in task about a long text.")] = None,
-    max_length: Annotated[str, typer.Option(help="With --task: tokens of the text, such as 1k.")] = "1k",
+    max_length: Annotated[
+        str | None, typer.Option(help="With --task: tokens of the text, such as 2k. Default: 1k.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user turn of the chat template.")] = False,
     compare: Annotated[
         str | None, typer.Option(help="Run this strategy too (usually dense) and show both side by side.")
@@ -63,7 +66,11 @@ def generate(
     --compare dense shows both texts with speed, token agreement and KL divergence.
     """
     text = _text(prompt, prompt_file, task)
-    length = parse_size(max_length)
+    if task is None and max_length is not None:
+        raise UsageError("--max-length is the length of the text of --task: leave it out")
+    if task is not None and chat:
+        raise UsageError("--chat is for --prompt and --prompt-file: the built-in tasks are plain text")
+    length = parse_size(DEFAULT_LENGTH if max_length is None else max_length, "--max-length")
 
     from kascade_cli.schema import Profile
 

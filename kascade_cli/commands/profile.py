@@ -64,15 +64,17 @@ def profile(
     A killed run loses the prompt it was at: repeat the command with --resume.
     """
     count = _tile_count(tiles_per_prompt)
-    length = parse_size(max_length) if max_length else None
+    length = parse_size(max_length, "--max-length") if max_length is not None else None
     _check_target(output, resume, overwrite)
 
     from kascade_cli.capture.run import CaptureOptions, plan_capture, run_capture
     from kascade_cli.demo import DEMO_TASKS
-    from kascade_cli.devset import load_devset
-    from kascade_cli.models import describe, load_model
+    from kascade_cli.devset import check_source, load_devset
+    from kascade_cli.models import check_revision, describe, load_model
 
-    dev_set = dev_set or DEMO_TASKS.get(model, "hops")
+    dev_set = DEMO_TASKS.get(model, "hops") if dev_set is None else dev_set
+    check_source(dev_set, text_field, chat_template)
+    check_revision(model, revision)
     options: dict[str, Any] = {
         "num_prompts": num_prompts,
         "tiles_per_prompt": count,
@@ -83,6 +85,8 @@ def profile(
         "chat_template": chat_template,
     }
     CaptureOptions(max_length=1, **options)  # refuse bad values before a model is loaded
+    if resume and output.exists():
+        _check_resumed(output, options | ({"max_length": length} if length else {}), dev_set, dtype, device)
     loaded, tokenizer = load_model(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
@@ -163,6 +167,28 @@ def _check_target(output: Path, resume: bool, overwrite: bool) -> None:
         from kascade_cli.capture.store import describe_existing
 
         raise UsageError(describe_existing(output))
+
+
+def _check_resumed(output: Path, options: dict[str, Any], dev_set: str, dtype: str, device: str) -> None:
+    """Refuses to resume under other options, as far as they are known before the model is loaded.
+
+    The store compares everything, the model and the dev set's tokens included, when it opens the file.
+    """
+    from kascade_cli.capture.store import check_options, open_capture
+    from kascade_cli.models import resolve_device, resolve_dtype
+    from kascade_cli.tasks import TASKS
+
+    known = options | {"device": resolve_device(device).type}
+    if dtype != "auto":
+        known["dtype"] = str(resolve_dtype(dtype)).removeprefix("torch.")
+    with open_capture(output) as capture:
+        check_options(capture, known)
+        before = capture.meta["dev_set_name"]
+    # Texts may have moved; a built-in task has one name.
+    if before != dev_set and (before in TASKS or dev_set in TASKS):
+        raise UsageError(
+            f"cannot resume {output}: --dev-set was {before}, now {dev_set}; repeat the old one, or pass --overwrite"
+        )
 
 
 def _announce(output: Path, plan: Any, devset: Any, info: Any, resume: bool) -> None:

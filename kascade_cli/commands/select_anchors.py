@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from kascade_cli.console import check_output, err, out, parse_size, print_json, progress
-from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.console import check_output, check_output_folder, err, out, parse_size, print_json, progress
+from kascade_cli.errors import KascadeError, UsageError, require_extra
 
 
 def select_anchors(
@@ -72,8 +72,8 @@ def select_anchors(
     """Choose anchor layers and head maps from a capture, and write the profile that attention runs."""
     check_output(output, overwrite)
     rules = {"anchors": anchors, "min_recovered": min_recovered, "target_speedup": target_speedup}
-    length = parse_size(context)
-    held_out_length = parse_size(verify_length) if verify_length else None
+    length = parse_size(context, "--context")
+    held_out_length = parse_size(verify_length, "--verify-length") if verify_length is not None else None
 
     from kascade_cli.analysis import cost as costs
     from kascade_cli.analysis import selection, similarity, stability
@@ -84,20 +84,30 @@ def select_anchors(
     selection.check_rules(**rules)
     if verify:
         from kascade_cli.kernels.backend import check_backend
-        from kascade_cli.models import resolve_device, resolve_dtype
+        from kascade_cli.models import check_revision, resolve_device, resolve_dtype
 
         # What verification needs is refused before the capture is read, which takes longer.
         check_backend(backend)
         resolve_dtype(dtype)
         resolve_device(device)
-    elif model or verify_dev_set:
-        raise UsageError(f"{'--model' if model else '--verify-dev-set'} is for verification: pass --verify N too")
-    if plots and plots.exists() and not plots.is_dir():
-        raise UsageError(f"{plots} is a file; --plots names a folder")
+    else:
+        given = {
+            "--model": model,
+            "--verify-dev-set": verify_dev_set,
+            "--verify-length": verify_length,
+            "--revision": revision,
+        }
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise UsageError(f"{unused[0]} is for verification: pass --verify N too")
+    if plots is not None:
+        check_output_folder(plots)
+        require_extra("matplotlib", "plot")
     budget = _budget(Budget, ratio, min_keys)
     table = costs.load(cost) if cost else costs.published()
     with open_capture(capture) as file:
         meta, layers = file.meta, len(file.profiled_layers)
+        if verify:
+            check_revision(model or meta["model_name"], revision)
         budget = budget.model_copy(update={"tile": meta["tile"]})
         if not file.complete:
             line = f"{capture}: {len(file)} of {meta['num_prompts']} prompts are captured; using these"

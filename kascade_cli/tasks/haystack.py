@@ -32,6 +32,11 @@ class Layout:
     relink_share: float  # links to links; 0: none
     max_relinks: int
 
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest haystack, BOS included: one of each kind, without filler."""
+        return 1 + WORDS_PER_RECORD + WORDS_PER_LINK * (2 if self.relink_share else 1)
+
     def counts(self, length: int) -> tuple[int, int, int, int]:
         """(records, links, links to links, copy segments) for `length` tokens, BOS included.
 
@@ -45,9 +50,8 @@ class Layout:
             relinks = max(1, relinks)
         left = length - 1 - WORDS_PER_RECORD * records - WORDS_PER_LINK * (links + relinks)
         if left < 0:
-            minimum = 1 + WORDS_PER_RECORD + WORDS_PER_LINK * (2 if self.relink_share else 1)
             raise KascadeError(
-                f"a haystack of {length} tokens is too short for `{self.name}` tasks: take at least {minimum}"
+                f"a haystack of {length} tokens is too short for `{self.name}` tasks: take at least {self.shortest}"
             )
         copies = min(max(1, length // 256), left // (COPY_LENGTH + 1))
         return records, links, relinks, copies

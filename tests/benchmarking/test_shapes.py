@@ -43,12 +43,32 @@ def test_other_layers_drop_the_published_anchors():
 
 def test_the_demo_is_what_ships_with_the_package():
     demo, read = shapes.named_shape("demo"), shapes.shape_of_model("demo")
-    for name in ("query_heads", "kv_heads", "head_dim", "layers"):
+    for name in ("query_heads", "kv_heads", "head_dim", "layers", "max_positions"):
         assert getattr(demo, name) == getattr(read, name)
 
 
 def test_shape_of_a_model_that_is_not_there(tmp_path):
-    with pytest.raises(KascadeError, match="cannot read the config"):
+    with pytest.raises(KascadeError, match=r"no config\.json"):
+        shapes.shape_of_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("architectures", [None, ["BertForMaskedLM"], ["BertLMHeadModel"]])
+def test_encoders_have_no_shape(tmp_path, architectures):
+    import transformers as tf
+
+    tf.BertConfig(architectures=architectures).save_pretrained(tmp_path)
+    with pytest.raises(KascadeError, match="is not a causal language model") as error:
+        shapes.shape_of_model(str(tmp_path))
+    assert "\n" not in str(error.value)
+    tf.BertConfig(architectures=["BertLMHeadModel"], is_decoder=True).save_pretrained(tmp_path)
+    assert shapes.shape_of_model(str(tmp_path)).query_heads == 12
+
+
+def test_models_without_attention_heads_have_no_shape(tmp_path):
+    import transformers as tf
+
+    tf.MambaConfig(architectures=["MambaForCausalLM"]).save_pretrained(tmp_path)
+    with pytest.raises(KascadeError, match="no attention heads"):
         shapes.shape_of_model(str(tmp_path))
 
 

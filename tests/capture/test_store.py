@@ -178,7 +178,7 @@ def test_overwrite_forgets_the_old_parts(tmp_path):
     [
         ({"model_fingerprint": "sha256:" + "c" * 64, "model_name": "n"}, r"the model was m \(.*, now n \("),
         ({"options": {"seed": 1, "tile": 32}}, "--seed was 0, now 1"),
-        ({"options": {"seed": 0, "tile": 32, "max_length": 9}}, "--max-length was None, now 9"),
+        ({"options": {"seed": 0, "tile": 32, "max_length": 9}}, "--max-length was not given, now 9"),
         ({"dev_set_sha256": "d" * 64, "dev_set_name": "x.jsonl"}, r"the dev set was \(words, .*now \(x.jsonl"),
     ],
 )
@@ -360,6 +360,21 @@ def test_wrong_shape_is_refused(tmp_path):
         del file["prompts/000001/mass"]
         file["prompts/000001/mass"] = np.zeros((2, 2, 2, 5), np.float16)
     with open_capture(path) as capture, pytest.raises(KascadeError, match="mass has shape"):
+        list(capture)
+
+
+@pytest.mark.parametrize("tile", [(99, 1), (0, 9999), (-1, 1), (3, 0)])
+def test_a_tile_outside_its_prompt_is_refused(tmp_path, tile):
+    path = tmp_path / "c.h5"
+    with open_store(path, make_meta(), LAYERS, SHA256) as store:
+        for index in range(3):
+            write(store, index)
+        store.join()
+    with open_capture(path) as capture:
+        assert [prompt.n_tokens for prompt in capture]
+    with h5py.File(path, "a") as file:
+        file["prompts/000001/tiles"][0] = tile
+    with open_capture(path) as capture, pytest.raises(KascadeError, match="prompt 000001: a tile lies outside its"):
         list(capture)
 
 

@@ -102,8 +102,10 @@ def test_e2e_runs_the_demo_model(kascade):
     ("arguments", "message"),
     [
         (["ops", "--phase", "train"], "phase 'train' is not known"),
-        (["ops", "--context", "many"], "'many' is not a length"),
-        (["ops", "--batch", "0"], "'0' is not a length"),
+        (["ops", "--context", "many"], "--context: 'many' is not a size"),
+        (["ops", "--batch", "0"], "--batch: '0' is not a size: use a whole number, 1 or more"),
+        (["model", "--context", "1k,0"], "--context: '0' is not a size: use a whole number, 1 or more"),
+        (["ops", "--batch", ""], "--batch: '' is not a size"),
         (["ops", "--shape", "6,4,64"], "multiple"),
         (["ops", "--shape", "gpt-5"], "shape 'gpt-5' is not known"),
         (["model", "--shape", "4,2,16", "--model", "demo"], "give one of --shape, --model and --profile"),
@@ -118,8 +120,14 @@ def test_e2e_runs_the_demo_model(kascade):
         (["model", "--strategy", "kascade-refresh", "--refresh", "0"], "'--refresh'"),
         (["e2e", "--refresh", "4"], "--refresh is for strategy kascade-refresh, not kascade"),
         (["model", "-o", "/nonexistent/r.json"], "does not exist"),
+        (["model", "-o", "r.json", "--csv", "r.json"], "two outputs name the same file r.json"),
+        (["model", "--shape", "4,2,16", "--model", ""], "give one of --shape, --model and --profile"),
+        (["model", "--model", ""], "the model's name is empty"),
+        (["model", "--shape", ""], "shape '' is not known"),
         (["e2e", "--shape", "4,2,16"], "says nothing of the rest of the model"),
         (["e2e", "--shape", "demo", "--layers", "2"], "--layers is for random weights"),
+        (["e2e", "--shape", "demo", "--context", "1k,1m"], "--context 1048576 is more than demo has positions"),
+        (["e2e", "--shape", "qwen3-8b", "--context", "2m"], "qwen3-8b has positions: the most is 1048576"),
     ],
 )
 def test_mistakes_are_one_line_with_exit_code_2(kascade, arguments, message):
@@ -129,6 +137,27 @@ def test_mistakes_are_one_line_with_exit_code_2(kascade, arguments, message):
     last = err.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
+
+
+def test_e2e_stays_within_the_models_positions(kascade, tmp_path, monkeypatch):
+    import shutil
+
+    from kascade_cli import models
+    from kascade_cli.demo import DEMO_MODELS
+
+    folder = tmp_path / "short"
+    shutil.copytree(DEMO_MODELS["demo-small"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 96}))
+    command = ["bench", "e2e", "--model", folder, "--phase", "decode", *QUICK]
+    # what was not asked for is cut to what the model has
+    code, out, err = kascade(*command, "--json")
+    assert code == 0, err
+    assert {row["context"] for row in json.loads(out)["rows"]} == {96}
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    code, _, err = kascade(*command, "--context", "64,97")
+    assert code == 2
+    assert err.splitlines()[-1] == f"error: --context 97 is more than {folder} has positions: the most is 96"
 
 
 def test_tilelang_by_name_is_an_error_without_a_gpu(kascade):

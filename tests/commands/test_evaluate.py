@@ -1,6 +1,7 @@
 """`kascade evaluate` as a user meets it: table, JSON, figure, targets, mistakes."""
 
 import json
+import sys
 
 import pytest
 
@@ -139,7 +140,8 @@ def test_a_file_of_one_s_own(run_kascade, tmp_path):
         (["--strategies", "dense", "--max-length", "1k,1024"], 2, "--max-length names 1024 twice"),
         (["--strategies", "dense", "--backend", "nope"], 2, "backend 'nope' is not known"),
         (["--strategies", "oracle", "--ratio", "x"], 2, "'x' is not a list of numbers"),
-        (["--strategies", "dense", "--max-length", "0"], 2, "'0' is not a length"),
+        (["--strategies", "oracle", "--ratio", ""], 2, "'' is not a list of numbers"),
+        (["--strategies", "dense", "--max-length", "0"], 2, "--max-length: '0' is not a size"),
         (["--strategies", "dense", "--max-length", "8k"], 1, "and demo-small has 4096: lower --max-length"),
         (["--strategies", "dense", "--max-length", "8"], 1, "too short"),
         (["--strategies", "dense", "--num-prompts", "0"], 2, "--num-prompts"),
@@ -192,3 +194,29 @@ def test_without_matplotlib(run_kascade, tmp_path, monkeypatch):
     code, out, err = run_kascade(*SMALL, *FAST, "--strategies", "dense", "--plot", tmp_path / "e.png")
     assert code == 1
     assert "pip install 'kascade-cli[plot]'" in err
+
+
+def test_a_figure_without_matplotlib_is_refused_before_the_model_is_loaded(run_kascade, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("kascade_cli.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    code, out, err = run_kascade(*SMALL, "--strategies", "dense", "--plot", tmp_path / "e.png")
+    assert (code, out) == (1, "")
+    assert err == "error: matplotlib is not installed: pip install 'kascade-cli[plot]'\n"
+
+
+def test_files_are_looked_for_before_the_model_is_loaded(run_kascade, tmp_path, monkeypatch):
+    from kascade_cli.schema import Budget, ModelCard, Profile
+
+    card = ModelCard(name="m", fingerprint="sha256:" + "0" * 64, layers=1, query_heads=2, kv_heads=1, head_dim=8)
+    made = Profile.build(model=card, anchors=[0], profiled_layers=[0], head_maps={}, budget=Budget())
+    made.save(tmp_path / "p.yaml")
+    (tmp_path / "c.h5").write_bytes(b"")
+    monkeypatch.setattr("kascade_cli.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    for arguments, problem in (
+        (["--task", "nowhere.jsonl"], "cannot read nowhere.jsonl: No such file"),
+        (["--anchors", "0", "--capture", tmp_path / "no.h5"], "no.h5: no such file"),
+        (["--anchors", "0", "--capture", tmp_path / "c.h5"], "c.h5: not an HDF5 file"),
+    ):
+        code, out, err = run_kascade(*SMALL, "--profile", tmp_path / "p.yaml", *arguments)
+        assert (code, out) == (1, "")
+        assert problem in err

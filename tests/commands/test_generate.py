@@ -130,6 +130,8 @@ def test_unknown_words_are_mentioned(run_kascade):
         (["--prompt", ""], 2, "the prompt is empty"),
         (["--prompt", "  "], 2, "the prompt is empty"),
         (["--prompt", "a", "--task", "two-hop"], 2, "--prompt and --task exclude each other"),
+        (["--task", "two-hop", "--strategy", "dense", "--chat"], 2, "--chat is for --prompt and --prompt-file"),
+        (["--prompt", "a", "--strategy", "dense", "--max-length", "2k"], 2, "--max-length is the length of the text"),
         (["--prompt-file", "nowhere.txt"], 1, "cannot read nowhere.txt: No such file"),
         (["--prompt", "a"], 2, "strategy kascade needs a profile"),
         (["--prompt", "a", "--strategy", "magic"], 2, "strategy 'magic' is not known; use one of dense,"),
@@ -143,7 +145,7 @@ def test_unknown_words_are_mentioned(run_kascade):
         (["--prompt", "a", "--strategy", "dense", "--chat"], 2, "has no chat template"),
         (["--prompt", "a", "--strategy", "dense", "--backend", "tilelang"], 1, "need a CUDA GPU"),
         (["--task", "nope", "--strategy", "dense"], 2, "no task is called 'nope'"),
-        (["--task", "two-hop", "--strategy", "dense", "--max-length", "2x"], 2, "'2x' is not a length"),
+        (["--task", "two-hop", "--strategy", "dense", "--max-length", "2x"], 2, "--max-length: '2x' is not a size"),
         (["--task", "two-hop", "--strategy", "dense", "--max-length", "8k"], 1, "takes 4096 positions: shorten it"),
         (
             ["--prompt", "? k1", "--strategy", "dense", "--max-new-tokens", "4094"],

@@ -1,6 +1,7 @@
 """`kascade profile` as a user meets it: output, options, mistakes."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -80,9 +81,55 @@ def test_people_get_a_table_and_a_complete_capture_stays(kascade, tmp_path):
     code, _, err = kascade("profile", "demo-small", "-o", path, "--resume", *SMALL, "--seed", "1")
     assert code == 2
     assert "--seed was 0, now 1" in err
+    other = tmp_path / "other"
+    shutil.copytree(DEMO_MODELS["demo"], other)
+    code, _, err = kascade("profile", other, "-o", path, "--resume", "--dev-set", "pairs", *SMALL)
+    assert code == 2
+    assert "the model was demo-small" in err
+    assert path.read_bytes() == before
     assert kascade("profile", "demo-small", "-o", path, "--overwrite", *SMALL, "--seed", "1")[0] == 0
     with open_capture(path) as capture:
         assert capture.meta["seed"] == 1
+
+
+def test_a_dev_set_that_is_none_is_refused_before_the_model_is_loaded(kascade, tmp_path, monkeypatch):
+    monkeypatch.setattr("kascade_cli.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    for source in ("nowhere.jsonl", "nowhere", "nowhere.parquet"):
+        code, out, err = kascade("profile", "demo-small", "-o", tmp_path / "c.h5", "--dev-set", source)
+        assert (code, out) == (1, "")
+        assert err.startswith("error: ")
+        assert source in err
+
+
+def test_other_options_are_refused_before_the_model_is_loaded(kascade, tmp_path, monkeypatch):
+    path, damaged, texts = tmp_path / "c.h5", tmp_path / "d.h5", tmp_path / "texts.jsonl"
+    texts.write_text("")
+    assert kascade("profile", "demo-small", "-o", path, *SMALL, "--dtype", "float32")[0] == 0
+    damaged.write_bytes(path.read_bytes()[:5000])
+    before = path.read_bytes()
+    monkeypatch.setattr("kascade_cli.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    resume = ["profile", "demo-small", "-o", path, "--resume", *SMALL]
+    for changed, line in (
+        (["--num-prompts", "3"], "--num-prompts was 2, now 3"),
+        (["--max-length", "300"], "--max-length was 256, now 300"),
+        (["--tiles-per-prompt", "all"], "--tiles-per-prompt was 6, now all"),
+        (["--tile", "16"], "--tile was 32, now 16"),
+        (["--decode-tokens", "3"], "--decode-tokens was 0, now 3"),
+        (["--seed", "7"], "--seed was 0, now 7"),
+        (["--no-chat-template"], "--chat-template was not given, now --no-chat-template"),
+        (["--dtype", "bf16"], "--dtype was float32, now bfloat16"),
+        (["--dev-set", "hops"], "--dev-set was pairs, now hops"),
+        (["--dev-set", texts], f"--dev-set was pairs, now {texts}"),
+        (["--dev-set", texts, "--text-field", "body"], "--text-field was not given, now body"),
+    ):
+        code, out, err = kascade(*resume, *changed)
+        assert (code, out) == (2, ""), err
+        assert err.startswith(f"error: cannot resume {path}: {line}; ")
+        assert len(err.splitlines()) == 1
+    code, _, err = kascade("profile", "demo-small", "-o", damaged, "--resume", *SMALL)
+    assert code == 1
+    assert "truncated" in err
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("family", ["Gemma3Text", "Phi3"])
@@ -117,6 +164,11 @@ def test_text_sources(kascade, tmp_path):
         assert "3 prompts, fewer than the 5 asked for" in " ".join(err.split())
         with open_capture(path) as capture:
             assert capture.meta["dev_set_name"] == str(source)
+    code, _, err = kascade(
+        "profile", "demo-small", "-o", path, "--dev-set", tmp_path / "texts", "--text-field", "body", "--overwrite"
+    )
+    assert code == 2
+    assert "plain text without fields: leave --text-field out" in err
     code, _, err = kascade("profile", "demo-small", "-o", path, "--dev-set", tmp_path / "d.jsonl", "--overwrite")
     assert code == 1
     assert "--text-field" in err
@@ -129,14 +181,20 @@ def test_text_sources(kascade, tmp_path):
         (["--tiles-per-prompt", "0"], 2, "--tiles-per-prompt must be at least 1"),
         (["--tiles-per-prompt", "many"], 2, "a number or 'all', not 'many'"),
         (["--decode-tokens", "-1"], 2, "--decode-tokens cannot be negative"),
-        (["--max-length", "long"], 2, "'long' is not a length"),
+        (["--max-length", "long"], 2, "--max-length: 'long' is not a size"),
         (["--max-length", "8k"], 1, "demo-small takes 4096: pass --max-length 4096 or less"),
         (["--decode-tokens", "5000"], 2, "leaves no room"),
         (["--dtype", "int8"], 2, "dtype 'int8'"),
         (["--device", "cuda:99"], 2, "cuda:99"),
         (["--dev-set", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+        (["--dev-set", ""], 1, "no dev set ''"),
+        (["--chat-template"], 2, "the built-in task 'pairs' is plain text: leave --chat-template out"),
         (["--num-prompts", "0"], 2, "num-prompts"),
         (["--resume", "--overwrite"], 2, "pass one of them"),
+        (["--max-length", "5"], 1, "5 tokens cannot hold the task 'pairs': take at least 17"),
+        (["--text-field", "body"], 2, "the built-in task 'pairs' is plain text without fields: leave"),
+        (["--dev-set", "hops", "--text-field", "body"], 2, "the built-in task 'hops' is plain text"),
+        (["--revision", "main"], 2, "demo-small is shipped with the package and has no revisions"),
         (["-o", "missing-folder/c.h5"], 2, "missing-folder does not exist"),
         (["-o", "."], 2, "is a folder"),
     ],

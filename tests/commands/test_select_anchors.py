@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 
 import h5py
 import numpy as np
@@ -292,7 +293,10 @@ def test_verify_refuses_another_model(run_kascade, real_capture, tmp_path):
         (["--verify", "1", "--device", "nope"], "device 'nope' is not available"),
         (["--model", "demo"], "--model is for verification"),
         (["--verify-dev-set", "hops"], "--verify-dev-set is for verification"),
-        (["--plots", __file__], "is a file; --plots names a folder"),
+        (["--verify-length", "1k"], "--verify-length is for verification"),
+        (["--revision", "main"], "--revision is for verification"),
+        (["--plots", __file__], "is a file; name a folder"),
+        (["--plots", "/proc/plots"], "cannot write into the folder /"),
     ],
 )
 def test_options_are_refused_before_the_capture_is_read(run_kascade, tmp_path, options, problem):
@@ -300,6 +304,27 @@ def test_options_are_refused_before_the_capture_is_read(run_kascade, tmp_path, o
     assert (code, out) == (2, "")
     assert error.count("\n") == 1
     assert problem in error
+
+
+@pytest.mark.parametrize("model", ["demo-small", "demo"])
+def test_verify_refuses_a_revision_of_a_local_model(run_kascade, real_capture, tmp_path, monkeypatch, model):
+    monkeypatch.setattr("kascade_cli.analysis.similarity.measure", lambda *_, **__: pytest.fail("read the capture"))
+    options = [] if model == "demo-small" else ["--model", model]  # the capture's own is demo-small
+    code, out, error = run_kascade(
+        "select-anchors", real_capture, "-o", tmp_path / "p.yaml", "--verify", "1", "--revision", "main", *options
+    )
+    assert (code, out) == (2, "")
+    assert error.startswith(f"error: {model} is shipped with the package and has no revisions")
+
+
+def test_plots_without_matplotlib_are_refused_before_the_capture_is_read(run_kascade, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, error = run_kascade(
+        "select-anchors", "nowhere.h5", "-o", tmp_path / "p.yaml", "--plots", tmp_path / "new" / "plots"
+    )
+    assert (code, out) == (1, "")
+    assert error == "error: matplotlib is not installed: pip install 'kascade-cli[plot]'\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_verify_refuses_prompts_longer_than_the_model_takes(run_kascade, real_capture, tmp_path):

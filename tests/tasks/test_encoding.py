@@ -1,28 +1,16 @@
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kascade_cli import tasks
 from kascade_cli.demo import DEMO_MODELS
 from kascade_cli.errors import KascadeError
-from kascade_cli.tasks.vocabulary import TASK_WORDS, WORDS
+from kascade_cli.tasks.vocabulary import WORDS
 
 
 @pytest.fixture(scope="module")
 def demo_tokenizer():
     return AutoTokenizer.from_pretrained(DEMO_MODELS["demo"])
-
-
-@pytest.fixture(scope="module")
-def byte_tokenizer():
-    """A byte-level BPE with few merges: every task word is several tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([" ".join(TASK_WORDS)], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.mark.parametrize("name", ["demo_tokenizer", "byte_tokenizer"])
