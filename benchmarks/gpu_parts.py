@@ -65,6 +65,7 @@ def part_compile(ctx: Context) -> None:
     if ctx.dry:
         ctx.data["summary"] = "not on a CPU"
         return
+    from kascade_cli.kernels.tilelang import ahead
     from kascade_cli.kernels.tilelang.compile import prebuild
 
     found = wanted_specs()
@@ -72,6 +73,8 @@ def part_compile(ctx: Context) -> None:
 
     def done(spec: Any, seconds: float, error: str) -> None:
         times[str(spec)] = round(seconds, 1)
+        if not error:
+            ahead.note(spec)
         print(f"{seconds:5.1f} s {spec} {error}", flush=True)
 
     failed = prebuild(found, jobs=max(2, (os.cpu_count() or 4) - 1), done=done)

@@ -12,8 +12,8 @@ from kascade_cli.attention.plan import Plan, make_plan
 from kascade_cli.attention.refresh import Refresh
 from kascade_cli.errors import KascadeError
 from kascade_cli.kernels import Backend, get_backend
-from kascade_cli.models import attention_modules, describe
-from kascade_cli.schema import PHASES, Profile
+from kascade_cli.models import ModelInfo, attention_modules, describe
+from kascade_cli.schema import PHASES, Budget, Profile
 
 log = logging.getLogger("kascade")
 
@@ -211,9 +211,25 @@ def attach(
             f"the profile was made for {profile.model.name}, whose weights are not those of {info.name}; "
             "profile this model, or pass --allow-other-weights to use it all the same"
         )
-    attachment = Attachment(model, plan, get_backend(backend, next(model.parameters()).device), info)
+    chosen = get_backend(backend, next(model.parameters()).device)
+    if strategy != "dense":
+        _compile_ahead(chosen, model, info, plan.budget.tile)
+    attachment = Attachment(model, plan, chosen, info)
     attachment._enter()
     return attachment
+
+
+def compile_ahead(model: nn.Module, profile: Profile | None = None, *, backend: str = "auto") -> None:
+    """Compiles the kernels that attaching `profile` to `model` would, on a GPU: once, before anything is timed.
+
+    `attach` does it too; a program with a progress bar of its own calls this first. Raises what `get_backend` does.
+    """
+    chosen = get_backend(backend, next(model.parameters()).device)
+    _compile_ahead(chosen, model, describe(model), (profile.budget if profile else Budget()).tile)
+
+
+def _compile_ahead(backend: Backend, model: nn.Module, info: ModelInfo, tile: int) -> None:
+    backend.compile_ahead(info.query_heads // info.kv_heads, info.head_dim, model.dtype, tile)
 
 
 def _register() -> None:

@@ -287,6 +287,7 @@ class _Job:
         weights = model or ("demo" if whole and chosen.name == "demo" else None)
         if whole and loaded and not (weights or shape):
             raise UsageError("e2e with --profile needs the weights (--model) or a named --shape")
+        setting.backend.compile_ahead(chosen.query_heads // chosen.kv_heads, chosen.head_dim, element, budget.tile)
         if not gpu:
             err.print("no GPU: the PyTorch backend at small sizes; these are CPU figures", markup=False)
         return _Run(chosen, setting, loaded, weights)

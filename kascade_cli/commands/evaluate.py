@@ -102,6 +102,7 @@ def evaluate(
     kinds = [*sources[0], *(path.stem for path in sources[2])]
     targets = [parse_requirement(text, labels, kinds) for text in require or []]
 
+    from kascade_cli.attention.attachment import compile_ahead
     from kascade_cli.models import describe, load_model
 
     loaded, tokenizer = load_model(
@@ -112,6 +113,7 @@ def evaluate(
     cases = {length: _cases(sources, tokenizer, info, length, **asked_for) for length in lengths}
     runs, maps = _runs(names, ratios, loaded_profile, sets, capture, info, seed, refresh)
 
+    compile_ahead(loaded, loaded_profile, backend=backend)
     options = {"min_keys": min_keys, "backend": backend, "allow_other_weights": allow_other_weights}
     rows = _evaluate(loaded, tokenizer, cases, runs, options)
     verdicts = [verdict for target in targets for verdict in target.check(rows)]

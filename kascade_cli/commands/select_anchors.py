@@ -234,6 +234,7 @@ def _verify(
 ) -> dict[str, Any]:
     """Fills in the candidates' KL; returns what the profile records about the verification."""
     from kascade_cli.analysis.selection import head_maps
+    from kascade_cli.attention.attachment import compile_ahead
     from kascade_cli.attention.verify import held_out_prompts, measure_kl
     from kascade_cli.commands.selection_report import model_card
     from kascade_cli.models import describe, load_model
@@ -259,6 +260,7 @@ def _verify(
         for entry in candidates
     ]
     phases = list(PHASES) if phase == "both" else [phase]
+    compile_ahead(model, profiles[0], backend=backend)
     with progress("verifying", total=len(profiles) * len(devset.prompts)) as bar:
         results = measure_kl(
             model,

@@ -60,6 +60,15 @@ class Backend:
 
         return call
 
+    def compile_ahead(self, group: int, head_dim: int, dtype: torch.dtype, tile: int) -> None:
+        """Compiles the kernels of a shape that are not cached yet, in parallel and with a progress bar.
+
+        Without this every kernel is compiled when it is first called, one after the other.
+        """
+        if self.name == "tilelang":
+            ahead = importlib.import_module("kascade_cli.kernels.tilelang.ahead")
+            ahead.compile_ahead(ahead.shape_specs(group, head_dim, dtype, tile))
+
     def __repr__(self) -> str:
         return f"Backend({self.name})"
 

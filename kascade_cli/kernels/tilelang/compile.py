@@ -149,7 +149,7 @@ class Kernel:
         text = func.script() + json.dumps(
             [self.pass_configs, tilelang.__version__, list(MARKS.items())], sort_keys=True
         )
-        path = _cache_dir() / "kascade-reports" / (hashlib.sha256(text.encode()).hexdigest() + ".json")
+        path = cache_dir() / "kascade-reports" / (hashlib.sha256(text.encode()).hexdigest() + ".json")
         if path.exists():
             raw = json.loads(path.read_text())
             return Report(**{**raw, "resources": [Resources(**r) for r in raw["resources"]]})
@@ -362,7 +362,7 @@ def _resources(log: str, shared: dict[str, int]) -> list[Resources]:
     return sorted(found, key=lambda r: r.name)
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
     return Path(tilelang.env.TILELANG_CACHE_DIR)
 
 

@@ -1,0 +1,73 @@
+"""Compile the kernels of a model's shape before its first call: all at once in parallel, with a progress bar.
+
+What has been compiled is noted beside TileLang's cache, so that the next start costs nothing and loads from there.
+"""
+
+import functools
+import hashlib
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import tilelang
+import torch
+
+from kascade_cli.kernels.tilelang.arguments import DTYPES, HEAD_DIMS, MAX_GROUP
+from kascade_cli.kernels.tilelang.compile import Spec, cache_dir, prebuild
+from kascade_cli.kernels.tilelang.prefill_common import TILES
+from kascade_cli.kernels.tilelang.prefill_specs import prefill_specs
+from kascade_cli.kernels.tilelang.specs import decode_specs, select_specs
+
+log = logging.getLogger("kascade")
+_failed: set[str] = set()  # not tried again in this process: the call that needs one says why it does not compile
+
+
+def shape_specs(group: int, head_dim: int, dtype: torch.dtype, tile: int) -> list[Spec]:
+    """Kernels of a contiguous cache, decode and prefill; empty for a shape that these kernels do not take."""
+    if dtype not in DTYPES or head_dim not in HEAD_DIMS or not 1 <= group <= MAX_GROUP:
+        return []
+    found = [*select_specs(), *decode_specs(group, head_dim, DTYPES[dtype])]
+    return found + (prefill_specs(group, head_dim, DTYPES[dtype], tile) if tile in TILES else [])
+
+
+def missing(found: Iterable[Spec]) -> list[Spec]:
+    """Those that `note` has not seen since the kernels' sources or TileLang changed."""
+    return [spec for spec in found if not _mark(spec).exists()]
+
+
+def note(spec: Spec) -> None:
+    """Remembers that `spec` is in TileLang's cache."""
+    path = _mark(spec)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def compile_ahead(found: Iterable[Spec]) -> None:
+    """Compiles what is missing, in parallel processes. One that fails is left to the call that needs it."""
+    from kascade_cli.console import progress
+
+    waiting = [spec for spec in missing(found) if str(spec) not in _failed]
+    if not waiting:
+        return
+    log.info("compiling %d kernels for this shape into %s", len(waiting), cache_dir())
+    with progress("compiling kernels, once for this shape", total=len(waiting)) as bar:
+
+        def done(spec: Spec, seconds: float, error: str) -> None:
+            if not error:
+                note(spec)
+            bar.advance(bar.first)
+
+        _failed.update(prebuild(waiting, done=done))
+
+
+@functools.cache
+def _sources() -> str:
+    digest = hashlib.sha256(tilelang.__version__.encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _mark(spec: Spec) -> Path:
+    name = hashlib.sha256(str(spec).encode()).hexdigest()[:16]
+    return cache_dir() / "kascade-compiled" / _sources() / name
