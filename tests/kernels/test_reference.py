@@ -177,7 +177,10 @@ def test_prefill(rows, slots, queries, starts, tile, with_lse, monkeypatch):
                 indices[b, g, j, : counts[b, j]] = (
                     torch.randperm(before, generator=generator)[: counts[b, j]] + begin
                 ).int()
-    sparse = ops.prefill_sparse(q, k, v, indices, counts, head_map, at, start, length, scale=scale, tile=tile)
+    where = (indices, counts, head_map, at, start, length)
+    sparse = ops.prefill_sparse(q, k, v, *where, scale=scale, tile=tile)
+    sparse_lse = ops.prefill_sparse_lse(q, k, *where, scale=scale, tile=tile)
+    assert sparse_lse.shape == lse.shape
     for b, (begin, count) in enumerate(rows):
         for i in range(queries):
             slot = starts[b] + i
@@ -185,6 +188,7 @@ def test_prefill(rows, slots, queries, starts, tile, with_lse, monkeypatch):
                 assert torch.equal(out[b, :, i], torch.zeros_like(out[b, :, i]))
                 assert torch.equal(sparse[b, :, i], torch.zeros_like(out[b, :, i]))
                 assert torch.isneginf(lse[b, :, i]).all()
+                assert torch.isneginf(sparse_lse[b, :, i]).all()
                 continue
             want, probability = naive(q[b, :, i], k, v, b, slot, begin, count)
             torch.testing.assert_close(out[b, :, i], want)
@@ -198,6 +202,10 @@ def test_prefill(rows, slots, queries, starts, tile, with_lse, monkeypatch):
                 for g in range(groups)
             ]
             torch.testing.assert_close(sparse[b, :, i], naive(q[b, :, i], k, v, b, slot, begin, count, keys)[0])
+            for head in range(heads):
+                seen = sorted(s for s in keys[head // (heads // groups)] if s <= slot)
+                logits = [float(q[b, head, i] @ k[b, head // (heads // groups), s]) * scale for s in seen]
+                assert float(sparse_lse[b, head, i]) == pytest.approx(math.log(sum(map(math.exp, logits))))
     torch.testing.assert_close(scores, want_scores)
     part = ops.prefill_score(q, k, lse, at, start, length, scale=scale, tile=tile, first=tiles - 1, tiles=1)
     torch.testing.assert_close(part, want_scores[:, :, -1:])
