@@ -12,8 +12,8 @@ from kascade_cli.benchmarking.roles import (
     make_inputs,
     make_sets,
     pass_call,
+    prepare,
     role_call,
-    run_anchor,
 )
 from kascade_cli.benchmarking.shapes import Shape
 from kascade_cli.benchmarking.timing import Timing, free_memory, time_calls
@@ -27,7 +27,7 @@ def _nothing(_: str) -> None:
     return None
 
 
-def role_work(role: str, case: Any) -> Work:
+def role_work(role: str, case: Any, strategy: str = "kascade") -> Work:
     """Least operations and bytes of a role: its own ops, K read once where scoring and attending share it."""
     phase = case.phase
     if phase == "decode":
@@ -40,9 +40,9 @@ def role_work(role: str, case: Any) -> Work:
     if role == "layer0":
         parts = [work_of("prefill_dense", case), work_of("prefill_score", case)]
     elif role == "anchor":
-        # Normalising the scores takes another pass over Q K^T, half of the dense one.
-        dense = work_of("prefill_dense", case)
-        parts = [Work(dense.flops / 2, 0, "compute"), work_of("prefill_score", case), work_of("prefill_sparse", case)]
+        # Normalising the scores takes another pass over Q K^T, half of the dense one; or of the sparse one.
+        norm = work_of("prefill_sparse" if strategy == "kascade-reused-norm" else "prefill_dense", case)
+        parts = [Work(norm.flops / 2, 0, "compute"), work_of("prefill_score", case), work_of("prefill_sparse", case)]
     else:
         parts = [work_of("prefill_sparse", case)]
     return Work(sum(part.flops for part in parts), sum(part.bytes for part in parts), "compute")
@@ -92,11 +92,10 @@ def role_rows(case: Any, setting: Setting, base: Row, say: Say = _nothing) -> li
     graph = case.phase == "decode"
     for role in ROLES:
         say(f"{case.phase} {base['size']}: {role}")
-        work = role_work(role, case)
+        work = role_work(role, case, setting.strategy)
         sets = make_sets(case, setting, work.bytes, sets)
-        if role == "reuse":
-            for inputs in sets:
-                run_anchor(inputs)
+        for inputs in sets:
+            prepare(role, inputs)
         calls = [role_call(role, inputs) for inputs in sets]
         timing = time_calls(calls, setting.device, graph=graph, seconds=setting.seconds)
         rows.append(base | {"kind": "role", "name": role} | timing_fields(timing) | work.rates(timing.p50))
@@ -149,7 +148,7 @@ def run_model(
     """
     rows: list[Row] = []
     for batch, context in sizes:
-        base = base_row(shape, phase, batch, context, setting)
+        base = base_row(shape, phase, batch, context, setting) | {"strategy": setting.strategy}
         case = case_of(shape, phase, batch, context, setting)
         here: list[Row] = []
         try:

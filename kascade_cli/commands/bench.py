@@ -71,7 +71,7 @@ def ops(
     overwrite: _Overwrite = False,
     as_json: _Json = False,
 ) -> None:
-    """Time each of the seven ops by itself, with its achieved GB/s or TFLOP/s."""
+    """Time each of the ops by itself, with its achieved GB/s or TFLOP/s."""
     job = _Job(phase, context, batch, output, csv, plot, overwrite, as_json)
     run = job.start(shape, model, profile, ratio, min_keys, dtype, backend, device, seconds)
     from kascade_cli.benchmarking.baselines import choose
@@ -91,6 +91,7 @@ def model(
         int | None,
         typer.Option(min=1, help="Layers that select keys, the dense first one included.", show_default="5"),
     ] = None,
+    strategy: Annotated[str, typer.Option(help="Of the roles: kascade or kascade-reused-norm.")] = "kascade",
     phase: _Phase = "decode,prefill",
     context: _Context = None,
     batch: _Batch = None,
@@ -115,8 +116,10 @@ def model(
     run = job.start(shape, model, profile, ratio, min_keys, dtype, backend, device, seconds)
     from kascade_cli.benchmarking.baselines import choose
     from kascade_cli.benchmarking.model import run_model
+    from kascade_cli.benchmarking.roles import with_strategy
     from kascade_cli.benchmarking.shapes import with_layers
 
+    run.setting = with_strategy(run.setting, strategy)
     run.shape = with_layers(run.shape, layers, anchors)
     chosen = choose(baseline, run.setting.backend)
     job.finish(run, "model", lambda name, sizes: run_model(run.shape, name, sizes, run.setting, chosen, job.say))
@@ -282,6 +285,7 @@ class _Job:
 
         rows = [row for phase in self.phases for row in measure(phase, self.sizes(run, kind, phase))]
         settings = {"command": kind, "seconds": run.setting.seconds, "budget": run.setting.budget.model_dump()}
+        settings |= {"strategy": run.setting.strategy} if kind == "model" else {}
         result = report.document(run.setting.device, rows, ceilings(run.setting.device), settings=settings)
         if self.output:
             import json

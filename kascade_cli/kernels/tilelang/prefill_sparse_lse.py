@@ -1,4 +1,4 @@
-"""prefill_sparse_lse on Hopper: the log-sum-exp of each query over its tile's selected keys and, causally, the tile."""
+"""prefill_sparse_lse on Hopper: log-sum-exp of each query over its tile's selected keys and, causally, its tile."""
 
 import math
 
