@@ -27,8 +27,8 @@ def evaluate(
     strategies: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: dense, kascade, kascade-pooled, kascade-no-remap, kascade-decode-only, oracle, "
-            "streaming-llm."
+            help="Comma-separated: dense, kascade, kascade-pooled, kascade-no-remap, kascade-decode-only, "
+            "kascade-reused-norm, oracle, streaming-llm."
         ),
     ] = "dense,kascade,streaming-llm",
     ratio: Annotated[

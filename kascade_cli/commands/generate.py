@@ -30,7 +30,8 @@ def generate(
     strategy: Annotated[
         str,
         typer.Option(
-            help="kascade, kascade-pooled, kascade-no-remap, kascade-decode-only, oracle, streaming-llm or dense."
+            help="kascade, kascade-pooled, kascade-no-remap, kascade-decode-only, kascade-reused-norm, oracle, "
+            "streaming-llm or dense."
         ),
     ] = "kascade",
     ratio: Annotated[

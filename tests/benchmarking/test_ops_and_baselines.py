@@ -11,7 +11,14 @@ from kascade_cli.errors import KascadeError, UsageError
 
 OPS = {
     "decode": ["decode_dense", "decode_dense+scores", "decode_score", "select_topk", "decode_sparse"],
-    "prefill": ["prefill_dense", "prefill_dense, lse", "prefill_score", "select_topk", "prefill_sparse"],
+    "prefill": [
+        "prefill_dense",
+        "prefill_dense, lse",
+        "prefill_score",
+        "select_topk",
+        "prefill_sparse",
+        "prefill_sparse_lse",
+    ],
 }
 
 
