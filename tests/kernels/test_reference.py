@@ -211,6 +211,22 @@ def test_prefill(rows, slots, queries, starts, tile, with_lse, monkeypatch):
     torch.testing.assert_close(part, want_scores[:, :, -1:])
 
 
+def test_scores_under_a_norm_that_is_far_too_low_are_infinite_and_selected():
+    q, k, _, start, length = make(1, 4, 2, 16, [(0, 70)], 70, 70, seed=7, dtype=torch.float32)
+    k[0, 0, 13] *= 40  # a key that the norm below does not contain
+    at = torch.zeros(1, dtype=torch.int32)
+    indices, counts = torch.zeros(1, 2, 3, 1, dtype=torch.int32), torch.tensor([[0, 1, 1]], dtype=torch.int32)
+    where = (indices, counts, torch.arange(2), at, start, length)
+    lse = ops.prefill_sparse_lse(q, k, *where, scale=1.0, tile=32)
+    exact = ops.prefill_dense(q, k, None, at, start, length, scale=1.0)[1]
+    assert (lse <= exact + 1e-5).all()
+    scores = ops.prefill_score(q, k, lse, at, start, length, scale=1.0, tile=32, tiles=3)
+    assert not scores.isnan().any()
+    assert scores.isinf().nonzero().tolist() == [[0, 0, 1, 13], [0, 0, 2, 13]]
+    chosen = ops.select_topk(scores[:, 0, 1:], torch.tensor(1), torch.tensor(0), torch.tensor(32), max_count=1)
+    assert chosen.flatten().tolist() == [13, 13]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_is_as_good_as_its_inputs(dtype):
     q, k, v, start, length = make(1, 4, 2, 64, [(0, 300)], 300, 300, seed=6, dtype=torch.float32)
