@@ -115,7 +115,8 @@ class Forward:
         logits = None
         if plan.writes:
             if not self.between:
-                logits = self._choose(layer, query, key, None, scale)
+                known = None if plan.norm is None else self._reused_norm(layer, plan.norm, query, key, scale)
+                logits = self._choose(layer, query, key, known, scale)
             chosen = self.indices[layer].to(query.device)
             head_map = self._identity(query, chosen.shape[1])
         else:
@@ -146,16 +147,29 @@ class Forward:
         return head if sets == self.groups else torch.zeros_like(head)
 
     def _reused(self, layer: int, plan: LayerPlan, query: Tensor) -> tuple[Tensor, Tensor]:
-        missing = sorted({anchor for anchor, _ in plan.sources} - set(self.indices))
-        if missing:
-            raise KascadeError(f"layer {layer} reuses layer {missing[0]}, which has not run in this forward pass")
-        anchors = {anchor for anchor, _ in plan.sources}
+        anchors = {
+            anchor: self._anchor_indices(layer, anchor, query) for anchor in sorted({a for a, _ in plan.sources})
+        }
         if len(anchors) == 1:
-            chosen = self.indices[anchors.pop()].to(query.device)
-            return chosen, self.plan.head_map(self.phase, layer, query.device)
+            return anchors.popitem()[1], self.plan.head_map(self.phase, layer, query.device)
         # Free assignment: heads of one layer read keys of several anchors.
-        chosen = torch.stack([self.indices[anchor][:, head].to(query.device) for anchor, head in plan.sources], 1)
+        chosen = torch.stack([anchors[anchor][:, head] for anchor, head in plan.sources], 1)
         return chosen, self._identity(query, self.groups)
+
+    def _anchor_indices(self, layer: int, anchor: int, query: Tensor) -> Tensor:
+        """What `anchor` left for `layer`. Raises KascadeError if it has not run in this forward pass."""
+        if anchor not in self.indices:
+            raise KascadeError(f"layer {layer} reuses layer {anchor}, which has not run in this forward pass")
+        return self.indices[anchor].to(query.device)
+
+    def _reused_norm(self, layer: int, anchor: int, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """An anchor's log-sum-exp over the keys that `anchor` chose instead of all: float32 [B, H, T]."""
+        chosen = self._anchor_indices(layer, anchor, query)
+        counts, head_map = self.counts.to(query.device), self._identity(query, chosen.shape[1])
+        lengths = [tensor.to(query.device) for tensor in (self.query_start, self.kv_start, self.kv_len)]
+        return self.backend.prefill_sparse_lse(
+            query, key, chosen, counts, head_map, *lengths, scale=scale, tile=self.tile
+        )
 
     def _sparse(
         self,

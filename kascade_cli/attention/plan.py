@@ -17,10 +17,12 @@ STRATEGIES = {
     "kascade-pooled": "one key set per anchor and tile, pooled over all heads",
     "kascade-no-remap": "reuse layers read the keys of the anchor head with their own number",
     "kascade-decode-only": "dense prefill, kascade decode",
+    "kascade-reused-norm": "anchors normalise their prefill scores over the keys of the anchor before",
     "kascade-refresh": "kascade that chooses keys every N decode steps; between, those and all newer ones",
     "oracle": "every layer chooses its own keys; the first layer is dense",
     "streaming-llm": "4 sink tokens and a sliding window of the same budget, in every layer",
 }
+REUSED_NORM = "kascade-reused-norm"
 REFRESH = "kascade-refresh"
 REFRESH_EVERY = 8
 SINKS = 4
@@ -32,11 +34,13 @@ class LayerPlan:
 
     attends: `dense`, `selected` (keys it or an anchor chose) or `window` (sinks and the most recent keys).
     writes: it selects keys from its own scores. sources: per KV head (anchor layer, anchor head), for reuse.
+    norm: the anchor over whose keys prefill scores are normalised; None: over the whole causal row.
     """
 
     attends: str
     writes: bool = False
     sources: tuple[tuple[int, int], ...] = ()
+    norm: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,12 +149,17 @@ def _phase_layers(info: ModelInfo, profile: Profile | None, strategy: str, phase
             for index in info.profiled_layers
         }
     plans = {}
+    reused = strategy == REUSED_NORM and phase == "prefill"
+    before = None  # the anchor before
     for index in info.profiled_layers:
         role = profile.layers[index].role
         if role == "reuse":
             plans[index] = LayerPlan("selected", sources=_sources(info, profile, strategy, index, phase))
+        elif role == "dense":
+            plans[index], before = LayerPlan("dense", writes=True), index
         else:
-            plans[index] = LayerPlan("dense" if role == "dense" else "selected", writes=True)
+            plans[index] = LayerPlan("selected", writes=True, norm=before if reused else None)
+            before = index
     return plans
 
 

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from kascade_cli.attention import attach
-from kascade_cli.attention.plan import REFRESH
 from kascade_cli.attention.refresh import Refresh
 from kascade_cli.benchmarking.baselines import BASELINES, Baseline, why_missing
 from kascade_cli.benchmarking.model import Say, failure, timing_fields
-from kascade_cli.benchmarking.report import Row, base_row
+from kascade_cli.benchmarking.report import Row, base_row, strategy_fields
 from kascade_cli.benchmarking.roles import Setting, case_of, make_inputs
 from kascade_cli.benchmarking.shapes import Shape, describe_sizes
 from kascade_cli.benchmarking.timing import capture, free_memory, time_calls
@@ -265,9 +264,9 @@ def _one_size(
     free_memory(setting.device)
     say(f"{phase} {base['size']}: sparse")
     backend = setting.backend.name
-    options = {} if setting.refresh is None else {"strategy": REFRESH, "refresh": setting.refresh}
+    options = strategy_fields(setting)
     with attach(model, profile, backend=backend, allow_other_weights=True, **options) as attachment:
-        if options and phase == "decode":
+        if setting.refresh is not None and phase == "decode":
             cycle = cycle_row(model, batch, cache, lengths, context, setting, attachment.refresh)
             sparse = base | {"name": "sparse"} | options | cycle
         else:

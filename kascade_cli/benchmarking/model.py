@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kascade_cli.attention.plan import REFRESH
+from kascade_cli.attention.plan import REUSED_NORM
 from kascade_cli.benchmarking.baselines import OWN, Baseline, why_missing
-from kascade_cli.benchmarking.report import Row, base_row
+from kascade_cli.benchmarking.report import Row, base_row, strategy_fields
 from kascade_cli.benchmarking.roles import (
     BETWEEN,
     ROLES,
@@ -14,8 +14,8 @@ from kascade_cli.benchmarking.roles import (
     make_inputs,
     make_sets,
     pass_call,
+    prepare,
     role_call,
-    run_anchor,
 )
 from kascade_cli.benchmarking.shapes import Shape
 from kascade_cli.benchmarking.timing import Timing, free_memory, time_calls
@@ -29,7 +29,7 @@ def _nothing(_: str) -> None:
     return None
 
 
-def role_work(role: str, case: Any, refresh: int = 1) -> Work:
+def role_work(role: str, case: Any, strategy: str = "kascade", refresh: int = 1) -> Work:
     """Least operations and bytes of a role: its own ops, K read once where scoring and attending share it.
 
     refresh: length of kascade-refresh's cycle; its last step reads `refresh - 1` keys more.
@@ -50,9 +50,9 @@ def role_work(role: str, case: Any, refresh: int = 1) -> Work:
     if role == "layer0":
         parts = [work_of("prefill_dense", case), work_of("prefill_score", case)]
     elif role == "anchor":
-        # Normalising the scores takes another pass over Q K^T, half of the dense one.
-        dense = work_of("prefill_dense", case)
-        parts = [Work(dense.flops / 2, 0, "compute"), work_of("prefill_score", case), work_of("prefill_sparse", case)]
+        # Normalising the scores takes another pass over Q K^T, half of the dense one; or of the sparse one.
+        norm = work_of("prefill_sparse" if strategy == REUSED_NORM else "prefill_dense", case)
+        parts = [Work(norm.flops / 2, 0, "compute"), work_of("prefill_score", case), work_of("prefill_sparse", case)]
     else:
         parts = [work_of("prefill_sparse", case)]
     return Work(sum(part.flops for part in parts), sum(part.bytes for part in parts), "compute")
@@ -107,11 +107,10 @@ def role_rows(case: Any, setting: Setting, base: Row, say: Say = _nothing) -> li
     cycle = sets[0].between is not None
     for role in (*ROLES, *BETWEEN) if cycle else ROLES:
         say(f"{case.phase} {base['size']}: {role}")
-        work = role_work(role, case, setting.refresh or 1)
+        work = role_work(role, case, setting.strategy, setting.refresh or 1)
         sets = make_sets(case, setting, work.bytes, sets)
-        if role == "reuse":
-            for inputs in sets:
-                run_anchor(inputs)
+        for inputs in sets:
+            prepare(role, inputs)
         calls = [role_call(role, inputs) for inputs in sets]
         timing = time_calls(calls, setting.device, graph=graph, seconds=setting.seconds)
         rows.append(base | {"kind": "role", "name": role} | timing_fields(timing) | work.rates(timing.p50))
@@ -174,9 +173,7 @@ def run_model(
     """
     rows: list[Row] = []
     for batch, context in sizes:
-        base = base_row(shape, phase, batch, context, setting)
-        if setting.refresh is not None:
-            base |= {"strategy": REFRESH, "refresh": setting.refresh}
+        base = base_row(shape, phase, batch, context, setting) | strategy_fields(setting)
         case = case_of(shape, phase, batch, context, setting)
         here: list[Row] = []
         try:

@@ -1,4 +1,4 @@
-"""Each of the seven ops by itself, and dense baselines beside them."""
+"""Each of the attention ops by itself, and dense baselines beside them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -65,7 +65,7 @@ def decode_ops(case: Case, setting: Setting) -> Iterator[_Op]:
 
 
 def prefill_ops(case: Case, setting: Setting) -> Iterator[_Op]:
-    """The three prefill ops, the log-sum-exp pass, and Top-k over the last block of tiles."""
+    """The prefill ops, the log-sum-exp pass, and Top-k over the last block of tiles."""
     ops = setting.backend
     tile = setting.budget.tile
     tiles = tile_count(case.context, tile, aligned=True)
@@ -101,7 +101,7 @@ def prefill_ops(case: Case, setting: Setting) -> Iterator[_Op]:
         pooled = scores(inputs, dense(inputs, False)()[1], last, block)
         return lambda: ops.select_topk(pooled, *rows(inputs, slice(last, None)), max_count=inputs.forward.width)
 
-    def sparse(inputs: Inputs) -> Call:
+    def selection(inputs: Inputs) -> tuple[torch.Tensor, ...]:
         _, lse = dense(inputs, False)()
         forward, parts = inputs.forward, []
         for first in range(0, tiles, block):
@@ -109,8 +109,15 @@ def prefill_ops(case: Case, setting: Setting) -> Iterator[_Op]:
             pooled = scores(inputs, lse, first, count)
             here = rows(inputs, slice(first, first + count))
             parts.append(ops.select_topk(pooled, *here, max_count=forward.width))
-        where = (torch.cat(parts, 2), forward.counts, _head_map(case, setting.device), *lengths(inputs))
+        return torch.cat(parts, 2), forward.counts, _head_map(case, setting.device), *lengths(inputs)
+
+    def sparse(inputs: Inputs) -> Call:
+        where = selection(inputs)
         return lambda: ops.prefill_sparse(inputs.q, inputs.k, inputs.v, *where, scale=inputs.scale, tile=tile)
+
+    def sparse_lse(inputs: Inputs) -> Call:
+        where = selection(inputs)
+        return lambda: ops.prefill_sparse_lse(inputs.q, inputs.k, *where, scale=inputs.scale, tile=tile)
 
     whole = work_of("prefill_dense", case)
     yield "prefill_dense", whole, lambda inputs: dense(inputs, True)
@@ -118,7 +125,9 @@ def prefill_ops(case: Case, setting: Setting) -> Iterator[_Op]:
     yield "prefill_score", work_of("prefill_score", case), score
     name = "select_topk" if block == tiles else f"select_topk, last {block} of {tiles} tiles"
     yield name, work_of("select_topk", case, tiles=(last, tiles)), select
-    yield "prefill_sparse", work_of("prefill_sparse", case), sparse
+    chosen = work_of("prefill_sparse", case)
+    yield "prefill_sparse", chosen, sparse
+    yield "prefill_sparse_lse", Work(chosen.flops / 2, 0, "compute"), sparse_lse
 
 
 def run_ops(

@@ -50,6 +50,12 @@ def base_row(shape: Shape, phase: str, batch: int, context: int, setting: Any) -
     }
 
 
+def strategy_fields(setting: Any) -> Row:
+    """Under which strategy a row was measured."""
+    refresh = {} if setting.refresh is None else {"refresh": setting.refresh}
+    return {"strategy": setting.strategy} | refresh
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -133,9 +139,9 @@ def render(result: dict[str, Any], console: Any) -> None:
         shown = [row for row in here if "skipped" not in row and "error" not in row]
         names = [name for name in _COLUMNS if any(row.get(name) is not None for row in shown)]
         over = {row.get("baseline") for row in shown} - {None}
-        title = phase
+        title = _title(here, phase)
         if len(over) == 1:  # one word in the title instead of a column of it
-            title = f"{phase}, speedup over {over.pop()}"
+            title = f"{title}, speedup over {over.pop()}"
             names = [name for name in names if name != "baseline"]
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for name in names:
@@ -154,6 +160,11 @@ def render(result: dict[str, Any], console: Any) -> None:
         for reason, names in reasons.items():
             console.print(f"not measured: {', '.join(dict.fromkeys(names))}: {reason}", markup=False)
     console.print(caption(result), markup=False)
+
+
+def _title(rows: Iterable[Row], phase: str) -> str:
+    """The phase, and the strategy where it is not kascade."""
+    return ", ".join([phase, *sorted({row.get("strategy", "kascade") for row in rows} - {"kascade"})])
 
 
 def _display(row: Row) -> Row:
@@ -191,7 +202,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             points = [(sizes.index(row["size"]), row["ms_p50"]) for row in here if row["name"] == name]
             axis.bar([x + n * width for x, _ in points], [y for _, y in points], width, label=name)
         axis.set_xticks([i + 0.4 - width / 2 for i in range(len(sizes))], sizes)
-        axis.set(yscale="log", ylabel="milliseconds, median", xlabel="batch x context", title=phase)
+        axis.set(yscale="log", ylabel="milliseconds, median", xlabel="batch x context", title=_title(here, phase))
         axis.legend(fontsize=7, ncols=2)
     figure.suptitle(caption(result), fontsize=8)
     figure.tight_layout()

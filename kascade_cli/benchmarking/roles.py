@@ -3,27 +3,27 @@
 The roles go through `attention.forward.Forward`, so that what is timed is what runs.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kascade_cli.attention.forward import Forward
-from kascade_cli.attention.plan import LayerPlan, Plan
+from kascade_cli.attention.plan import REFRESH, REUSED_NORM, LayerPlan, Plan, check_refresh
 from kascade_cli.attention.refresh import Refresh
 from kascade_cli.benchmarking.shapes import Shape
 from kascade_cli.benchmarking.timing import set_count
 from kascade_cli.benchmarking.work import Case
-from kascade_cli.errors import KascadeError
+from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.kernels import Backend
 from kascade_cli.schema import Budget
 
 ROLES = ("layer0", "anchor", "reuse")
 BETWEEN = ("layer0_between", "reuse_between")  # of a step that reads kept keys: anchors are reuse layers there
 _LAYER = {"layer0": 0, "anchor": 1, "reuse": 2, "layer0_between": 0, "reuse_between": 2}
+STRATEGIES = ("kascade", REUSED_NORM, REFRESH)  # that can be measured
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,19 @@ class Setting:
     dtype: torch.dtype
     budget: Budget
     seconds: float = 0.4  # of repeats for each timing
+    strategy: str = "kascade"
     refresh: int | None = None
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+
+def with_strategy(setting: Setting, strategy: str, refresh: int | None = None) -> Setting:
+    """`setting` with another strategy; UsageError for one that cannot be measured or does not take `refresh`."""
+    if strategy not in STRATEGIES:
+        raise UsageError(f"strategy '{strategy}' is not measured; use {', '.join(STRATEGIES)}")
+    return replace(setting, strategy=strategy, refresh=check_refresh(strategy, refresh))
 
 
 @dataclass
@@ -66,12 +74,13 @@ def case_of(shape: Shape, phase: str, batch: int, context: int, setting: Setting
     return Case(phase, batch, context, shape.query_heads, shape.kv_heads, shape.head_dim, element, setting.budget)
 
 
-def role_plan(kv_heads: int, budget: Budget) -> Plan:
+def role_plan(kv_heads: int, budget: Budget, strategy: str = "kascade") -> Plan:
     """Three layers: dense and anchor, anchor, and one that reuses layer 1 through a head map that is no identity."""
     sources = tuple((1, kv_heads - 1 - head) for head in range(kv_heads))
     layers = {0: LayerPlan("dense", True), 1: LayerPlan("selected", True), 2: LayerPlan("selected", sources=sources)}
     roles = {0: "dense", 1: "anchor", 2: "reuse"}
-    return Plan("kascade", budget, False, {"decode": layers, "prefill": layers}, roles)
+    prefill = layers | {1: LayerPlan("selected", True, norm=0)} if strategy == REUSED_NORM else layers
+    return Plan(strategy, budget, False, {"decode": layers, "prefill": prefill}, roles)
 
 
 def make_inputs(case: Case, setting: Setting, seed: int = 0) -> Inputs:
@@ -81,10 +90,10 @@ def make_inputs(case: Case, setting: Setting, seed: int = 0) -> Inputs:
     queries = 1 if case.phase == "decode" else case.context
     q = torch.randn(case.batch, queries, case.query_heads, case.head_dim, **options).transpose(1, 2)
     k, v = (torch.randn(case.batch, case.kv_heads, case.context, case.head_dim, **options) for _ in range(2))
-    plan = role_plan(case.kv_heads, setting.budget)
+    plan = role_plan(case.kv_heads, setting.budget, setting.strategy)
     if case.phase == "prefill" or (setting.refresh or 1) < 2:
         return Inputs(q, k, v, Forward(plan, setting.backend, q, k, None))
-    return _refresh_inputs(q, k, v, dataclasses.replace(plan, refresh=setting.refresh), setting.backend)
+    return _refresh_inputs(q, k, v, replace(plan, refresh=setting.refresh), setting.backend)
 
 
 def _refresh_inputs(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: Backend) -> Inputs:
@@ -119,16 +128,22 @@ def make_sets(case: Case, setting: Setting, touched: float, have: Sequence[Input
 
 
 def role_call(role: str, inputs: Inputs) -> Callable[[], Any]:
-    """The attention of one layer of that role. A reuse layer needs `run_anchor` first."""
+    """The attention of one layer of that role, after `prepare`."""
     forward, layer = inputs.between if role in BETWEEN else inputs.forward, _LAYER[role]
     plan = forward.plan.layers[forward.phase][layer]
     return lambda: forward.attend(layer, plan, inputs.q, inputs.k, inputs.v, inputs.scale)
 
 
-def run_anchor(inputs: Inputs) -> None:
-    """Leaves the indices that reuse layers read."""
-    with torch.no_grad():
-        role_call("anchor", inputs)()
+def prepare(role: str, inputs: Inputs) -> None:
+    """Runs the layers whose indices the role reads, unless they have left them."""
+    forward = inputs.forward
+    plan = forward.plan.layers[forward.phase][_LAYER[role]]
+    needed = {anchor for anchor, _ in plan.sources} | {plan.norm}
+    for earlier, layer in _LAYER.items():
+        if layer in needed - set(forward.indices):
+            prepare(earlier, inputs)
+            with torch.no_grad():
+                role_call(earlier, inputs)()
 
 
 def pass_call(inputs: Inputs, between: bool = False) -> Callable[[], Any]:

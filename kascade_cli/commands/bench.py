@@ -1,7 +1,6 @@
 """`kascade bench`: measure the attention kernels (`ops`), the roles of a layer (`model`) and whole models (`e2e`)."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +42,7 @@ _Baseline = Annotated[
     typer.Option(help="Dense attention to compare with: all, or some of cudnn,flash2,sdpa,fa4,fa3,flashinfer,own."),
 ]
 _Seconds = Annotated[float, typer.Option(min=0.01, help="Time to spend on the repeats of each measurement.")]
-_Strategy = Annotated[str, typer.Option(help="kascade or kascade-refresh (decode).")]
+_Strategy = Annotated[str, typer.Option(help="kascade, kascade-reused-norm (prefill) or kascade-refresh (decode).")]
 _Refresh = Annotated[
     int | None,
     typer.Option(min=1, help="kascade-refresh chooses keys every so many decode steps.", show_default="8"),
@@ -76,7 +75,7 @@ def ops(
     overwrite: _Overwrite = False,
     as_json: _Json = False,
 ) -> None:
-    """Time each of the seven ops by itself, with its achieved GB/s or TFLOP/s."""
+    """Time each of the ops by itself, with its achieved GB/s or TFLOP/s."""
     job = _Job(phase, context, batch, output, csv, plot, overwrite, as_json)
     run = job.start(shape, model, profile, ratio, min_keys, dtype, backend, device, seconds)
     from kascade_cli.benchmarking.baselines import choose
@@ -118,10 +117,8 @@ def model(
 
     The JSON result is what `kascade select-anchors --cost` reads.
     """
-    every = _every(strategy, refresh)
     job = _Job(phase, context, batch, output, csv, plot, overwrite, as_json)
-    run = job.start(shape, model, profile, ratio, min_keys, dtype, backend, device, seconds)
-    run.setting = replace(run.setting, refresh=every)
+    run = job.start(shape, model, profile, ratio, min_keys, dtype, backend, device, seconds, strategy, refresh)
     from kascade_cli.benchmarking.baselines import choose
     from kascade_cli.benchmarking.model import run_model
     from kascade_cli.benchmarking.shapes import with_layers
@@ -162,10 +159,9 @@ def e2e(
     Give --model for real weights, or a named --shape for random ones. Decode runs on a full static cache of random
     keys and values, in a CUDA graph where there is a GPU.
     """
-    every = _every(strategy, refresh)
     job = _Job(phase, context, batch, output, csv, plot, overwrite, as_json)
-    run = job.start(shape, model, profile, ratio, min_keys, dtype, backend, device, seconds, whole=True)
-    run.setting = replace(run.setting, refresh=every)
+    options = (shape, model, profile, ratio, min_keys, dtype, backend, device, seconds, strategy, refresh)
+    run = job.start(*options, whole=True)
     from kascade_cli.benchmarking.e2e import run_e2e
     from kascade_cli.benchmarking.shapes import random_model, with_layers
     from kascade_cli.models import load_model
@@ -185,15 +181,6 @@ def e2e(
         return run_e2e(loaded, run.shape, name, sizes, run.setting, run.profile, job.say)
 
     job.finish(run, "e2e", measure)
-
-
-def _every(strategy: str, refresh: int | None) -> int | None:
-    """Decode steps from one choice of keys to the next; None for strategies that choose in every step."""
-    from kascade_cli.attention.plan import REFRESH, check_refresh
-
-    if strategy not in ("kascade", REFRESH):
-        raise UsageError(f"strategy '{strategy}' is not measured: use kascade or {REFRESH}")
-    return check_refresh(strategy, refresh)
 
 
 class _Run:
@@ -248,11 +235,13 @@ class _Job:
         backend: str,
         device: str,
         seconds: float,
+        strategy: str = "kascade",
+        refresh: int | None = None,
         whole: bool = False,
     ) -> _Run:
         """Shape, device, backend and budget. Raises UsageError for options that exclude each other."""
         from kascade_cli.benchmarking import shapes
-        from kascade_cli.benchmarking.roles import Setting
+        from kascade_cli.benchmarking.roles import Setting, with_strategy
         from kascade_cli.kernels import get_backend
         from kascade_cli.models import resolve_device, resolve_dtype
         from kascade_cli.schema import Budget, Profile
@@ -287,6 +276,7 @@ class _Job:
         weights = model or ("demo" if whole and chosen.name == "demo" else None)
         if whole and loaded and not (weights or shape):
             raise UsageError("e2e with --profile needs the weights (--model) or a named --shape")
+        setting = with_strategy(setting, strategy, refresh)
         setting.backend.compile_ahead(chosen.query_heads // chosen.kv_heads, chosen.head_dim, element, budget.tile)
         if not gpu:
             err.print("no GPU: the PyTorch backend at small sizes; these are CPU figures", markup=False)
@@ -318,6 +308,7 @@ class _Job:
 
         rows = [row for phase in self.phases for row in measure(phase, self.sizes(run, kind, phase))]
         settings = {"command": kind, "seconds": run.setting.seconds, "budget": run.setting.budget.model_dump()}
+        settings |= report.strategy_fields(run.setting) if kind != "ops" else {}
         result = report.document(run.setting.device, rows, ceilings(run.setting.device), settings=settings)
         if self.output:
             import json

@@ -28,7 +28,7 @@ def evaluate(
         str,
         typer.Option(
             help="Comma-separated: dense, kascade, kascade-pooled, kascade-no-remap, kascade-decode-only, "
-            "kascade-refresh, oracle, streaming-llm."
+            "kascade-reused-norm, kascade-refresh, oracle, streaming-llm."
         ),
     ] = "dense,kascade,streaming-llm",
     ratio: Annotated[

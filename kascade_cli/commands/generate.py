@@ -33,7 +33,8 @@ def generate(
     strategy: Annotated[
         str,
         typer.Option(
-            help="kascade, kascade-pooled, kascade-no-remap, kascade-decode-only, kascade-refresh, oracle, "
+            help="kascade, kascade-pooled, kascade-no-remap, kascade-decode-only, kascade-reused-norm, "
+            "kascade-refresh, oracle, "
             "streaming-llm or dense."
         ),
     ] = "kascade",

@@ -1,4 +1,4 @@
-"""Attention kernels: seven ops with one signature, in two backends (`torch`, `tilelang`)."""
+"""Attention kernels: ops with one signature, in two backends (`torch`, `tilelang`)."""
 
 from kascade_cli.kernels.backend import BACKENDS, Backend, get_backend
 

@@ -1,4 +1,4 @@
-"""Which implementation of the seven ops runs. TileLang ops fall back one by one, and say so once."""
+"""Which implementation of the attention ops runs. TileLang ops fall back one by one, and say so once."""
 
 import importlib
 import logging
@@ -18,6 +18,7 @@ OPS = (
     "prefill_dense",
     "prefill_score",
     "prefill_sparse",
+    "prefill_sparse_lse",
 )
 BACKENDS = ("auto", "torch", "tilelang")
 
@@ -29,7 +30,7 @@ class Unsupported(KascadeError):
 
 
 class Backend:
-    """The seven ops as attributes. `name` is `torch` or `tilelang`.
+    """The ops as attributes. `name` is `torch` or `tilelang`.
 
     With `strict`, a TileLang op that cannot run raises; otherwise the reference runs and one warning names the reason.
     """

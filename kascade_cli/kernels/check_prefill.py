@@ -17,6 +17,8 @@ from kascade_cli.kernels import reference
 
 FLOOR = {torch.bfloat16: 1e-5, torch.float16: 1e-5}  # errors below this are float32 noise, whatever plain PyTorch has
 
+NAMES = ("prefill_dense", "log-sum-exp", "lse only", "prefill_score", "prefill_sparse", "prefill_sparse_lse")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -152,13 +154,14 @@ def plain(case: Case, inputs: Inputs, indices: Tensor, counts: Tensor) -> dict[s
     chosen.scatter_(3, torch.where(used & (indices >= 0), indices, case.slots).long(), True)
     chosen = chosen[:, inputs.head_map.long(), :, : case.slots].repeat_interleave(case.group, 1)
     chosen = chosen.gather(2, local.long()[:, None, :, None].expand(-1, chosen.shape[1], -1, case.slots))
-    sparse = logits.masked_fill(~(seen & (chosen | diagonal[:, None])), float("-inf")).softmax(-1).nan_to_num(0.0)
+    sparse = logits.masked_fill(~(seen & (chosen | diagonal[:, None])), float("-inf"))
     return {
         "prefill_dense": probability @ values,
         "log-sum-exp": torch.logsumexp(masked.float(), -1),
         "lse only": torch.logsumexp(masked.float(), -1),
         "prefill_score": pooled,
-        "prefill_sparse": sparse @ values,
+        "prefill_sparse": sparse.softmax(-1).nan_to_num(0.0) @ values,
+        "prefill_sparse_lse": torch.logsumexp(sparse.float(), -1),
     }
 
 
@@ -168,13 +171,16 @@ def run_ops(ops: Any, case: Case, inputs: Inputs, indices: Tensor, counts: Tenso
     out, lse = ops.prefill_dense(q, k, v, *args, scale=scale)
     lse_only = ops.prefill_dense(q, k, None, *args, scale=scale)[1]
     score = ops.prefill_score(q, k, lse_only.float(), *args, scale=scale, tile=case.tile)
-    sparse = ops.prefill_sparse(q, k, v, indices, counts, inputs.head_map, *args, scale=scale, tile=case.tile)
+    selection = (indices, counts, inputs.head_map, *args)
+    sparse = ops.prefill_sparse(q, k, v, *selection, scale=scale, tile=case.tile)
+    sparse_lse = ops.prefill_sparse_lse(q, k, *selection, scale=scale, tile=case.tile)
     return {
         "prefill_dense": out,
         "log-sum-exp": lse,
         "lse only": lse_only,
         "prefill_score": score,
         "prefill_sparse": sparse,
+        "prefill_sparse_lse": sparse_lse,
     }
 
 
@@ -228,7 +234,7 @@ def stress(
     ops: Any, case: Case, seeds: int, repeats: int = 3, report: Callable[[int], None] | None = None
 ) -> dict[str, Any]:
     """Races: `seeds` inputs, each run `repeats` times: how often bits changed, and the distance to plain PyTorch."""
-    changed = {"prefill_dense": 0, "log-sum-exp": 0, "lse only": 0, "prefill_score": 0, "prefill_sparse": 0}
+    changed = dict.fromkeys(NAMES, 0)
     worst = dict.fromkeys(changed, 0.0)
     for seed in range(seeds):
         inputs = make_inputs(case, seed)

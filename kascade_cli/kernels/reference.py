@@ -1,4 +1,4 @@
-"""The seven attention ops in plain PyTorch: the specification of every other backend, and the one that runs anywhere.
+"""The attention ops in plain PyTorch: the specification of every other backend, and the one that runs anywhere.
 
 Shapes, used throughout
     B batch, H query heads, G KV heads, R = H // G heads of a group, T queries, S key slots, D head size,
@@ -13,6 +13,8 @@ Tiles
     always suffice. A tile of which only some queries are present (chunked prefill) uses those.
 Pooling is post-softmax (paper, section 3.2). Arithmetic is float32, or float64 for float64 inputs.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -296,6 +298,49 @@ def prefill_score(
     return out
 
 
+def _sparse_blocks(
+    q: Tensor,
+    k: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    head_map: Tensor,
+    query_start: Tensor,
+    kv_start: Tensor,
+    kv_len: Tensor,
+    scale: float,
+    tile: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Logits of every tile over its selected keys and its diagonal tile, a block of tiles at a time.
+
+    Yields (row, real) as `_tile_rows`, the keys' slots int64 [B, G, tiles * N, 1] and their logits
+    [B, G, tiles, R, W, N], -inf where a query does not see the key.
+    """
+    batch, heads, queries, size = q.shape
+    groups, slots = k.shape[1], k.shape[2]
+    tiles = indices.shape[2]
+    mapped = indices[:, head_map.long()]
+    packed = heads // groups * min(tile, queries)
+    step = _steps(q.device, batch * groups * (indices.shape[-1] + tile) * max(size, packed))
+    within = torch.arange(tile, device=q.device)
+    for begin in range(0, tiles, step):
+        count = min(step, tiles - begin)
+        row, real, begins = _tile_rows(query_start, kv_start, kv_len, queries, tile, begin, count)
+        if not bool(real.any()):
+            continue
+        block_counts = counts[:, begin : begin + count]
+        width = int(block_counts.max())
+        chosen = mapped[:, :, begin : begin + count, :width].clamp_min(0).long()
+        diagonal = (begins[..., None] + within).clamp(0, slots - 1)[:, None].expand(-1, groups, -1, -1)
+        slot = torch.cat([chosen, diagonal], -1).flatten(2)[..., None]
+        keys = _wide(k.gather(2, slot.expand(-1, -1, -1, size))).unflatten(2, (count, -1))
+        logits = (_take_rows(q, row, groups) * scale) @ keys.transpose(-1, -2)
+        used = (torch.arange(width, device=q.device) < block_counts[..., None])[:, :, None]
+        place = (row + query_start.long()[:, None, None] - begins[..., None])[..., None]  # of a query in its tile
+        seen = torch.cat([used.expand(-1, -1, row.shape[2], -1), place >= within], -1)
+        logits = logits.unflatten(3, (heads // groups, -1)).masked_fill_(~seen[:, None, :, None], float("-inf"))
+        yield row, real, slot, logits
+
+
 def prefill_sparse(
     q: Tensor,
     k: Tensor,
@@ -315,39 +360,42 @@ def prefill_sparse(
     q [B, H, T, D]; k, v [B, G, S, D]; indices int32 [B, G2, NT, K] of slots before the tile; counts int32 [B, NT];
     head_map int32 [G]: KV head g reads indices[:, head_map[g]]. Returns [B, H, T, D]; zeros for padding.
     """
-    batch, heads, queries, size = q.shape
-    groups, slots = k.shape[1], k.shape[2]
-    tiles = indices.shape[2]
+    batch, heads, queries, _ = q.shape
     out = q.new_zeros(batch, heads, queries, v.shape[-1])
-    mapped = indices[:, head_map.long()]
-    packed = heads // groups * min(tile, queries)
-    step = _steps(q.device, batch * groups * (indices.shape[-1] + tile) * max(size, packed))
-    within = torch.arange(tile, device=q.device)
-    for begin in range(0, tiles, step):
-        count = min(step, tiles - begin)
-        row, real, begins = _tile_rows(query_start, kv_start, kv_len, queries, tile, begin, count)
-        if not bool(real.any()):
-            continue
-        block_counts = counts[:, begin : begin + count]
-        width = int(block_counts.max())
-        chosen = mapped[:, :, begin : begin + count, :width].clamp_min(0).long()
-        diagonal = (begins[..., None] + within).clamp(0, slots - 1)[:, None].expand(-1, groups, -1, -1)
-        slot = torch.cat([chosen, diagonal], -1).flatten(2)[..., None]
-        keys = _wide(k.gather(2, slot.expand(-1, -1, -1, size))).unflatten(2, (count, -1))
-        values = _wide(v.gather(2, slot.expand(-1, -1, -1, v.shape[-1]))).unflatten(2, (count, -1))
-        logits = (_take_rows(q, row, groups) * scale) @ keys.transpose(-1, -2)
-        used = (torch.arange(width, device=q.device) < block_counts[..., None])[:, :, None]
-        place = (row + query_start.long()[:, None, None] - begins[..., None])[..., None]  # of a query in its tile
-        seen = torch.cat([used.expand(-1, -1, row.shape[2], -1), place >= within], -1)
-        logits = logits.unflatten(3, (heads // groups, -1)).masked_fill_(~seen[:, None, :, None], float("-inf"))
+    lengths = (query_start, kv_start, kv_len)
+    for row, real, slot, logits in _sparse_blocks(q, k, indices, counts, head_map, *lengths, scale, tile):
+        values = _wide(v.gather(2, slot.expand(-1, -1, -1, v.shape[-1]))).unflatten(2, (logits.shape[2], -1))
         # A row that is no query may see nothing and become NaN; it is not written.
-        result = (torch.softmax(logits, -1).flatten(3, 4) @ values).unflatten(3, (heads // groups, -1))
-        result = result.transpose(2, 3).flatten(1, 2).flatten(2, 3).to(q.dtype)
-        _put_rows(out, row, real, result)
+        result = (torch.softmax(logits, -1).flatten(3, 4) @ values).unflatten(3, logits.shape[3:5])
+        _put_rows(out, row, real, result.transpose(2, 3).flatten(1, 2).flatten(2, 3).to(q.dtype))
+    return out
+
+
+def prefill_sparse_lse(
+    q: Tensor,
+    k: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    head_map: Tensor,
+    query_start: Tensor,
+    kv_start: Tensor,
+    kv_len: Tensor,
+    *,
+    scale: float,
+    tile: int,
+) -> Tensor:
+    """Log-sum-exp over the keys that `prefill_sparse` attends to: never above that of `prefill_dense`.
+
+    Arguments as there. Returns float32 [B, H, T] in natural log, -inf for padding.
+    """
+    out = torch.full(q.shape[:3], float("-inf"), dtype=_wide(q).dtype, device=q.device)
+    lengths = (query_start, kv_start, kv_len)
+    for row, real, _, logits in _sparse_blocks(q, k, indices, counts, head_map, *lengths, scale, tile):
+        _put_rows(out, row, real, torch.logsumexp(logits, -1).transpose(2, 3).flatten(1, 2).flatten(2, 3))
     return out
 
 
 def _put_rows(out: Tensor, row: Tensor, real: Tensor, result: Tensor) -> None:
-    """Writes result [B, H, tiles * W, D] to rows [B, tiles, W] of out [B, H, T, D] where they are real."""
+    """Writes result [B, H, tiles * W, ...] to rows [B, tiles, W] of out [B, H, T, ...] where they are real."""
     batch, where = real.flatten(1).nonzero(as_tuple=True)
     out[batch, :, row.flatten(1)[batch, where]] = result[batch, :, where]

@@ -60,6 +60,20 @@ class Naive:
             for t in range(start // self.tile, (end - 1) // self.tile + 1):
                 yield list(range(max(start, t * self.tile), min(end, (t + 1) * self.tile))), t * self.tile
 
+    def reused_norm(self, probability, sets):
+        """Probabilities [H, T, S] of prefill queries divided by the mass on `sets` and the query's own tile."""
+        scaled = probability.clone()
+        group = len(probability) // len(next(iter(sets.values())))
+        decode = {start for start, end in self.segments if end - start == 1}
+        for queries, before in self.pieces():
+            if queries[0] in decode:
+                continue
+            for i in queries:
+                for head in range(len(probability)):
+                    keys = sorted(sets[queries[0]][head // group]) + list(range(before, i + 1))
+                    scaled[head, i] /= probability[head, i, keys].sum()
+        return scaled
+
     def window(self, groups):
         chosen = {}
         for queries, before in self.pieces():
@@ -78,6 +92,8 @@ class Naive:
             return None if layer == first else self.select(probability, groups)
         role = self.profile.layers[layer].role
         if role in ("dense", "anchor"):
+            if role == "anchor" and self.strategy == "kascade-reused-norm":
+                probability = self.reused_norm(probability, self.sets[max(self.sets)])
             self.sets[layer] = self.select(probability, groups)
             return None if role == "dense" else self.sets[layer]
         chosen = {}

@@ -48,6 +48,19 @@ def test_prefill_then_decode(llama, strategy, length):
     assert attachment.report()["keys_visible"] == pytest.approx(naive.visible)
 
 
+def test_a_reused_norm_changes_what_later_anchors_choose(llama):
+    model, _ = llama
+    ids = ids_of(200, seed=11)
+    profile = some_profile(describe(model), anchors=[0, 1, 2], ratio=0.05)
+    want = Naive(model, profile, "kascade-reused-norm", [(0, 199), (199, 200)], 0.05, 4).logits(ids)
+    got = {}
+    for strategy in ("kascade", "kascade-reused-norm"):
+        with attach(model, profile, strategy=strategy):
+            got[strategy] = run(model, ids, [(0, 199), (199, 200)])
+    torch.testing.assert_close(got["kascade-reused-norm"], want)
+    assert (got["kascade"] - want).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "phi3", "gemma3"])
 @pytest.mark.parametrize("pairs", [False, True])
 def test_architectures_and_free_assignment(make_tiny_model, kind, pairs):
@@ -67,7 +80,10 @@ def test_architectures_and_free_assignment(make_tiny_model, kind, pairs):
     assert (got - dense).abs().max() > 1e-4  # the sparse run really was sparse
 
 
-@pytest.mark.parametrize("strategy", ["kascade", "kascade-pooled", "streaming-llm", "oracle", "dense"])
+PADDED = ["kascade", "kascade-pooled", "kascade-reused-norm", "streaming-llm", "oracle", "dense"]
+
+
+@pytest.mark.parametrize("strategy", PADDED)
 def test_left_padded_batch_equals_each_row_alone(llama, strategy):
     model, profile = llama
     rows = [ids_of(length, seed=length) for length in (97, 33, 1, 64)]
@@ -100,14 +116,15 @@ def test_right_padding_does_not_change_the_row(llama):
         torch.testing.assert_close(got, run(model, row, [(0, 70)]))
 
 
+@pytest.mark.parametrize("strategy", ["kascade", "kascade-reused-norm"])
 @pytest.mark.parametrize("cuts", [[32, 64], [96], [64, 65, 97], [10, 50, 90], [1, 2, 3, 120]])
-def test_chunked_prefill(llama, cuts):
+def test_chunked_prefill(llama, cuts, strategy):
     model, profile = llama
     ids = ids_of(130, seed=5)
     edges = [0, *cuts, 130]
     segments = list(zip(edges, edges[1:], strict=False))
-    want = Naive(model, profile, "kascade", segments, 0.2, 4).logits(ids)
-    with attach(model, profile):
+    want = Naive(model, profile, strategy, segments, 0.2, 4).logits(ids)
+    with attach(model, profile, strategy=strategy):
         got = run(model, ids, segments)
         torch.testing.assert_close(got, want)
         if all(cut % 32 == 0 for cut in cuts):

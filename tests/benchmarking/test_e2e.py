@@ -1,13 +1,12 @@
 """Whole models: what is timed is the model, dense and sparse on the same cache."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from kascade_cli.attention import attach
 from kascade_cli.benchmarking import e2e
 from kascade_cli.benchmarking.baselines import BASELINES
+from kascade_cli.benchmarking.roles import with_strategy
 from kascade_cli.benchmarking.shapes import random_model
 
 CPU = torch.device("cpu")
@@ -72,7 +71,7 @@ def test_anchors_of_the_profile_are_the_shapes(model, shape, setting):
 
 @pytest.mark.parametrize("every", [1, 5])
 def test_a_cycle_of_refresh_runs_to_the_end_of_the_cache(every, model, shape, setting):
-    cycle = dataclasses.replace(setting, refresh=every)
+    cycle = with_strategy(setting, "kascade-refresh", every)
     dense, sparse = e2e.run_e2e(model, shape, "decode", [(2, 64)], cycle)
     assert (sparse["strategy"], sparse["refresh"]) == ("kascade-refresh", every)
     assert sparse["tokens_s"] == pytest.approx(2000 / sparse["ms_p50"], rel=1e-3)

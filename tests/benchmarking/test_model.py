@@ -1,6 +1,5 @@
 """Roles compute what the method says, and whole-model figures follow from theirs."""
 
-import dataclasses
 import json
 
 import pytest
@@ -11,7 +10,7 @@ from kascade_cli.analysis import cost
 from kascade_cli.benchmarking import baselines, report
 from kascade_cli.benchmarking.baselines import Baseline
 from kascade_cli.benchmarking.model import best_dense, own_share, role_work, run_model, whole_model
-from kascade_cli.benchmarking.roles import case_of, make_inputs, role_call, run_anchor
+from kascade_cli.benchmarking.roles import case_of, make_inputs, prepare, role_call, with_strategy
 from kascade_cli.benchmarking.shapes import SHAPES
 from kascade_cli.errors import KascadeError
 from kascade_cli.kernels import reference
@@ -28,7 +27,7 @@ def test_layer_0_is_dense_attention(phase, shape, setting):
 
 def test_reuse_reads_the_anchors_keys_through_the_head_map(shape, setting):
     inputs = make_inputs(case_of(shape, "decode", 2, 200, setting), setting)
-    run_anchor(inputs)
+    prepare("reuse", inputs)
     scores = reference.decode_score(
         inputs.q[:, :, 0], inputs.k, inputs.forward.kv_start, inputs.forward.kv_len, scale=inputs.scale
     )
@@ -37,6 +36,34 @@ def test_reuse_reads_the_anchors_keys_through_the_head_map(shape, setting):
     same = torch.arange(2, dtype=torch.int32)
     expected = reference.decode_sparse(inputs.q[:, :, 0], inputs.k, inputs.v, chosen, count, same, scale=inputs.scale)
     torch.testing.assert_close(role_call("reuse", inputs)()[:, :, 0], expected)
+
+
+def test_an_anchor_with_a_reused_norm_reads_the_keys_of_layer_0(shape, setting):
+    changed = with_strategy(setting, "kascade-reused-norm")
+    case = case_of(shape, "prefill", 1, 200, setting)
+    inputs = make_inputs(case, changed)
+    with pytest.raises(KascadeError, match="layer 0, which has not run"):
+        role_call("anchor", inputs)()
+    prepare("anchor", inputs)
+    forward = inputs.forward
+    lengths = (forward.query_start, forward.kv_start, forward.kv_len)
+    same = torch.arange(2, dtype=torch.int32)
+    lse = reference.prefill_sparse_lse(
+        inputs.q, inputs.k, forward.indices[0], forward.counts, same, *lengths, scale=inputs.scale, tile=16
+    )
+    scores = reference.prefill_score(inputs.q, inputs.k, lse, *lengths, scale=inputs.scale, tile=16, tiles=13)
+    role_call("anchor", inputs)()
+    # 192 keys before the last tile, 39 of them chosen.
+    assert set(forward.indices[1][0, 0, -1, :39].tolist()) == set(scores[0, 0, -1, :192].topk(39).indices.tolist())
+    # The pass that normalises is the sparse one instead of the dense one.
+    saved = role_work("anchor", case).flops - role_work("anchor", case, "kascade-reused-norm").flops
+    assert saved == 2 * 4 * 8 * (case.dense_pairs() - case.sparse_pairs())
+    # Reuse needs both, and the exact strategy nothing of layer 0.
+    prepare("reuse", inputs)
+    assert set(forward.indices) == {0, 1}
+    exact = make_inputs(case, setting)
+    prepare("reuse", exact)
+    assert set(exact.forward.indices) == {1}
 
 
 def test_whole_model_reproduces_the_papers_table():
@@ -108,7 +135,7 @@ def test_own_share_compares_with_the_best_other():
 
 
 def test_a_step_between_refreshes_reads_the_kept_keys_and_the_newest(shape, setting):
-    cycle = dataclasses.replace(setting, refresh=4)
+    cycle = with_strategy(setting, "kascade-refresh", 4)
     inputs = make_inputs(case_of(shape, "decode", 2, 200, cycle), cycle)
     q, k, v = inputs.q[:, :, 0], inputs.k, inputs.v
     zero, before = torch.zeros(2, dtype=torch.int32), torch.full((2,), 197, dtype=torch.int32)
@@ -119,13 +146,13 @@ def test_a_step_between_refreshes_reads_the_kept_keys_and_the_newest(shape, sett
     torch.testing.assert_close(role_call("reuse_between", inputs)()[:, :, 0], expected)
     dense = functional.scaled_dot_product_attention(inputs.q, k, v, enable_gqa=True)
     torch.testing.assert_close(role_call("layer0_between", inputs)(), dense)
-    assert role_work("reuse_between", case_of(shape, "decode", 2, 200, cycle), 4).bytes == pytest.approx(
+    assert role_work("reuse_between", case_of(shape, "decode", 2, 200, cycle), refresh=4).bytes == pytest.approx(
         role_work("reuse", case_of(shape, "decode", 2, 200, cycle)).bytes * 43 / 40
     )
 
 
 def test_refresh_is_the_mean_over_a_cycle(shape, setting):
-    cycle = dataclasses.replace(setting, refresh=4)
+    cycle = with_strategy(setting, "kascade-refresh", 4)
     chosen = baselines.choose("sdpa", setting.backend)
     rows = run_model(shape, "decode", [(1, 64)], cycle, chosen)
     ms = {row["name"]: row["ms_p50"] for row in rows if row["kind"] == "role"}
@@ -137,7 +164,7 @@ def test_refresh_is_the_mean_over_a_cycle(shape, setting):
     assert row["speedup"] == pytest.approx(4 * row["dense_ms"] / row["total_ms"], rel=1e-2)
     names = {row["name"] for row in run_model(shape, "prefill", [(1, 64)], cycle, chosen)}
     assert not {name for name in names if "between" in name}
-    once = dataclasses.replace(setting, refresh=1)
+    once = with_strategy(setting, "kascade-refresh", 1)
     assert "between_step_ms" not in run_model(shape, "decode", [(1, 64)], once, chosen)[-1]
     with pytest.raises(KascadeError, match="shorter than a cycle of 4"):
         run_model(shape, "decode", [(1, 3)], cycle, chosen)

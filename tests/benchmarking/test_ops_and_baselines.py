@@ -18,7 +18,14 @@ OPS = {
         "decode_sparse",
         "decode_sparse+logits",
     ],
-    "prefill": ["prefill_dense", "prefill_dense, lse", "prefill_score", "select_topk", "prefill_sparse"],
+    "prefill": [
+        "prefill_dense",
+        "prefill_dense, lse",
+        "prefill_score",
+        "select_topk",
+        "prefill_sparse",
+        "prefill_sparse_lse",
+    ],
 }
 
 

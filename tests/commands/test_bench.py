@@ -87,6 +87,21 @@ def test_refresh_adds_the_steps_between(kascade):
     )
 
 
+def test_the_strategy_is_in_rows_settings_and_title(kascade):
+    options = ["--shape", "4,2,16", "--phase", "prefill", "--context", "64", "--baseline", "sdpa", *QUICK]
+    code, out, _ = kascade("bench", "model", *options, "--strategy", "kascade-reused-norm")
+    assert code == 0
+    assert "prefill, kascade-reused-norm, speedup over sdpa" in out
+    for chosen in ("kascade", "kascade-reused-norm"):
+        code, out, _ = kascade("bench", "model", *options, "--strategy", chosen, "--json")
+        result = json.loads(out)
+        assert (code, result["settings"]["strategy"]) == (0, chosen)
+        assert {row["strategy"] for row in result["rows"]} == {chosen}
+    code, _, err = kascade("bench", "model", *options, "--strategy", "oracle")
+    assert code == 2
+    assert "strategy 'oracle' is not measured" in err
+
+
 def test_e2e_runs_the_demo_model(kascade):
     code, out, _ = kascade(
         "bench", "e2e", "--shape", "demo", "--phase", "decode", "--context", "128", "--batch", 2, *QUICK, "--json"

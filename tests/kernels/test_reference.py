@@ -195,7 +195,10 @@ def test_prefill(rows, slots, queries, starts, tile, with_lse, monkeypatch):
                 indices[b, g, j, : counts[b, j]] = (
                     torch.randperm(before, generator=generator)[: counts[b, j]] + begin
                 ).int()
-    sparse = ops.prefill_sparse(q, k, v, indices, counts, head_map, at, start, length, scale=scale, tile=tile)
+    where = (indices, counts, head_map, at, start, length)
+    sparse = ops.prefill_sparse(q, k, v, *where, scale=scale, tile=tile)
+    sparse_lse = ops.prefill_sparse_lse(q, k, *where, scale=scale, tile=tile)
+    assert sparse_lse.shape == lse.shape
     for b, (begin, count) in enumerate(rows):
         for i in range(queries):
             slot = starts[b] + i
@@ -203,6 +206,7 @@ def test_prefill(rows, slots, queries, starts, tile, with_lse, monkeypatch):
                 assert torch.equal(out[b, :, i], torch.zeros_like(out[b, :, i]))
                 assert torch.equal(sparse[b, :, i], torch.zeros_like(out[b, :, i]))
                 assert torch.isneginf(lse[b, :, i]).all()
+                assert torch.isneginf(sparse_lse[b, :, i]).all()
                 continue
             want, probability = naive(q[b, :, i], k, v, b, slot, begin, count)
             torch.testing.assert_close(out[b, :, i], want)
@@ -216,9 +220,29 @@ def test_prefill(rows, slots, queries, starts, tile, with_lse, monkeypatch):
                 for g in range(groups)
             ]
             torch.testing.assert_close(sparse[b, :, i], naive(q[b, :, i], k, v, b, slot, begin, count, keys)[0])
+            for head in range(heads):
+                seen = sorted(s for s in keys[head // (heads // groups)] if s <= slot)
+                logits = [float(q[b, head, i] @ k[b, head // (heads // groups), s]) * scale for s in seen]
+                assert float(sparse_lse[b, head, i]) == pytest.approx(math.log(sum(map(math.exp, logits))))
     torch.testing.assert_close(scores, want_scores)
     part = ops.prefill_score(q, k, lse, at, start, length, scale=scale, tile=tile, first=tiles - 1, tiles=1)
     torch.testing.assert_close(part, want_scores[:, :, -1:])
+
+
+def test_scores_under_a_norm_that_is_far_too_low_are_infinite_and_selected():
+    q, k, _, start, length = make(1, 4, 2, 16, [(0, 70)], 70, 70, seed=7, dtype=torch.float32)
+    k[0, 0, 13] *= 40  # a key that the norm below does not contain
+    at = torch.zeros(1, dtype=torch.int32)
+    indices, counts = torch.zeros(1, 2, 3, 1, dtype=torch.int32), torch.tensor([[0, 1, 1]], dtype=torch.int32)
+    where = (indices, counts, torch.arange(2), at, start, length)
+    lse = ops.prefill_sparse_lse(q, k, *where, scale=1.0, tile=32)
+    exact = ops.prefill_dense(q, k, None, at, start, length, scale=1.0)[1]
+    assert (lse <= exact + 1e-5).all()
+    scores = ops.prefill_score(q, k, lse, at, start, length, scale=1.0, tile=32, tiles=3)
+    assert not scores.isnan().any()
+    assert scores.isinf().nonzero().tolist() == [[0, 0, 1, 13], [0, 0, 2, 13]]
+    chosen = ops.select_topk(scores[:, 0, 1:], torch.tensor(1), torch.tensor(0), torch.tensor(32), max_count=1)
+    assert chosen.flatten().tolist() == [13, 13]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

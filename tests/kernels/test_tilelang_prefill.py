@@ -16,6 +16,7 @@ from kascade_cli.kernels.tilelang.compile import Report, Spec, prebuild
 from kascade_cli.kernels.tilelang.prefill_dense import prefill_dense
 from kascade_cli.kernels.tilelang.prefill_score import prefill_score, score_plan
 from kascade_cli.kernels.tilelang.prefill_sparse import prefill_sparse, sparse_heads
+from kascade_cli.kernels.tilelang.prefill_sparse_lse import prefill_sparse_lse
 from kascade_cli.kernels.tilelang.prefill_specs import prefill_specs
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -37,7 +38,7 @@ def reports(found: list[Spec]) -> list[tuple[Spec, Report]]:
 def test_prefill_kernels_compile_without_spills():
     # The benchmark's shape; one consumer warpgroup (group 1); heads in chunks that a second launch adds up (group 16).
     found = prefill_specs(4, 128, "bfloat16")
-    found += [prefill_specs(1, 64, "float16")[-1], prefill_specs(16, 64, "bfloat16")[-2]]
+    found += [*prefill_specs(1, 64, "float16")[-2:], prefill_specs(16, 64, "bfloat16")[-3]]
     for spec, report in reports(found):
         print(report.row())
         assert report.spills == 0, str(spec)
@@ -45,9 +46,9 @@ def test_prefill_kernels_compile_without_spills():
         assert all(r.static_shared + r.dynamic_shared <= SHARED for r in report.resources), str(spec)
         assert report.marks["wgmma"], str(spec)
         assert report.marks["mma"] == 0, str(spec)
-        if spec.name == "sparse_kernel":
+        if spec.name.startswith("sparse"):
             # The gather must stay asynchronous, and the tensor cores must see what it wrote.
-            assert report.marks["cp_async"] > 2 * 8, str(spec)
+            assert report.marks["cp_async"] > (2 * 8 if spec.name == "sparse_kernel" else 4), str(spec)
             assert report.marks["fence"], str(spec)
         else:
             assert report.marks["tma_load"], str(spec)
@@ -121,6 +122,22 @@ def test_what_prefill_refuses(change: dict[str, Any], error: type[KascadeError],
     assert "\n" not in str(caught.value)
 
 
+def test_the_log_sum_exp_of_a_selection_checks_its_arguments():
+    def call(**change: Any):
+        given = arguments(**change)
+        del given["v"]
+        return prefill_sparse_lse(**given)
+
+    with pytest.raises(Unsupported, match="prefill_sparse_lse: tile 24"):
+        call(tile=24)
+    with pytest.raises(KascadeError, match="prefill_sparse_lse: indices for 2 tiles of 32 do not cover 70 queries"):
+        call(indices=BASE["indices"][:, :, :2])
+    with pytest.raises(KascadeError, match=r"prefill_sparse_lse: head_map must be int32 \[2\]"):
+        call(head_map=torch.zeros(8, dtype=torch.int32))
+    with pytest.raises(KascadeError, match="runs on a Hopper GPU"):
+        call()
+
+
 def test_dense_and_score_check_their_arguments():
     given = {name: BASE[name] for name in ("q", "k", "query_start", "kv_start", "kv_len", "scale")}
     with pytest.raises(KascadeError, match="k and v must be"):
@@ -157,7 +174,7 @@ def test_views_avoid_copies():
 )
 def test_the_check_accepts_the_reference(case: check_prefill.Case):
     rows = check_prefill.check(reference, case, device="cpu")
-    assert len(rows) == 5
+    assert [row["op"] for row in rows] == list(check_prefill.NAMES)
     assert all(row["ok"] for row in rows), rows
 
 
@@ -167,12 +184,16 @@ def test_the_check_rejects_a_wrong_op():
         prefill_sparse = staticmethod(reference.prefill_sparse)
 
         @staticmethod
+        def prefill_sparse_lse(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return reference.prefill_sparse_lse(*args, **kwargs).roll(1, dims=1)  # each head gets its neighbour's
+
+        @staticmethod
         def prefill_score(*args: Any, **kwargs: Any) -> torch.Tensor:
             scores = reference.prefill_score(*args, **kwargs)
             return scores.roll(1, dims=2)  # each tile gets its neighbour's scores
 
     rows = check_prefill.check(Wrong, check_prefill.single(BF16, 2, 64, 100), device="cpu")
-    assert {row["op"] for row in rows if not row["ok"]} == {"prefill_score"}
+    assert {row["op"] for row in rows if not row["ok"]} == {"prefill_score", "prefill_sparse_lse"}
 
 
 CASES = [

@@ -1,4 +1,4 @@
-"""What the three prefill ops share: argument checks of one line each, and q, k, v as the kernels read them."""
+"""What the prefill ops share: argument checks of one line each, and q, k, v as the kernels read them."""
 
 from dataclasses import dataclass
 
@@ -72,6 +72,23 @@ def require(
     if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
         found = f"{_name(tensor.dtype)} {list(tensor.shape)} on {tensor.device}"
         raise KascadeError(f"{op}: {name} must be {_name(dtype)} {list(shape)} on {device}, not {found}")
+
+
+def check_selection(
+    op: str, shape: Shape, tile: int, indices: Tensor, counts: Tensor, head_map: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(indices, counts) of a selection that fits the call, at least one entry wide; KascadeError where it does not."""
+    if indices.dim() != 4 or indices.shape[0] != shape.batch or indices.shape[1] == 0:
+        raise KascadeError(f"{op}: indices must be [{shape.batch}, kv_heads, tiles, keys], not {list(indices.shape)}")
+    sources, tiles, width = indices.shape[1:]
+    if tiles * tile < shape.queries:
+        raise KascadeError(f"{op}: indices for {tiles} tiles of {tile} do not cover {shape.queries} queries")
+    require(op, "indices", indices, (shape.batch, sources, tiles, width), device)
+    require(op, "counts", counts, (shape.batch, tiles), device)
+    require(op, "head_map", head_map, (shape.kv_heads,), device)
+    if width == 0:  # the kernels read one entry ahead of every count
+        return torch.zeros_like(indices.new_empty(*indices.shape[:3], 1)), torch.zeros_like(counts)
+    return indices, counts
 
 
 def queries_view(q: Tensor) -> Tensor:

@@ -1,13 +1,11 @@
 """prefill_sparse on Hopper: each tile of queries attends to its selected keys and, causally, to itself."""
 
 import tilelang.language as T
-import torch
 from torch import Tensor
 
-from kascade_cli.errors import KascadeError
 from kascade_cli.kernels.tilelang.arguments import LOG2E
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
-from kascade_cli.kernels.tilelang.prefill_common import allocate, cache_view, check, queries_view, require
+from kascade_cli.kernels.tilelang.prefill_common import allocate, cache_view, check, check_selection, queries_view
 
 LOWEST = -(2.0**30)
 
@@ -250,21 +248,10 @@ def prefill_sparse(
     Raises KascadeError for what the kernels do not take.
     """
     shape = check("prefill_sparse", q, k, v, (query_start, kv_start, kv_len), tile)
-    if indices.dim() != 4 or indices.shape[0] != shape.batch or indices.shape[1] == 0:
-        raise KascadeError(
-            f"prefill_sparse: indices must be [{shape.batch}, kv_heads, tiles, keys], not {list(indices.shape)}"
-        )
-    sources, tiles, width = indices.shape[1:]
-    if tiles * tile < shape.queries:
-        raise KascadeError(f"prefill_sparse: indices for {tiles} tiles of {tile} do not cover {shape.queries} queries")
-    require("prefill_sparse", "indices", indices, (shape.batch, sources, tiles, width), q.device)
-    require("prefill_sparse", "counts", counts, (shape.batch, tiles), q.device)
-    require("prefill_sparse", "head_map", head_map, (shape.kv_heads,), q.device)
+    indices, counts = check_selection("prefill_sparse", shape, tile, indices, counts, head_map, q.device)
     require_hopper(q.device)
     sizes = (shape.batch, shape.queries, shape.heads, shape.head_dim)
     out = allocate("prefill_sparse", sizes, q.dtype, q.device, "prefill in smaller chunks")
-    if width == 0:  # the kernel reads one entry ahead of every count
-        indices, counts = torch.zeros_like(indices.new_empty(*indices.shape[:3], 1)), torch.zeros_like(counts)
     if out.numel():
         heads = sparse_heads(shape.group, tile)
         run = sparse_kernel(dtype=shape.dtype, head_dim=shape.head_dim, group=shape.group, heads=heads, tile=tile)
