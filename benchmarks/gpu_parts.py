@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kascade_cli.benchmarking import report
-from kascade_cli.benchmarking.roles import Setting
+from kascade_cli.benchmarking.roles import Setting, with_strategy
 from kascade_cli.benchmarking.shapes import SHAPES, named_shape, random_model
 from kascade_cli.benchmarking.timing import ceilings, free_memory
 from kascade_cli.kernels import check, check_prefill, get_backend
@@ -29,6 +29,11 @@ SPEED = {
     "decode": ((64, 32768), (16, 131072), (1, 131072), (4, 32768)),
     "prefill": ((1, 32768), (1, 131072)),
 }
+# (strategy, its refresh, phase, sizes) of the approximations, measured after the table
+APPROXIMATE = (
+    ("kascade-reused-norm", None, "prefill", ((1, 32768), (1, 131072))),
+    ("kascade-refresh", 8, "decode", ((64, 32768), (16, 131072))),
+)
 
 
 class Context:
@@ -332,7 +337,21 @@ def part_model(ctx: Context) -> None:
                 measured += 1
             except Exception as error:
                 print(f"{phase} {size}: {error}", flush=True)
+    for strategy, refresh, phase, sizes in () if ctx.dry else APPROXIMATE:
+        for size in sizes:
+            if ctx.left < 8:
+                ctx.fail(f"no time for {strategy} {phase} {size}")
+                continue
+            best = [row["baseline"] for row in ctx.data["rows"] if row["kind"] == "model" and sized(row, phase, size)]
+            if best:
+                variant = with_strategy(setting, strategy, refresh)
+                run_model(shape, phase, [size], variant, choose(best[0], setting.backend), say=print, done=done)
     ctx.data["summary"] = f"{measured} sizes"
+
+
+def sized(row: dict[str, Any], phase: str, size: tuple[int, int]) -> bool:
+    """Whether a row is of this phase, batch and context."""
+    return (row["phase"], row["batch"], row["context"]) == (phase, *size)
 
 
 def part_e2e(ctx: Context) -> None:
@@ -362,12 +381,14 @@ def part_e2e(ctx: Context) -> None:
                 ctx.fail(f"{row['name']} {row['phase']} {row['size']}: {row['note']}")
         ctx.save()
 
-    for phase, size in plan:
+    variants = [(*entry, setting) for entry in plan]
+    variants.append((*plan[0], with_strategy(setting, "kascade-refresh", 8)))
+    for phase, size, variant in variants:
         if ctx.left < 10:
             ctx.fail(f"no time for {phase} {size}")
             continue
         try:
-            run_e2e(model, shape, phase, [size], setting, say=print, done=done)
+            run_e2e(model, shape, phase, [size], variant, say=print, done=done)
         except Exception as error:
             print(f"{phase} {size}: {error}", flush=True)
     ctx.data["summary"] = f"{len(ctx.data['rows'])} rows"

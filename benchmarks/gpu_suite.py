@@ -188,7 +188,11 @@ def speed_lines(rows: list[dict[str, Any]]) -> list[str]:
     """The speed table, each line beside its targets where it has some."""
     lines = []
     for row in rows:
-        if row["kind"] == "model" and "speedup" in row:
+        if row.get("strategy", "kascade") != "kascade":
+            if "speedup" in row and row["name"] in ("model", "sparse"):
+                what = "whole model" if row["kind"] == "e2e" else "attention"
+                lines.append(f"{row['strategy']} {row['phase']} {row['size']}, {what}: {row['speedup']:.2f}x")
+        elif row["kind"] == "model" and "speedup" in row:
             key = f"{row['phase']} {row['size']}"
             parts = " ".join(f"{name} {row[f'{name}_ms']:.4g}" for name in ("dense", "layer0", "anchor", "reuse"))
             lines.append(f"{key:18} {row['speedup']:.2f}x{target(key)}  {parts} ms (dense: {row['baseline']})")
@@ -202,7 +206,10 @@ def speed_lines(rows: list[dict[str, Any]]) -> list[str]:
             timed = {
                 row["name"]: row["ms_p50"]
                 for row in rows
-                if row["kind"] == "dense" and (row["phase"], row["size"]) == (phase, size) and "ms_p50" in row
+                if row["kind"] == "dense"
+                and row.get("strategy", "kascade") == "kascade"
+                and (row["phase"], row["size"]) == (phase, size)
+                and "ms_p50" in row
             }
             others = [ms for name, ms in timed.items() if name != "own"]
             if "own" in timed and others:

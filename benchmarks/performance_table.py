@@ -45,7 +45,8 @@ def milliseconds(value: float) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The markdown between the markers. Raises SystemExit if the result has no whole-model row."""
-    models = [row for row in result["rows"] if row["kind"] == "model" and "speedup" in row]
+    exact = [row for row in result["rows"] if row.get("strategy", "kascade") == "kascade"]
+    models = [row for row in exact if row["kind"] == "model" and "speedup" in row]
     if not models:
         raise SystemExit("the result has no whole-model row")
     first = models[0]
@@ -63,7 +64,7 @@ def table(result: dict[str, Any]) -> str:
         dense = f"{milliseconds(row['dense_ms'])} ({LABELS.get(row['baseline'], row['baseline'])})"
         times = [milliseconds(row[f"{name}_ms"]) for name in ("layer0", "anchor", "reuse", "mean")]
         lines.append(f"| {row['phase']} | {row['size']} | {dense} | {' | '.join(times)} | **{row['speedup']:.2f}x** |")
-    whole = [row for row in result["rows"] if row["kind"] == "e2e"]
+    whole = [row for row in exact if row["kind"] == "e2e"]
     pairs = {}
     for row in whole:
         pairs.setdefault((row["phase"], row["size"]), {})[row["name"]] = row
@@ -77,6 +78,7 @@ def table(result: dict[str, Any]) -> str:
             else:
                 cells = [f"{pair[name]['ms_p50'] / 1000:.2f} s to first token" for name in ("dense", "sparse")]
             lines.append(f"| {phase} | {size} | {' | '.join(cells)} | **{pair['sparse']['speedup']:.2f}x** |")
+    lines += approximations(result["rows"])
     versions = result["versions"]
     lines += [
         "",
@@ -85,6 +87,40 @@ def table(result: dict[str, Any]) -> str:
         f"`{result['commit']}`. Made by `benchmarks/gpu_suite.py` and `benchmarks/performance_table.py`.",
     ]
     return "\n".join(lines)
+
+
+def approximations(rows: list[dict[str, Any]]) -> list[str]:
+    """Speed of the strategies that are off by default, beside what they cost the demo model's answers."""
+    found = [row for row in rows if row.get("strategy", "kascade") != "kascade" and row["name"] in ("model", "sparse")]
+    if not found:
+        return []
+    lines = [
+        "",
+        "Approximations, off by default, beside their cost in answers (exact match of the demo model at 1k):",
+        "",
+    ]
+    lines += [
+        "| strategy | measured | batch x context | speed-up | answers: dense, kascade, this |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found:
+        what = f"{row['phase']}, {'whole model' if row['kind'] == 'e2e' else 'attention'}"
+        name = row["strategy"] + (f", N = {row['refresh']}" if "refresh" in row else "")
+        cells = [f"`{name}`", what, row["size"], f"**{row['speedup']:.2f}x**", answers(row)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def answers(row: dict[str, Any]) -> str:
+    """Points of dense attention, kascade and the row's strategy on the demo model, from the recorded results."""
+    refresh = row.get("refresh")
+    name = "refresh_stress-demo-1k.json" if refresh else "evaluate-reused-norm.json"
+    scores = {
+        (entry["strategy"], entry.get("refresh")): entry["mean"]["score"]
+        for entry in json.loads((ROOT / "benchmarks" / "results" / name).read_text())["rows"]
+        if entry.get("length", 1024) == 1024
+    }
+    return ", ".join(f"{scores[key]:.1f}" for key in (("dense", None), ("kascade", None), (row["strategy"], refresh)))
 
 
 def replace(text: str, inside: str) -> str:
