@@ -11,7 +11,7 @@ from torch import Tensor
 from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, even_split_count
 from kascade_cli.kernels.tilelang.compile import ONE_WARP_WAITS, kernel, require_hopper
 from kascade_cli.kernels.tilelang.decode_macros import block_loader, online_softmax
-from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pad, pooled_scores, workspace
+from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pooled_scores, workspace
 
 BLOCK = 64
 M = 64
@@ -25,7 +25,7 @@ def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: 
     N, splits = T.dynamic("N"), T.dynamic("splits")
     cache = (S, page, G, head_dim) if page else (B, G, S, head_dim)
     load, update = block_loader(page, block, head_dim), online_softmax(M, block)
-    sub, padded = WIDTH // block, pad(group, LOGITS[dtype])
+    sub = WIDTH // block
 
     @T.prim_func
     def decode_dense_kernel(
@@ -35,7 +35,7 @@ def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: 
         Table: T.Tensor((B, MP), "int32"),
         Start: T.Tensor((B,), "int32"),
         Length: T.Tensor((B,), "int32"),
-        Logits: T.Tensor((B, G, N, WIDTH, padded), LOGITS[dtype]),
+        Logits: T.Tensor((B, G, group, N, WIDTH), LOGITS[dtype]),
         PartOut: T.Tensor((B, G, splits, group, head_dim), f32),
         Lse: T.Tensor((B, G, splits, group), f32),
         scale: T.float32,
@@ -44,7 +44,6 @@ def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: 
             Qs = T.alloc_shared((M, head_dim), dtype)
             Ks = T.alloc_shared((block, head_dim), dtype)
             Vs = T.alloc_shared((block, head_dim), dtype)
-            flip = T.alloc_shared((block, padded), LOGITS[dtype])
             logit = T.alloc_fragment((M, block), f32)
             weight = T.alloc_fragment((M, block), dtype)
             acc = T.alloc_fragment((M, head_dim), f32)
@@ -84,10 +83,10 @@ def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: 
                     )
                 if write:
                     for i, j in T.Parallel(M, block):
-                        if i < padded:
-                            flip[j, i] = T.min(T.max(logit[i, j], -FLOAT16_MAX), FLOAT16_MAX)
-                    for i, j in T.Parallel(block, padded):
-                        Logits[b, g, (lo + k) // sub, (lo + k) % sub * block + i, j] = flip[i, j]
+                        if i < group:
+                            Logits[b, g, i, (lo + k) // sub, (lo + k) % sub * block + j] = T.min(
+                                T.max(logit[i, j], -FLOAT16_MAX), FLOAT16_MAX
+                            )
                 update(logit, weight, top, before, fade, part, total, acc)
                 load(Values, Vs, Table, b, g, lo, k, begin, end)
                 T.gemm(weight, Vs, acc, policy=policy)
@@ -152,7 +151,7 @@ def decode_dense(
     call = check_decode(q, k, v, block_table, kv_start=kv_start, kv_len=kv_len)
     splits = even_split_count(call.rows, -(-call.slots // BLOCK), require_hopper(q.device))
     logits, lse = workspace(
-        call.batch, call.kv_heads, call.group, call.slots if scores else 1, splits, call.dtype, q.device
+        call.batch, call.kv_heads, call.group, call.slots if scores else 1, splits, call.dtype, q.device, packed=False
     )
     parts = torch.empty(
         (call.batch, call.kv_heads, splits, call.group, call.head_dim), dtype=torch.float32, device=q.device
@@ -162,5 +161,5 @@ def decode_dense(
         call.grouped, call.k, call.v, call.table, kv_start, kv_len, logits, parts, lse, scale * LOG2E
     )
     merge(group=call.group, head_dim=call.head_dim, dtype=call.dtype)(parts, lse, out)
-    pooled = pooled_scores(logits, lse, kv_start, kv_len, call.slots) if scores else None
+    pooled = pooled_scores(logits, lse, kv_start, kv_len, call.slots, packed=False) if scores else None
     return out.flatten(1, 2), pooled

@@ -15,19 +15,19 @@ LOGIT_BYTES = {"float16": 2, "float32": 4}
 
 
 @kernel()
-def pool(group: int, logits: str):
+def pool(group: int, logits: str, packed: bool):
     """Builder: Scores[b, g, j] = sum over the group's heads of exp2(Logits - lse), zero outside the row's keys.
 
     Logits (log2 units, of dtype `logits`) are only valid inside the row's keys. Lse is per split, in log2 units.
     """
     f32 = "float32"
-    padded = pad(group, logits)
+    padded = pad(group, logits) if packed else group
     step = min(8 if logits == "float16" else 4, padded * EACH)  # 16 bytes
     B, G, N, splits = T.dynamic("B"), T.dynamic("G"), T.dynamic("N"), T.dynamic("splits")
 
     @T.prim_func
     def pool_kernel(
-        Logits: T.Tensor((B, G, N, WIDTH, padded), logits),
+        Logits: T.Tensor((B, G, N, WIDTH, padded) if packed else (B, G, group, N, WIDTH), logits),
         Lse: T.Tensor((B, G, splits, group), f32),
         Start: T.Tensor((B,), "int32"),
         Length: T.Tensor((B,), "int32"),
@@ -50,11 +50,16 @@ def pool(group: int, logits: str):
                 pooled[e] = 0.0
             if lo < WIDTH and hi > 0:
                 # The logits are on their way while the log-sum-exps are put together.
-                for w in T.unroll(padded * EACH // step):
-                    for e in T.vectorized(step):
-                        raw[w * step + e] = Logits[
-                            b, g, n, tx * EACH + (w * step + e) // padded, (w * step + e) % padded
-                        ]
+                if packed:
+                    for w in T.unroll(padded * EACH // step):
+                        for e in T.vectorized(step):
+                            raw[w * step + e] = Logits[
+                                b, g, n, tx * EACH + (w * step + e) // padded, (w * step + e) % padded
+                            ]
+                else:
+                    for h in T.unroll(group):
+                        for e in T.vectorized(EACH):
+                            raw[h * EACH + e] = Logits[b, g, h, n, tx * EACH + e]
                 if tx < group:
                     peak = -(2.0**30)
                     mass = 0.0
@@ -66,7 +71,10 @@ def pool(group: int, logits: str):
                 T.sync_threads()
                 for h in T.unroll(group):
                     for e in T.unroll(EACH):
-                        pooled[e] += T.exp2(T.cast(raw[e * padded + h], f32) - total[h])
+                        if packed:
+                            pooled[e] += T.exp2(T.cast(raw[e * padded + h], f32) - total[h])
+                        else:
+                            pooled[e] += T.exp2(T.cast(raw[h * EACH + e], f32) - total[h])
                 for e in T.unroll(EACH):
                     pooled[e] = T.if_then_else(tx * EACH + e >= lo and tx * EACH + e < hi, pooled[e], 0.0)
             for e in T.vectorized(EACH):
@@ -76,23 +84,29 @@ def pool(group: int, logits: str):
 
 
 def pad(group: int, logits: str) -> int:
-    """Heads of a slot in logits of that dtype: a power of two; four bytes or more, for cp.async."""
+    """Heads of a slot in packed logits of that dtype: a power of two; four bytes or more, for cp.async."""
     return max(1 << (group - 1).bit_length(), 2 if logits == "float16" else 1)
 
 
 def workspace(
-    batch: int, kv_heads: int, group: int, slots: int, splits: int, dtype: str, device: torch.device
+    batch: int, kv_heads: int, group: int, slots: int, splits: int, dtype: str, device: torch.device, *, packed: bool
 ) -> tuple[Tensor, Tensor]:
-    """(logits [B, G, N, WIDTH, heads], all heads of a slot side by side; log-sum-exps float32 [B, G, splits, R])."""
-    shape = (-(-slots // WIDTH), WIDTH, pad(group, LOGITS[dtype]))
+    """(logits, split log-sum-exps float32 [B, G, splits, R]) for a scoring kernel.
+
+    Logits are [B, G, N, WIDTH, heads] if `packed` (all heads of a slot side by side), else [B, G, R, N, WIDTH].
+    """
+    blocks = -(-slots // WIDTH)
+    shape = (blocks, WIDTH, pad(group, LOGITS[dtype])) if packed else (group, blocks, WIDTH)
     logits = torch.empty((batch, kv_heads, *shape), dtype=getattr(torch, LOGITS[dtype]), device=device)
     return logits, torch.empty((batch, kv_heads, splits, group), dtype=torch.float32, device=device)
 
 
-def pooled_scores(logits: Tensor, lse: Tensor, kv_start: Tensor, kv_len: Tensor, slots: int) -> Tensor:
+def pooled_scores(
+    logits: Tensor, lse: Tensor, kv_start: Tensor, kv_len: Tensor, slots: int, *, packed: bool
+) -> Tensor:
     """Scores float32 [B, G, slots]: the first slots of an allocation whose rows are multiples of WIDTH."""
     batch, kv_heads, _, group = lse.shape
     blocks = -(-slots // WIDTH)
     scores = torch.empty((batch, kv_heads, blocks, WIDTH), dtype=torch.float32, device=logits.device)
-    pool(group=group, logits=str(logits.dtype)[6:])(logits, lse, kv_start, kv_len, scores)
+    pool(group=group, logits=str(logits.dtype)[6:], packed=packed)(logits, lse, kv_start, kv_len, scores)
     return scores.view(batch, kv_heads, blocks * WIDTH)[..., :slots]
