@@ -2,7 +2,7 @@
 
 The rule is FlashAttention's: the largest error may be twice that of the same computation in plain low-precision
 PyTorch. Selections must equal the reference's on the same scores, bit for bit. Outputs are poisoned before every
-call, finite rubbish lies in every slot that no row owns, and every call is made twice and must give the same bits.
+call, NaN lies in every slot that no row owns, and every call is made twice and must give the same bits.
 """
 
 import contextlib
@@ -161,7 +161,7 @@ def poisoned() -> Iterator[None]:
 
 
 def _make(case: Case, device: torch.device, seed: int, dead_page: int = 1 << 30) -> dict[str, Any]:
-    """Random inputs of a case. Slots outside the rows hold large finite values; pages are shuffled.
+    """Random inputs of a case. Slots outside the rows hold NaN; pages are shuffled.
 
     Pages without a key of the row are `dead_page` in the table: a kernel that follows one faults.
     """
@@ -178,8 +178,8 @@ def _make(case: Case, device: torch.device, seed: int, dead_page: int = 1 << 30)
     start = torch.tensor(starts, dtype=torch.int32, device=device)
     length = torch.tensor(case.lengths, dtype=torch.int32, device=device)
     outside = (slot < start[:, None]) | (slot >= (start + length)[:, None])
-    k = k.masked_fill(outside[:, None, :, None], 300.0)
-    v = v.masked_fill(outside[:, None, :, None], -300.0)
+    k = k.masked_fill(outside[:, None, :, None], float("nan"))
+    v = v.masked_fill(outside[:, None, :, None], float("nan"))
     count = [min(n, max(min(128, n), int(case.ratio * n))) for n in case.lengths]
     data = {
         "q": q, "k": k, "v": v, "start": start, "length": length, "table": None, "scale": case.dim**-0.5,
@@ -266,7 +266,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tu
     visible = visible[:, None, None] if visible.dim() == 2 else visible[:, :, None]
     logits = (q.unflatten(1, (groups, -1)) @ k.transpose(-1, -2) * scale).masked_fill(~visible, float("-inf"))
     weight = torch.softmax(logits, -1, dtype=torch.float32).nan_to_num(0.0).to(q.dtype)
-    return (weight @ v).flatten(1, 2), weight.sum(2)
+    return (weight @ v.nan_to_num(0.0)).flatten(1, 2), weight.sum(2)
 
 
 def _error(op: str, case: str, found: Tensor, true: Tensor, low: Tensor) -> Row:

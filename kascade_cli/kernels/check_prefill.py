@@ -83,7 +83,8 @@ def ragged(dtype: torch.dtype, group: int, head_dim: int, queries: int, **kwargs
 
 
 def make_inputs(case: Case, seed: int, device: str = "cuda") -> Inputs:
-    """Normal q (memory [B, T, H, D]), k, v; some keys are scaled up so that attention is not flat."""
+    """Normal q (memory [B, T, H, D]), k, v; some keys are scaled up so that attention is not flat. Slots that are no
+    row's hold NaN."""
     generator = torch.Generator(device).manual_seed(seed)
     batch, heads = len(case.starts), case.group * case.kv_heads
 
@@ -94,6 +95,10 @@ def make_inputs(case: Case, seed: int, device: str = "cuda") -> Inputs:
     k = draw(batch, case.kv_heads, case.slots, case.head_dim)
     k = (k * (1 + 2 * (draw(batch, case.kv_heads, case.slots, 1) > 1.5))).to(case.dtype)
     v = draw(batch, case.kv_heads, case.slots, case.head_dim).to(case.dtype)
+    slot, begins, lengths = torch.arange(case.slots, device=device), *map(torch.tensor, (case.begins, case.lengths))
+    begins, lengths = begins.to(device)[:, None], lengths.to(device)[:, None]
+    outside = ((slot < begins) | (slot >= begins + lengths))[:, None, :, None]
+    k, v = k.masked_fill(outside, float("nan")), v.masked_fill(outside, float("nan"))
     args = tuple(torch.tensor(x, dtype=torch.int32, device=device) for x in (case.starts, case.begins, case.lengths))
     head_map = torch.randint(case.kv_heads, (case.kv_heads,), generator=generator, device=device).int()
     return Inputs(q, k, v, args, head_map, case.head_dim**-0.5)
@@ -143,7 +148,7 @@ def plain(case: Case, inputs: Inputs, indices: Tensor, counts: Tensor) -> dict[s
     key = torch.arange(case.slots, device=start.device)
     diagonal = key >= edge[..., None]  # [B, T, S]
     logits = (inputs.q @ inputs.k.repeat_interleave(case.group, 1).transpose(-1, -2)) * inputs.scale
-    values = inputs.v.repeat_interleave(case.group, 1)
+    values = inputs.v.nan_to_num(0.0).repeat_interleave(case.group, 1)
     masked = logits.masked_fill(~seen, float("-inf"))
     probability = masked.softmax(-1).nan_to_num(0.0)
     pooled = torch.zeros(len(start), case.kv_heads, *counts.shape[1:], case.slots, device=start.device)

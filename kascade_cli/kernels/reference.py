@@ -6,7 +6,8 @@ Shapes, used throughout
 Sequences
     `kv_start`, `kv_len`, `query_start` are int32 tensors [B] on the device. Row b's keys are the slots
     [kv_start, kv_start + kv_len) of the cache; query i of row b sits at slot query_start + i and sees the row's slots
-    up to its own. A query outside the row's slots is padding: it gives zeros and pools nothing.
+    up to its own. A query outside the row's slots is padding: it gives zeros and pools nothing. Slots that are no
+    row's may hold anything, NaN too.
 Tiles
     A token's index is slot - kv_start, and tile t holds the tokens [t * tile, (t + 1) * tile), so a left-padded row is
     tiled as if it ran alone. Local tile j of row b is tile `first_tile(...)[b] + j`; `tile_count(T, tile)` of them
@@ -87,8 +88,9 @@ def decode_dense(
     if block_table is not None:
         k, v = gather_pages(k, block_table), gather_pages(v, block_table)
     logits = _grouped(_wide(q), k.shape[1]) @ _wide(k).transpose(-1, -2) * scale
-    probability = _softmax(logits, _slots(k, kv_start, kv_len)[:, None, None])
-    out = (probability @ _wide(v)).flatten(1, 2).to(q.dtype)
+    slots = _slots(k, kv_start, kv_len)[:, None]
+    probability = _softmax(logits, slots[:, None])
+    out = (probability @ _wide(v).masked_fill(~slots[..., None], 0.0)).flatten(1, 2).to(q.dtype)
     return out, (probability.sum(2) if scores else None)
 
 
@@ -173,8 +175,9 @@ def decode_sparse(
     else:
         known = logits[..., : q.shape[1] // groups]
         raw = _wide(known.gather(2, chosen.expand(-1, -1, -1, known.shape[-1]))).transpose(2, 3) * LN2
-    used = torch.arange(width, device=q.device) < counts[:, None]
-    return (_softmax(raw, used[:, None, None]) @ values).flatten(1, 2).to(q.dtype)
+    used = (torch.arange(width, device=q.device) < counts[:, None])[:, None, None]
+    values = values.masked_fill(~used.transpose(2, 3), 0.0)  # what a row of no keys gathers may be NaN
+    return (_softmax(raw, used) @ values).flatten(1, 2).to(q.dtype)
 
 
 def prefill_dense(
@@ -194,7 +197,9 @@ def prefill_dense(
     """
     batch, heads, queries, _ = q.shape
     groups, slots = k.shape[1], k.shape[2]
-    keys, values = _wide(k).transpose(-1, -2), None if v is None else _wide(v)
+    keys, values = _wide(k).transpose(-1, -2), None
+    if v is not None:
+        values = _wide(v).masked_fill(~_slots(k, kv_start, kv_len)[:, None, :, None], 0.0)
     outs, sums = [], []
     step = _steps(q.device, batch * heads * slots)
     for begin in range(0, queries, step):
@@ -282,7 +287,9 @@ def prefill_score(
         packed = (_take_rows(q, row, groups) * scale).flatten(2, 3)
         logits = (packed @ keys[..., :end]).unflatten(2, (count, heads // groups, -1))
         position = row + query_start.long()[:, None, None]
+        row_end = (kv_start + kv_len)[:, None, None, None]
         seen = (slot[:end] >= kv_start[:, None, None, None]) & (slot[:end] <= position[..., None])
+        seen &= slot[:end] < row_end  # behind the row there may be NaN
         # Rows that are no queries may be anything finite: they pool with weight 0.
         logits.masked_fill_(~seen[:, None, :, None], torch.finfo(logits.dtype).min)
         if lse is None:
@@ -329,14 +336,16 @@ def _sparse_blocks(
             continue
         block_counts = counts[:, begin : begin + count]
         width = int(block_counts.max())
-        chosen = mapped[:, :, begin : begin + count, :width].clamp_min(0).long()
-        diagonal = (begins[..., None] + within).clamp(0, slots - 1)[:, None].expand(-1, groups, -1, -1)
-        slot = torch.cat([chosen, diagonal], -1).flatten(2)[..., None]
+        used = (torch.arange(width, device=q.device) < block_counts[..., None])[:, None]
+        # What is not used or behind the row is gathered from a slot of the row, which is no NaN.
+        first, last = (x.long()[:, None, None, None] for x in (kv_start, kv_start + kv_len - 1))
+        chosen = torch.where(used, mapped[:, :, begin : begin + count, :width], first)
+        diagonal = torch.minimum((begins[..., None] + within)[:, None], last).expand(-1, groups, -1, -1)
+        slot = torch.cat([chosen, diagonal], -1).clamp(0, slots - 1).flatten(2)[..., None]
         keys = _wide(k.gather(2, slot.expand(-1, -1, -1, size))).unflatten(2, (count, -1))
         logits = (_take_rows(q, row, groups) * scale) @ keys.transpose(-1, -2)
-        used = (torch.arange(width, device=q.device) < block_counts[..., None])[:, :, None]
         place = (row + query_start.long()[:, None, None] - begins[..., None])[..., None]  # of a query in its tile
-        seen = torch.cat([used.expand(-1, -1, row.shape[2], -1), place >= within], -1)
+        seen = torch.cat([used[:, 0, :, None].expand(-1, -1, row.shape[2], -1), place >= within], -1)
         logits = logits.unflatten(3, (heads // groups, -1)).masked_fill_(~seen[:, None, :, None], float("-inf"))
         yield row, real, slot, logits
 

@@ -24,6 +24,7 @@ def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: 
     B, G, S, MP = T.dynamic("B"), T.dynamic("G"), T.dynamic("S"), T.dynamic("MP")
     N, splits = T.dynamic("N"), T.dynamic("splits")
     cache = (S, page, G, head_dim) if page else (B, G, S, head_dim)
+    as_it_lies = not page or page % block == 0  # the loader copies slots outside of the row too
     load, update = block_loader(page, block, head_dim), online_softmax(M, block)
     sub = WIDTH // block
 
@@ -89,6 +90,12 @@ def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: 
                             )
                 update(logit, weight, top, before, fade, part, total, acc)
                 load(Values, Vs, Table, b, g, lo, k, begin, end)
+                # Slots that are no row's may hold anything: a weight of 0 does not silence a NaN.
+                if as_it_lies and ((lo + k) * block < begin or (lo + k + 1) * block > end):
+                    for i, j in T.Parallel(block, head_dim):
+                        Vs[i, j] = T.if_then_else(
+                            (lo + k) * block + i >= begin and (lo + k) * block + i < end, Vs[i, j], 0
+                        )
                 T.gemm(weight, Vs, acc, policy=policy)
             for i, j in T.Parallel(M, head_dim):
                 if i < group:

@@ -158,6 +158,7 @@ def dense_kernel(dtype: str, head_dim: int, stages: int = 2):
             kfree = T.alloc_barrier([CONSUMERS] * stages)
             vfree = T.alloc_barrier([CONSUMERS] * stages)
             ready = T.alloc_barrier(32)
+            clean = T.alloc_barrier(CONSUMERS)
             tx = T.get_thread_binding()
             kv = T.alloc_var("int32")
             q0 = T.alloc_var("int32")
@@ -202,6 +203,15 @@ def dense_kernel(dtype: str, head_dim: int, stages: int = 2):
                     T.wgmma_gemm(Qs, Ks[0, :, :], acc, transpose_B=True, clear_accum=True, policy=policy)
                     T.wait_wgmma(0)
                     T.barrier_arrive(kfree[0])
+                    # Slots behind the row may hold anything: a weight of 0 does not silence a NaN.
+                    if n * KEYS > kv_len[b]:
+                        T.barrier_wait(vfull[0], 0)
+                        for i, j in T.Parallel(KEYS, head_dim):
+                            if (n - 1) * KEYS + i >= kv_len[b]:
+                                Vs[0, i, j] = 0
+                        T.fence_proxy_async()
+                        T.barrier_arrive(clean)
+                        T.barrier_wait(clean, 0)
                     mask(acc, token, (n - 1) * KEYS)
                     update(acc, peak, old, decay, part, total, scale)
                     T.copy(acc, prob)

@@ -135,7 +135,7 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
                                         edge + i * step + (tx - consumers) // lanes,
                                         row[i],
                                     ),
-                                    S - 1,
+                                    lo + kv_len[b] - 1,  # slots behind the row may hold NaN
                                 ),
                                 0,
                             )

@@ -117,7 +117,7 @@ def sparse_lse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: i
                                         edge + k * keys + i * step + (tx - consumers) // lanes,
                                         row[i],
                                     ),
-                                    S - 1,
+                                    lo + kv_len[b] - 1,  # slots behind the row may hold anything
                                 ),
                                 0,
                             )
