@@ -25,6 +25,7 @@ PREFILL_CORNERS = (
 )
 DEMO = (4, 64, "bfloat16")
 NEAR_TIE = 4.0  # steps of bf16 between the two best logits
+EVALUATE_GAP = 0.01  # share of the answers; near-ties go either way
 SPEED = {
     "decode": ((64, 32768), (16, 131072), (1, 131072), (4, 32768)),
     "prefill": ((1, 32768), (1, 131072)),
@@ -268,6 +269,29 @@ def part_demo(ctx: Context) -> None:
         f"{len(differ)} of {len(wanted)} answers differ ({ties} near-ties); accuracy {ctx.data['accuracy']}"
     )
     ctx.data["package"] = kascade_cli.__version__
+    evaluate_both(ctx, model, tokenizer, profile)
+
+
+def evaluate_both(ctx: Context, model: Any, tokenizer: Any, profile: Profile) -> None:
+    """What `kascade evaluate` does (a shared prefix, questions as chunks behind it) on both backends: same scores."""
+    from kascade_cli.demo import DEMO_TASKS
+    from kascade_cli.evaluation.cases import built_in_cases, split_sources
+    from kascade_cli.evaluation.run import Run, run_cases
+
+    prompts, length = (1, 512) if ctx.dry else (24, 1024)
+    settings = {"length": length, "num_prompts": prompts, "questions": 8, "seed": 0}
+    kinds, layout, _ = split_sources([DEMO_TASKS["demo"]], DEMO_TASKS["demo"])
+    cases = built_in_cases(kinds, layout, tokenizer, **settings)
+    runs = {"torch": Run("kascade", "kascade", 0.1, (profile,))}
+    runs |= {} if ctx.dry else {"tilelang": runs["torch"]}
+    options = {"allow_other_weights": True}
+    found = {name: run_cases(model, tokenizer, cases, run, backend=name, **options) for name, run in runs.items()}
+    scores = {name: round(float(outcome.values.mean()), 4) for name, outcome in found.items()}
+    differ = int((found["torch"].values != found["torch" if ctx.dry else "tilelang"].values).sum())
+    ctx.data["evaluate"] = {"questions": len(found["torch"].values), "scores": scores, "verdicts_that_differ": differ}
+    ctx.data["summary"] += f"; evaluate {scores}, {differ} verdicts differ"
+    if max(scores.values()) - min(scores.values()) > EVALUATE_GAP:
+        ctx.fail(f"evaluate scores of the backends are far apart: {scores}")
 
 
 def greedy(model: Any, tokenizer: Any, prompt: Any) -> list[tuple[str, list[float]]]:
