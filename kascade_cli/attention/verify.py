@@ -19,6 +19,7 @@ from kascade_cli.attention import attach
 from kascade_cli.devset import DevSet, load_devset
 from kascade_cli.errors import KascadeError
 from kascade_cli.schema import Profile
+from kascade_cli.tasks import TASKS
 
 DECODE_TOKENS = 32  # of each prompt, decoded
 LAST_POSITIONS = 64  # of the prefilled part, where no answer is marked
@@ -75,9 +76,10 @@ def held_out_prompts(
 ) -> DevSet:
     """The held-out twin of dev set `source`. If the capture was made from `source`, they share no prompt.
 
-    `meta`: the capture's root attributes; seed, text field and chat template are as it was made.
+    `meta`: the capture's root attributes; seed, text field and chat template are as it was made, the last two only
+    where they mean something (a built-in task has neither).
     """
-    options = meta["options"]
+    options = {} if source in TASKS else meta["options"]
     return load_devset(
         source,
         tokenizer,

@@ -209,6 +209,8 @@ class _Job:
             if name not in ("decode", "prefill"):
                 raise UsageError(f"phase '{name}' is not known: use decode, prefill or decode,prefill")
         self.contexts = parse_sizes(context, "--context") if context is not None else None
+        if "prefill" in self.phases and 1 in (self.contexts or ()):
+            raise UsageError("--context 1 is no prefill but a decode step: use 2 or more, or --phase decode")
         self.batches = parse_sizes(batch, "--batch") if batch is not None else None
         outputs = [path for path in (output, csv, plot) if path is not None]
         for path in outputs:

@@ -144,3 +144,13 @@ def test_positions(answers, phases, split, prefill, decode):
 def test_nothing_to_measure(answers, phases):
     with pytest.raises(KascadeError, match="too short to verify"):
         verify.split_positions(100, answers, phases, 8)
+
+
+@pytest.mark.parametrize(("source", "passed"), [("hops", (None, None)), ("notes.jsonl", ("body", True))])
+def test_options_of_the_captured_texts_are_not_those_of_a_built_in_task(monkeypatch, source, passed):
+    seen = {}
+    monkeypatch.setattr(verify, "load_devset", lambda *_, **options: seen.update(options))
+    meta = {"seed": 3, "options": {"text_field": "body", "chat_template": True}}
+    verify.held_out_prompts(meta, None, source, num_prompts=2, max_length=64)
+    assert (seen["text_field"], seen["chat_template"]) == passed
+    assert (seen["seed"], seen["held_out"]) == (3, True)

@@ -120,6 +120,7 @@ def test_e2e_runs_the_demo_model(kascade):
         (["ops", "--context", "many"], "--context: 'many' is not a size"),
         (["ops", "--batch", "0"], "--batch: '0' is not a size: use a whole number, 1 or more"),
         (["model", "--context", "1k,0"], "--context: '0' is not a size: use a whole number, 1 or more"),
+        (["ops", "--context", "1"], "--context 1 is no prefill"),
         (["ops", "--batch", ""], "--batch: '' is not a size"),
         (["ops", "--shape", "6,4,64"], "multiple"),
         (["ops", "--shape", "gpt-5"], "shape 'gpt-5' is not known"),
