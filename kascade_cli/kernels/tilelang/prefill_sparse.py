@@ -6,6 +6,7 @@ from torch import Tensor
 from kascade_cli.kernels.tilelang.arguments import LOG2E
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
 from kascade_cli.kernels.tilelang.prefill_common import allocate, cache_view, check, check_selection, queries_view
+from kascade_cli.kernels.tilelang.prefill_gather import tile_macros
 
 LOWEST = -(2.0**30)
 
@@ -22,9 +23,8 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
     consumers = rows * 2
     policy = T.GemmWarpPolicy.FullRow
     chunks = -(-group // heads)  # CTAs that share a tile
-    lanes = head_dim // 8  # threads that copy one row, 16 bytes each
-    step = 128 // lanes
-    passes = keys // step
+    load_queries, list_slots, gather = tile_macros(head_dim, group, heads, tile, keys)
+    passes = keys * head_dim // (8 * 128)  # rows of a block that a producer thread copies a part of
     B, G, G2, S, H, NQ, NT, W = (T.dynamic(x) for x in ("B", "G", "G2", "S", "H", "NQ", "NT", "W"))
 
     @T.macro
@@ -82,6 +82,7 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
             begin = T.alloc_var("int32")  # queries from this one are the row's
             covered = T.alloc_var("int32")  # like end, but not past the last tile there are indices for
             used = T.alloc_var("int32")  # keys of this tile
+            last = T.alloc_var("int32")  # slot of the last token of the row
             n = T.alloc_var("int32")
             hm = T.alloc_var("int32")
             t = NT - 1 - x // chunks
@@ -91,6 +92,7 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
             q0 = edge - query_start[b]
             begin = T.max(lo - query_start[b], 0)
             end = T.min(lo + kv_len[b] - query_start[b], NQ)
+            last = lo + kv_len[b] - 1
             hm = head_map[g]
             covered = T.min(end, q0 + (NT - t) * tile)
             used = T.max(T.min(counts[b, t], W), 0) + tile
@@ -101,67 +103,15 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
                 if consumers > 128:  # with one consumer warpgroup there are registers enough for all
                     T.set_max_nreg(72, 0)
                 if n > 0:
-                    for i in T.serial(rows // step):
-                        T.ptx_cp_async(
-                            T.access_ptr(
-                                Qs[i * step + (tx - consumers) // lanes, (tx - consumers) % lanes * 8], "w", 8
-                            ),
-                            T.access_ptr(
-                                Q[
-                                    b,
-                                    T.max(T.min(q0 + (i * step + (tx - consumers) // lanes) // heads, end - 1), 0),
-                                    g * group + T.min(h0 + (i * step + (tx - consumers) // lanes) % heads, group - 1),
-                                    (tx - consumers) % lanes * 8,
-                                ],
-                                "r",
-                                8,
-                            ),
-                            8,
-                        )
+                    load_queries(Q, Qs, b, g, q0, end, h0, tx - consumers)
                     T.cp_async_barrier_noinc(ready)
                     for k in T.serial(n):
-                        for i in T.unroll(passes):
-                            row[i] = indices[
-                                b,
-                                hm,
-                                t,
-                                T.max(T.min(k * keys + i * step + (tx - consumers) // lanes, used - 1) - tile, 0),
-                            ]
-                        for i in T.unroll(passes):
-                            row[i] = T.max(
-                                T.min(
-                                    T.if_then_else(
-                                        k * keys + i * step + (tx - consumers) // lanes < tile,
-                                        edge + i * step + (tx - consumers) // lanes,
-                                        row[i],
-                                    ),
-                                    lo + kv_len[b] - 1,  # slots behind the row may hold NaN
-                                ),
-                                0,
-                            )
+                        list_slots(indices, row, b, hm, t, k, used, edge, last, tx - consumers)
                         T.barrier_wait(kfree[k % stages], ((k // stages) & 1) ^ 1)
-                        for i in T.unroll(passes):
-                            T.ptx_cp_async(
-                                T.access_ptr(
-                                    Ks[k % stages, i * step + (tx - consumers) // lanes, (tx - consumers) % lanes * 8],
-                                    "w",
-                                    8,
-                                ),
-                                T.access_ptr(K[b, g, row[i], (tx - consumers) % lanes * 8], "r", 8),
-                                8,
-                            )
+                        gather(K, Ks, k % stages, row, b, g, tx - consumers)
                         T.cp_async_barrier_noinc(kfull[k % stages])
                         T.barrier_wait(vfree[k % stages], ((k // stages) & 1) ^ 1)
-                        for i in T.unroll(passes):
-                            T.ptx_cp_async(
-                                T.access_ptr(
-                                    Vs[k % stages, i * step + (tx - consumers) // lanes, (tx - consumers) % lanes * 8],
-                                    "w",
-                                    8,
-                                ),
-                                T.access_ptr(V[b, g, row[i], (tx - consumers) % lanes * 8], "r", 8),
-                                8,
-                            )
+                        gather(V, Vs, k % stages, row, b, g, tx - consumers)
                         T.cp_async_barrier_noinc(vfull[k % stages])
             else:
                 if consumers > 128:
