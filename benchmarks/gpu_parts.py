@@ -366,7 +366,8 @@ def part_model(ctx: Context) -> None:
             if ctx.left < 8:
                 ctx.fail(f"no time for {strategy} {phase} {size}")
                 continue
-            best = [row["baseline"] for row in ctx.data["rows"] if row["kind"] == "model" and sized(row, phase, size)]
+            models = [row for row in ctx.data["rows"] if row["kind"] == "model" and sized(row, phase, size)]
+            best = [row["baseline"] for row in models if "baseline" in row]
             if best:
                 variant = with_strategy(setting, strategy, refresh)
                 run_model(shape, phase, [size], variant, choose(best[0], setting.backend), say=print, done=done)

@@ -8,6 +8,7 @@ from typing import Any
 
 from kascade_cli.errors import KascadeError
 
+_STRATEGY = "kascade"
 _FIELDS = ("dense_ms", "layer0_ms", "anchor_ms", "reuse_ms")
 _K = 1024
 
@@ -71,8 +72,8 @@ def published() -> CostTable:
 
 def load(path: str | Path) -> CostTable:
     """Reads a bench result: JSON with `rows` (or a bare list) of objects with `phase` (or `step`), `context`,
-    `dense_ms`, `layer0_ms`, `anchor_ms`, `reuse_ms`; other keys are ignored. Where a phase and context come
-    twice, the last row counts.
+    `dense_ms`, `layer0_ms`, `anchor_ms`, `reuse_ms`; other keys are ignored, and rows of another `strategy`
+    than kascade. Where a phase and context come twice, the last row counts.
 
     Raises KascadeError if the file is missing or is not that.
     """
@@ -87,7 +88,7 @@ def load(path: str | Path) -> CostTable:
     found: dict[str, dict[int, RoleCost]] = {"decode": {}, "prefill": {}}
     for number, entry in enumerate(entries if isinstance(entries, list) else []):
         phase = entry.get("phase", entry.get("step")) if isinstance(entry, dict) else None
-        if phase in found and all(name in entry for name in _FIELDS):
+        if phase in found and all(name in entry for name in _FIELDS) and entry.get("strategy", _STRATEGY) == _STRATEGY:
             row = _row(path, number, entry)
             found[phase][row.context] = row
     rows = {phase: sorted(table.values(), key=lambda row: row.context) for phase, table in found.items() if table}

@@ -219,13 +219,16 @@ def attach(
     return attachment
 
 
-def compile_ahead(model: nn.Module, profile: Profile | None = None, *, backend: str = "auto") -> None:
-    """Compiles the kernels that attaching `profile` to `model` would, on a GPU: once, before anything is timed.
+def compile_ahead(
+    model: nn.Module, profile: Profile | None = None, *, tile: int | None = None, backend: str = "auto"
+) -> None:
+    """Compiles the kernels that attaching `profile` (and `tile`) to `model` would: once, on a GPU.
 
     `attach` does it too; a program with a progress bar of its own calls this first. Raises what `get_backend` does.
     """
     chosen = get_backend(backend, next(model.parameters()).device)
-    _compile_ahead(chosen, model, describe(model), (profile.budget if profile else Budget()).tile)
+    budget = profile.budget if profile else Budget()
+    _compile_ahead(chosen, model, describe(model), tile or budget.tile)
 
 
 def _compile_ahead(backend: Backend, model: nn.Module, info: ModelInfo, tile: int) -> None:

@@ -218,6 +218,8 @@ class Forward:
         query_start, kv_start, kv_len = (tensor[:, None, None, None] for tensor in lengths)
         slot = torch.arange(self.slots, device=query.device)
         inside = (slot >= kv_start) & (slot < kv_start + kv_len)
+        if not self.plain:  # a mask that is added does not silence a NaN, nor does a weight of 0
+            key, value = (tensor.masked_fill(~inside.transpose(-1, -2), 0.0) for tensor in (key, value))
         outs = []
         for begin in range(0, self.queries, _QUERY_BLOCK):
             block = query[:, :, begin : begin + _QUERY_BLOCK]
@@ -238,6 +240,7 @@ class Forward:
             slot = torch.arange(self.slots, device=query.device)
             _, kv_start, kv_len = (tensor[:, None, None, None] for tensor in lengths)
             mask = (slot >= kv_start) & (slot < kv_start + kv_len)
+            key, value = (tensor.masked_fill(~mask.transpose(-1, -2), 0.0) for tensor in (key, value))
         out = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
         return out.flatten(1, 2)[:, :, None]
 

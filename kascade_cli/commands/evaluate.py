@@ -113,7 +113,8 @@ def evaluate(
     cases = {length: _cases(sources, tokenizer, info, length, **asked_for) for length in lengths}
     runs, maps = _runs(names, ratios, loaded_profile, sets, capture, info, seed, refresh)
 
-    compile_ahead(loaded, loaded_profile, backend=backend)
+    if set(names) != {"dense"} or sets:
+        compile_ahead(loaded, loaded_profile, backend=backend)
     options = {"min_keys": min_keys, "backend": backend, "allow_other_weights": allow_other_weights}
     rows = _evaluate(loaded, tokenizer, cases, runs, options)
     verdicts = [verdict for target in targets for verdict in target.check(rows)]

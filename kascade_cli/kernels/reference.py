@@ -297,7 +297,8 @@ def prefill_score(
         else:
             flat = row.clamp(0, queries - 1).flatten(1)[:, None].expand(-1, heads, -1)
             norm = _grouped(lse.gather(2, flat).unflatten(2, row.shape[1:]), groups).transpose(2, 3)
-            probability = torch.exp(logits - norm[..., None]).masked_fill_(~real[:, None, :, None, :, None], 0.0)
+            probability = torch.exp(logits - norm[..., None])
+        probability = probability.masked_fill_(~real[:, None, :, None, :, None], 0.0)
         weight = real[:, None, :, None].expand(-1, groups, -1, heads // groups, -1).flatten(3).to(keys.dtype)
         pooled = (weight[..., None, :] @ probability.flatten(3, 4)).squeeze(3)
         before = (slot[:end] >= kv_start[:, None, None]) & (slot[:end] < begins[..., None])

@@ -67,6 +67,15 @@ def test_wrong_files_are_one_line(tmp_path, document, message):
         cost.load(write(tmp_path / "bench.json", document))
 
 
+def test_rows_of_approximations_are_no_costs(tmp_path):
+    row = {"phase": "decode", "context": 1024, "dense_ms": 4, "layer0_ms": 5, "anchor_ms": 3, "reuse_ms": 1}
+    rows = [row | {"strategy": "kascade"}, row | {"strategy": "kascade-refresh", "anchor_ms": 2}]
+    table = cost.load(write(tmp_path / "suite.json", {"rows": rows}))
+    assert table.at("decode", 1024).anchor == 3
+    with pytest.raises(KascadeError, match="no cost row"):
+        cost.load(write(tmp_path / "only.json", {"rows": rows[1:]}))
+
+
 def test_missing_file():
     with pytest.raises(KascadeError, match="cannot read cost table"):
         cost.load("/nonexistent/bench.json")

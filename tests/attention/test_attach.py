@@ -5,8 +5,12 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from kascade_cli.attention import STRATEGIES, attach
+from kascade_cli.attention.forward import Forward
+from kascade_cli.benchmarking.roles import role_plan
 from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.kernels import get_backend
 from kascade_cli.models import describe
+from kascade_cli.schema import Budget
 
 from .naive import Naive, some_profile
 
@@ -263,3 +267,24 @@ def test_masks_that_are_not_causal_are_refused(llama):
                 model(ids)
         finally:
             model.eval()
+
+
+@pytest.mark.parametrize("queries", [1, 50])
+def test_slots_of_no_row_may_hold_nan(queries):
+    """Left- and right-padded rows, every layer role: the same as with zeros there."""
+    plan = role_plan(2, Budget(ratio=0.2, min_keys=4, tile=8))
+    slots, starts, lengths = 70, torch.tensor([0, 13, 20]), torch.tensor([70, 50, 31])
+    q = torch.randn(3, 4, queries, 16, generator=torch.Generator().manual_seed(1))
+    k, v = torch.randn(2, 3, 2, slots, 16, generator=torch.Generator().manual_seed(2))
+    last = starts + lengths
+    mask = torch.stack([last - queries, starts, lengths], -1).int()[:, None, None]
+    outside = ~((torch.arange(slots) >= starts[:, None]) & (torch.arange(slots) < last[:, None]))[:, None, :, None]
+    outs = []
+    for rest in (0.0, float("nan")):
+        keys, values = k.masked_fill(outside, rest), v.masked_fill(outside, rest)
+        forward = Forward(plan, get_backend("torch", "cpu"), q, keys, mask)
+        layers = plan.layers[forward.phase].items()
+        outs.append([forward.attend(layer, role, q, keys, values, 0.25) for layer, role in layers])
+    for zero, nan in zip(*outs, strict=True):
+        assert torch.isfinite(nan).all()
+        torch.testing.assert_close(nan, zero)

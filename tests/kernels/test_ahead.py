@@ -26,7 +26,7 @@ def compiled(tmp_path, monkeypatch) -> list[list[str]]:
 
     monkeypatch.setattr(ahead, "prebuild", prebuild)
     monkeypatch.setattr(ahead, "cache_dir", lambda: tmp_path)
-    monkeypatch.setattr(ahead, "_failed", set())
+    monkeypatch.setattr(ahead, "_tried", set())
     return calls
 
 
@@ -41,7 +41,7 @@ def test_a_shape_is_compiled_once(compiled):
 
 def test_what_failed_is_tried_again_by_the_next_process_and_the_rest_is_not(compiled, monkeypatch):
     ahead.compile_ahead(ahead.shape_specs(*SHAPE))
-    monkeypatch.setattr(ahead, "_failed", set())
+    monkeypatch.setattr(ahead, "_tried", set())
     ahead.compile_ahead(ahead.shape_specs(*SHAPE))
     assert [text.split("(")[0] for text in compiled[1]] == ["decode_dense.merge"]
 
@@ -56,7 +56,7 @@ def test_another_shape_compiles_only_what_it_does_not_share(compiled):
 def test_changed_sources_compile_again(compiled, monkeypatch):
     ahead.compile_ahead(ahead.shape_specs(*SHAPE))
     monkeypatch.setattr(ahead, "_sources", lambda: "changed")
-    monkeypatch.setattr(ahead, "_failed", set())
+    monkeypatch.setattr(ahead, "_tried", set())
     ahead.compile_ahead(ahead.shape_specs(*SHAPE))
     assert compiled[1] == compiled[0]
 

@@ -3,9 +3,12 @@
 What has been compiled is noted beside TileLang's cache, so that the next start costs nothing and loads from there.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
+import platform
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from kascade_cli.kernels.tilelang.prefill_specs import prefill_specs
 from kascade_cli.kernels.tilelang.specs import decode_specs, select_specs
 
 log = logging.getLogger("kascade")
-_failed: set[str] = set()  # not tried again in this process: the call that needs one says why it does not compile
+_tried: set[str] = set()  # once a process: the call that needs one that failed says why
 
 
 def shape_specs(group: int, head_dim: int, dtype: torch.dtype, tile: int) -> list[Spec]:
@@ -38,17 +41,19 @@ def missing(found: Iterable[Spec]) -> list[Spec]:
 def note(spec: Spec) -> None:
     """Remembers that `spec` is in TileLang's cache."""
     path = _mark(spec)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+    with contextlib.suppress(OSError):  # a cache that cannot be written to: the next start asks again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
 def compile_ahead(found: Iterable[Spec]) -> None:
     """Compiles what is missing, in parallel processes. One that fails is left to the call that needs it."""
     from kascade_cli.console import progress
 
-    waiting = [spec for spec in missing(found) if str(spec) not in _failed]
-    if not waiting:
+    waiting = [spec for spec in missing(found) if str(spec) not in _tried]
+    if not waiting or not tilelang.env.is_cache_enabled():  # nothing would remain of it
         return
+    _tried.update(map(str, waiting))
     log.info("compiling %d kernels for this shape into %s", len(waiting), cache_dir())
     with progress("compiling kernels, once for this shape", total=len(waiting)) as bar:
 
@@ -57,12 +62,12 @@ def compile_ahead(found: Iterable[Spec]) -> None:
                 note(spec)
             bar.advance(bar.first)
 
-        _failed.update(prebuild(waiting, done=done))
+        prebuild(waiting, done=done)
 
 
 @functools.cache
 def _sources() -> str:
-    digest = hashlib.sha256(tilelang.__version__.encode())
+    digest = hashlib.sha256(f"{tilelang.__version__} {sys.platform} {platform.machine()}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -257,7 +257,7 @@ def prebuild(
                     break
             child.stdin.close()
 
-    threads = [threading.Thread(target=follow) for _ in range(min(jobs or os.cpu_count() or 1, len(waiting)))]
+    threads = [threading.Thread(target=follow) for _ in range(min(jobs or _cores(), len(waiting)))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -360,6 +360,11 @@ def _resources(log: str, shared: dict[str, int]) -> list[Resources]:
             )
         )
     return sorted(found, key=lambda r: r.name)
+
+
+def _cores() -> int:
+    """Cores that this process may use: a container has fewer than its host."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cache_dir() -> Path:

@@ -14,7 +14,6 @@ from kascade_cli.kernels.tilelang.decode_macros import block_loader
 from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pad, pooled_scores, workspace
 
 BLOCK = 64
-PACKED = True  # logits of a slot's heads side by side: no detour through shared memory
 
 
 @kernel(tl__device_compile_flags=ONE_WARP_WAITS)
@@ -26,7 +25,6 @@ def score(
     block: int = BLOCK,
     stages: int = 5,
     threads: int = 128,
-    packed: bool = PACKED,
 ):
     """Builder. Compiled per group, head size, dtype and page (0: contiguous); everything else is read at run time."""
     f32, policy, low = "float32", T.GemmWarpPolicy.FullRow, -(2.0**30)
@@ -46,7 +44,7 @@ def score(
         Table: T.Tensor((B, MP), "int32"),
         Start: T.Tensor((B,), "int32"),
         Length: T.Tensor((B,), "int32"),
-        Logits: T.Tensor((B, G, N, WIDTH, padded) if packed else (B, G, group, N, WIDTH), LOGITS[dtype]),
+        Logits: T.Tensor((B, G, N, WIDTH, padded), LOGITS[dtype]),
         Lse: T.Tensor((B, G, splits, group), f32),
         scale: T.float32,
     ):
@@ -57,7 +55,6 @@ def score(
             top = T.alloc_fragment((block, wide), f32)
             total = T.alloc_fragment((block, wide), f32)
             higher = T.alloc_fragment((block, wide), f32)
-            flip = T.alloc_shared((wide, block), LOGITS[dtype])
             tops = T.alloc_shared((block, wide), f32)
             totals = T.alloc_shared((block, wide), f32)
             toprow = T.alloc_fragment((wide, block), f32)
@@ -91,17 +88,12 @@ def score(
                     higher[i, j] = T.max(top[i, j], logit[i, j])
                     total[i, j] = total[i, j] * T.exp2(top[i, j] - higher[i, j]) + T.exp2(logit[i, j] - higher[i, j])
                     top[i, j] = higher[i, j]
-                if packed:
-                    for i, j in T.Parallel(block, wide):
-                        if j < padded:
-                            Logits[b, g, (lo + k) // sub, (lo + k) % sub * block + i, j] = T.min(
-                                T.max(logit[i, j], -FLOAT16_MAX), FLOAT16_MAX
-                            )
-                else:
-                    for i, j in T.Parallel(block, wide):
-                        flip[j, i] = T.min(T.max(logit[i, j], -FLOAT16_MAX), FLOAT16_MAX)
-                    for j, i in T.Parallel(group, block):
-                        Logits[b, g, j, (lo + k) // sub, (lo + k) % sub * block + i] = flip[j, i]
+                # A slot's heads side by side: no detour through shared memory.
+                for i, j in T.Parallel(block, wide):
+                    if j < padded:
+                        Logits[b, g, (lo + k) // sub, (lo + k) % sub * block + i, j] = T.min(
+                            T.max(logit[i, j], -FLOAT16_MAX), FLOAT16_MAX
+                        )
             T.copy(top, tops)
             T.copy(total, totals)
             for j, i in T.Parallel(wide, block):
@@ -139,9 +131,7 @@ def decode_score(
     """
     call = check_decode(q, k, None, block_table, kv_start=kv_start, kv_len=kv_len)
     splits = even_split_count(call.rows, -(-call.slots // BLOCK), require_hopper(q.device))
-    raw, lse = workspace(
-        call.batch, call.kv_heads, call.group, call.slots, splits, call.dtype, q.device, packed=PACKED
-    )
+    raw, lse = workspace(call.batch, call.kv_heads, call.group, call.slots, splits, call.dtype, q.device, packed=True)
     score(**call.config())(call.grouped, call.k, call.table, kv_start, kv_len, raw, lse, scale * LOG2E)
-    scores = pooled_scores(raw, lse, kv_start, kv_len, call.slots, packed=PACKED)
+    scores = pooled_scores(raw, lse, kv_start, kv_len, call.slots, packed=True)
     return (scores, raw.flatten(2, 3)) if logits else scores

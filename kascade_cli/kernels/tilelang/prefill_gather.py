@@ -35,8 +35,11 @@ def tile_macros(head_dim: int, group: int, heads: int, tile: int, keys: int) -> 
             )
 
     @T.macro
-    def list_slots(indices, row, b, hm: T.Ref, tile_index: T.Ref, k, used: T.Ref, edge: T.Ref, last: T.Ref, t):
-        # The tile's own slots come first, then its selection. Slots behind the row may hold anything.
+    def list_slots(
+        indices, row, b, hm: T.Ref, tile_index: T.Ref, k, used: T.Ref, edge: T.Ref, lo: T.Ref, last: T.Ref, t
+    ):
+        # The tile's own slots come first, then its selection. Slots outside of [lo, last] are no row's and may hold
+        # NaN; an entry of -1 is read where nothing is selected.
         for i in T.unroll(passes):
             row[i] = indices[b, hm, tile_index, T.max(T.min(k * keys + i * step + t // lanes, used - 1) - tile, 0)]
         for i in T.unroll(passes):
@@ -47,7 +50,7 @@ def tile_macros(head_dim: int, group: int, heads: int, tile: int, keys: int) -> 
                     ),
                     last,
                 ),
-                0,
+                lo,
             )
 
     @T.macro

@@ -106,7 +106,7 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
                     load_queries(Q, Qs, b, g, q0, end, h0, tx - consumers)
                     T.cp_async_barrier_noinc(ready)
                     for k in T.serial(n):
-                        list_slots(indices, row, b, hm, t, k, used, edge, last, tx - consumers)
+                        list_slots(indices, row, b, hm, t, k, used, edge, lo, last, tx - consumers)
                         T.barrier_wait(kfree[k % stages], ((k // stages) & 1) ^ 1)
                         gather(K, Ks, k % stages, row, b, g, tx - consumers)
                         T.cp_async_barrier_noinc(kfull[k % stages])
