@@ -96,7 +96,8 @@ def approximations(rows: list[dict[str, Any]]) -> list[str]:
         return []
     lines = [
         "",
-        "Approximations, off by default, beside their cost in answers (exact match of the demo model at 1k):",
+        "Approximations, off by default, beside what they cost the demo model at 1k (exact match in points; with "
+        "`kascade-refresh` the questions are decoded too, see [decisions](docs/decisions.md)):",
         "",
     ]
     lines += [

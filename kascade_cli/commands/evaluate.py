@@ -102,7 +102,7 @@ def evaluate(
     kinds = [*sources[0], *(path.stem for path in sources[2])]
     targets = [parse_requirement(text, labels, kinds) for text in require or []]
 
-    from kascade_cli.attention.attachment import compile_ahead
+    from kascade_cli.attention import compile_ahead
     from kascade_cli.models import describe, load_model
 
     loaded, tokenizer = load_model(

@@ -234,7 +234,7 @@ def _verify(
 ) -> dict[str, Any]:
     """Fills in the candidates' KL; returns what the profile records about the verification."""
     from kascade_cli.analysis.selection import head_maps
-    from kascade_cli.attention.attachment import compile_ahead
+    from kascade_cli.attention import compile_ahead
     from kascade_cli.attention.verify import held_out_prompts, measure_kl
     from kascade_cli.commands.selection_report import model_card
     from kascade_cli.models import describe, load_model
