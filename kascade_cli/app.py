@@ -50,7 +50,7 @@ class _LazyGroup(TyperGroup):
             return None
         target, summary = COMMANDS[name]
         if ctx.resilient_parsing or getattr(ctx, "listing", False):
-            return TyperCommand(name, help=summary)
+            return TyperCommand(name, help=summary, short_help=summary)
         module, attribute = target.split(":")
         command = getattr(importlib.import_module(module), attribute)
         # A command with subcommands brings its own Typer app.
@@ -71,6 +71,7 @@ app = typer.Typer(
     cls=_LazyGroup,
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="Kascade sparse attention for any Hugging Face causal LM: capture, choose anchors, run, measure.",
@@ -118,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
         # Typer's own usage errors; newer versions carry their own copy of click, so they are known by shape.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             if message := error.format_message():
-                print(f"error: {message}", file=sys.stderr)
+                # A group called without a command brings its whole help.
+                print(message if message.startswith("Usage:") else f"error: {message}", file=sys.stderr)
             sys.exit(error.exit_code)
         if debug:
             raise

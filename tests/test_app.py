@@ -63,6 +63,14 @@ def test_errors_become_one_line(error, code, monkeypatch, capsys):
         app.main(["--debug"])
 
 
+@pytest.mark.parametrize("group", [[], ["bench"]])
+def test_a_group_alone_prints_its_help_and_no_error(group):
+    done = run(*group)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: ")
+    assert "..." not in done.stderr.replace("[ARGS]...", "")  # summaries are whole
+
+
 def test_ctrl_c_is_one_word_and_130(monkeypatch, capsys):
     def interrupt():
         raise KeyboardInterrupt

@@ -20,6 +20,7 @@ bench = typer.Typer(
     name="bench",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Measure the attention kernels: ops, model, e2e. Without a GPU the PyTorch backend, at small sizes.",
 )
@@ -54,7 +55,7 @@ _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing 
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
-@bench.command()
+@bench.command(short_help="Time each op by itself.")
 def ops(
     shape: _Shape = None,
     model: _Model = None,
@@ -85,7 +86,7 @@ def ops(
     job.finish(run, "ops", lambda name, sizes: run_ops(run.shape, name, sizes, run.setting, chosen, job.say))
 
 
-@bench.command()
+@bench.command(short_help="Time a layer's roles and a whole model's attention.")
 def model(
     shape: _Shape = None,
     model: _Model = None,
@@ -128,7 +129,7 @@ def model(
     job.finish(run, "model", lambda name, sizes: run_model(run.shape, name, sizes, run.setting, chosen, job.say))
 
 
-@bench.command()
+@bench.command(short_help="Time a whole model, dense against sparse.")
 def e2e(
     shape: _Shape = None,
     model: _Model = None,
