@@ -157,8 +157,8 @@ def e2e(
 ) -> None:
     """Time a whole model, dense against sparse: time to first token (prefill) and tokens per second (decode).
 
-    Give --model for real weights, or a named --shape for random ones. Decode runs on a full static cache of random
-    keys and values, in a CUDA graph where there is a GPU.
+    Give --model for real weights, or --shape llama-3.1-8b or qwen3-8b for random ones. Decode runs on a full static
+    cache of random keys and values, in a CUDA graph where there is a GPU.
     """
     job = _Job(phase, context, batch, output, csv, plot, overwrite, as_json)
     options = (shape, model, profile, ratio, min_keys, dtype, backend, device, seconds, strategy, refresh)

@@ -9,6 +9,7 @@ from kascade_cli.console import check_output, err, format_size, out, parse_float
 from kascade_cli.errors import KascadeError, TargetMissed, UsageError, require_extra
 
 DEFAULT_PROMPTS = 16
+DEFAULT_LENGTH = 1024
 _WIDTH = 120
 
 
@@ -40,7 +41,13 @@ def evaluate(
     refresh: Annotated[
         int | None, typer.Option(min=1, help="kascade-refresh chooses keys every so many decode steps. Default: 8.")
     ] = None,
-    max_length: Annotated[str, typer.Option(help="Tokens of the text before the questions, such as 1k,2k.")] = "1k",
+    max_length: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of the text before the questions, such as 1k,2k. "
+            "Default: 1k; of a file, what the model takes."
+        ),
+    ] = None,
     num_prompts: Annotated[
         int | None, typer.Option(min=1, help="Prompts per length. Default: 16; of a file, all its rows.")
     ] = None,
@@ -77,7 +84,7 @@ def evaluate(
     if plot:
         check_output(plot, overwrite)
         require_extra("matplotlib", "plot")
-    lengths = parse_sizes(max_length, "--max-length")
+    lengths = parse_sizes(max_length, "--max-length") if max_length is not None else []
     ratios = parse_floats(ratio) if ratio is not None else [None]
     names = [name.strip() for name in strategies.split(",")]
 
@@ -94,6 +101,8 @@ def evaluate(
     demo_task = DEMO_TASKS.get(model)
     asked = [part.strip() for entry in task or [demo_task or "hops"] for part in entry.split(",")]
     sources = split_sources(asked, demo_task)
+    # A file has the lengths it has; built-in texts are made to one.
+    lengths = lengths or [DEFAULT_LENGTH if sources[0] else None]
     sets = {text: parse_anchors(text) for text in anchors or []}
     _check(names, ratios, lengths, loaded_profile, sets, capture, chat, sources)
     refresh = _check_refresh(names, refresh)
@@ -110,7 +119,8 @@ def evaluate(
     )
     info = describe(loaded, model)
     asked_for = {"num_prompts": num_prompts, "questions": questions, "seed": seed, "chat": chat}
-    cases = {length: _cases(sources, tokenizer, info, length, **asked_for) for length in lengths}
+    found = [(length, _cases(sources, tokenizer, info, length, **asked_for)) for length in lengths]
+    cases = {length or max(case.tokens for case in part): part for length, part in found}
     runs, maps = _runs(names, ratios, loaded_profile, sets, capture, info, seed, refresh)
 
     if set(names) != {"dense"} or sets:
@@ -144,7 +154,7 @@ def evaluate(
 def _check(
     names: list[str],
     ratios: list[float | None],
-    lengths: list[int],
+    lengths: list[int | None],
     profile: Any,
     sets: dict[str, Any],
     capture: Path | None,
@@ -197,7 +207,7 @@ def _cases(
     sources: Any,
     tokenizer: Any,
     info: Any,
-    length: int,
+    length: int | None,
     *,
     num_prompts: int | None,
     questions: int,
@@ -229,7 +239,7 @@ def _cases(
             path, tokenizer, max_length=length, limit=num_prompts, chat=chat, room=info.max_positions
         )
         if dropped:
-            bound = min(length, info.max_positions or length)
+            bound = min(bound for bound in (length, info.max_positions) if bound)
             err.print(
                 f"{path}: {dropped} prompts longer than {format_size(bound)} left out", markup=False, soft_wrap=True
             )

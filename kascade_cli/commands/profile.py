@@ -21,7 +21,7 @@ def profile(
         str | None,
         typer.Option(
             metavar="SET",
-            help="Built-in task, hub id (org/name[:config]:split), .jsonl, .parquet, folder of .txt. "
+            help="Built-in task, hub id (org/name[[:config]:split]), .jsonl, .parquet, folder of .txt. "
             "Default: what a built-in model was trained on; hops for others.",
         ),
     ] = None,

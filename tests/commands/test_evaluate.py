@@ -122,6 +122,10 @@ def test_a_file_of_one_s_own(run_kascade, tmp_path):
     score = json.loads(out)["rows"][0]["scores"]["mine"]
     assert (score["questions"], score["prompts"], score["score"]) == (2, 2, 50)
     assert "1 prompts longer than 64 left out" in err
+    code, out, err = run_kascade(*SMALL, "--task", path, "--strategies", "dense", "--json")
+    assert code == 0
+    assert json.loads(out)["rows"][0]["scores"]["mine"]["questions"] == 3  # without a bound nothing is left out
+    assert "left out" not in err
     code, out, err = run_kascade(*SMALL, "--task", path, "--strategies", "oracle", "--max-length", "64")
     assert code == 0
     assert "note: oracle read every key at 64 tokens and ratio 0.1" in err
