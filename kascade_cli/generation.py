@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, TextStreamer
 
-from kascade_cli.attention import STRATEGIES, attach
-from kascade_cli.attention.plan import check_refresh
+from kascade_cli.attention import attach
+from kascade_cli.attention.plan import check_refresh, check_strategy
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.kernels.backend import check_backend
 from kascade_cli.models import ModelInfo
@@ -114,12 +114,7 @@ class Setting:
 
     def check(self) -> None:
         """What can be refused before a model is loaded. Raises UsageError."""
-        if self.strategy not in STRATEGIES:
-            raise UsageError(f"strategy '{self.strategy}' is not known; use one of {', '.join(STRATEGIES)}")
-        if self.strategy.startswith("kascade") and self.profile is None:
-            raise UsageError(f"strategy {self.strategy} needs a profile (--profile)")
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise UsageError(f"ratio {self.ratio:g} is outside (0, 1]")
+        check_strategy(self.strategy, self.profile, self.ratio)
         check_refresh(self.strategy, self.refresh)
         check_backend(self.backend)
 

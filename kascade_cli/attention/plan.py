@@ -1,6 +1,5 @@
 """Who does what: the role of every layer under a strategy, fixed when a model is attached."""
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -95,13 +94,8 @@ def make_plan(
     Raises UsageError for an unknown strategy, a ratio outside (0, 1], a missing profile, or `refresh` with another
     strategy than kascade-refresh, and KascadeError for a profile of another shape.
     """
-    if strategy not in STRATEGIES:
-        raise UsageError(f"strategy '{strategy}' is not known; use one of {', '.join(STRATEGIES)}")
-    if strategy.startswith("kascade") and profile is None:
-        raise UsageError(f"strategy {strategy} needs a profile (--profile)")
+    check_strategy(strategy, profile, ratio)
     refresh = check_refresh(strategy, refresh)
-    if ratio is not None and not (0 < ratio <= 1 and math.isfinite(ratio)):
-        raise UsageError(f"ratio {ratio} is outside (0, 1]")
     for name, value in (("min-keys", min_keys), ("tile", tile)):
         if value is not None and value < 1:
             raise UsageError(f"{name} {value} must be 1 or more")
@@ -112,6 +106,16 @@ def make_plan(
         _check_shape(info, profile)
     layers = {phase: _phase_layers(info, profile, strategy, phase) for phase in PHASES}
     return Plan(strategy, budget, strategy == "kascade-pooled", layers, _roles(info, profile, strategy), refresh)
+
+
+def check_strategy(strategy: str, profile: Profile | None, ratio: float | None = None) -> None:
+    """Raises UsageError for an unknown strategy, one without the profile that it needs, or a ratio outside (0, 1]."""
+    if strategy not in STRATEGIES:
+        raise UsageError(f"strategy '{strategy}' is not known; use one of {', '.join(STRATEGIES)}")
+    if strategy.startswith("kascade") and profile is None:
+        raise UsageError(f"strategy {strategy} needs a profile (--profile)")
+    if ratio is not None and not 0 < ratio <= 1:
+        raise UsageError(f"ratio {ratio:g} is outside (0, 1]")
 
 
 def check_refresh(strategy: str, refresh: int | None) -> int | None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kascade_cli.commands import options as shared
 from kascade_cli.console import (
     atomic_write,
     check_output,
@@ -37,7 +38,6 @@ _Ratio = Annotated[float | None, typer.Option(help="Share of the keys that a que
 _MinKeys = Annotated[int | None, typer.Option(help="Fewest keys a query reads.", show_default="128")]
 _Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.", show_default="by device")]
 _Backend = Annotated[str, typer.Option(help="auto, tilelang or torch.")]
-_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 _Baseline = Annotated[
     str,
     typer.Option(help="Dense attention to compare with: all, or some of cudnn,flash2,sdpa,fa4,fa3,flashinfer,own."),
@@ -52,7 +52,6 @@ _Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write the 
 _Csv = Annotated[Path | None, typer.Option("--csv", help="Write the rows as CSV.")]
 _Plot = Annotated[Path | None, typer.Option("--plot", help="Write a PNG picture.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 @bench.command(short_help="Time each op by itself.")
@@ -67,14 +66,14 @@ def ops(
     min_keys: _MinKeys = None,
     dtype: _Dtype = None,
     backend: _Backend = "auto",
-    device: _Device = "auto",
+    device: shared.Device = "auto",
     baseline: _Baseline = "all",
     seconds: _Seconds = 0.4,
     output: _Output = None,
     csv: _Csv = None,
     plot: _Plot = None,
     overwrite: _Overwrite = False,
-    as_json: _Json = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Time each of the ops by itself, with its achieved GB/s or TFLOP/s."""
     job = _Job(phase, context, batch, output, csv, plot, overwrite, as_json)
@@ -103,7 +102,7 @@ def model(
     min_keys: _MinKeys = None,
     dtype: _Dtype = None,
     backend: _Backend = "auto",
-    device: _Device = "auto",
+    device: shared.Device = "auto",
     baseline: _Baseline = "all",
     strategy: _Strategy = "kascade",
     refresh: _Refresh = None,
@@ -112,7 +111,7 @@ def model(
     csv: _Csv = None,
     plot: _Plot = None,
     overwrite: _Overwrite = False,
-    as_json: _Json = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Time the roles of a layer and a whole model's attention (the paper's Table 3) against the best dense attention.
 
@@ -145,7 +144,7 @@ def e2e(
     min_keys: _MinKeys = None,
     dtype: _Dtype = None,
     backend: _Backend = "auto",
-    device: _Device = "auto",
+    device: shared.Device = "auto",
     strategy: _Strategy = "kascade",
     refresh: _Refresh = None,
     seconds: _Seconds = 1.0,
@@ -153,7 +152,7 @@ def e2e(
     csv: _Csv = None,
     plot: _Plot = None,
     overwrite: _Overwrite = False,
-    as_json: _Json = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Time a whole model, dense against sparse: time to first token (prefill) and tokens per second (decode).
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kascade_cli.commands import options as shared
 from kascade_cli.console import check_output, err, format_size, out, parse_floats, parse_sizes, print_json, progress
 from kascade_cli.errors import KascadeError, TargetMissed, UsageError, require_extra
 
@@ -35,12 +36,8 @@ def evaluate(
     ratio: Annotated[
         str | None, typer.Option(help="Shares of the keys to read, such as 0.05,0.1,0.2. Default: the profile's.")
     ] = None,
-    min_keys: Annotated[
-        int | None, typer.Option(min=1, help="Read at least this many keys. Default: the profile's.")
-    ] = None,
-    refresh: Annotated[
-        int | None, typer.Option(min=1, help="kascade-refresh chooses keys every so many decode steps. Default: 8.")
-    ] = None,
+    min_keys: shared.MinKeys = None,
+    refresh: shared.Refresh = None,
     max_length: Annotated[
         str | None,
         typer.Option(
@@ -67,15 +64,13 @@ def evaluate(
     plot: Annotated[Path | None, typer.Option(help="Write the figure to this PNG.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing PNG.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the test prompts and the random anchors.")] = 0,
-    backend: Annotated[str, typer.Option(help="auto, torch or tilelang.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the hub.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
-    allow_other_weights: Annotated[
-        bool, typer.Option("--allow-other-weights", help="Accept a profile of a model of the same shape.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    backend: shared.Backend = "auto",
+    dtype: shared.Dtype = "auto",
+    device: shared.Device = "auto",
+    revision: shared.Revision = None,
+    trust_remote_code: shared.TrustRemoteCode = False,
+    allow_other_weights: shared.AllowOtherWeights = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Score attention strategies on the same questions: exact match, 95 % intervals, density.
 
@@ -162,21 +157,16 @@ def _check(
     sources: Any,
 ) -> None:
     """Refuses what cannot work before a model is loaded."""
-    from kascade_cli.attention import STRATEGIES
+    from kascade_cli.attention.plan import check_strategy
 
     for name in names:
-        if name not in STRATEGIES:
-            raise UsageError(f"strategy '{name}' is not known; use one of {', '.join(STRATEGIES)}")
-        if name.startswith("kascade") and profile is None:
-            raise UsageError(f"strategy {name} needs a profile (--profile)")
+        for value in ratios:
+            check_strategy(name, profile, value)
     if len(set(names)) < len(names):
         raise UsageError(f"--strategies {','.join(names)} names a strategy twice")
     for option, values in (("--ratio", ratios), ("--max-length", lengths)):
         if len(set(values)) < len(values):
             raise UsageError(f"{option} names {next(v for v in values if values.count(v) > 1)} twice")
-    for value in ratios:
-        if value is not None and not 0 < value <= 1:
-            raise UsageError(f"ratio {value:g} is outside (0, 1]")
     if sets and profile is None:
         raise UsageError("--anchors varies the anchors of a profile: pass --profile")
     if capture and not sets:

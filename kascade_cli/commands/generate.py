@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kascade_cli.commands import options as shared
 from kascade_cli.console import err, out, parse_size, print_json
 from kascade_cli.errors import KascadeError, UsageError
 
@@ -41,26 +42,20 @@ def generate(
     ratio: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of the keys to read. Default: the profile's.")
     ] = None,
-    min_keys: Annotated[
-        int | None, typer.Option(min=1, help="Read at least this many keys. Default: the profile's.")
-    ] = None,
-    refresh: Annotated[
-        int | None, typer.Option(min=1, help="kascade-refresh chooses keys every so many decode steps. Default: 8.")
-    ] = None,
+    min_keys: shared.MinKeys = None,
+    refresh: shared.Refresh = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens to write. Default: 64; with --task the length of the answer.")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="For sampling, and for the text of --task.")] = 0,
-    backend: Annotated[str, typer.Option(help="auto, torch or tilelang.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the hub.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
-    allow_other_weights: Annotated[
-        bool, typer.Option("--allow-other-weights", help="Accept a profile of a model of the same shape.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    backend: shared.Backend = "auto",
+    dtype: shared.Dtype = "auto",
+    device: shared.Device = "auto",
+    revision: shared.Revision = None,
+    trust_remote_code: shared.TrustRemoteCode = False,
+    allow_other_weights: shared.AllowOtherWeights = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Continue a prompt with sparse attention. Text streams to stdout, figures go to stderr.
 

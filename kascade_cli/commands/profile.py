@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kascade_cli.commands import options as shared
 from kascade_cli.console import check_output, err, format_bytes, out, parse_size, print_json, progress
 from kascade_cli.errors import KascadeError, UsageError
 
@@ -54,10 +55,10 @@ def profile(
     revision: Annotated[
         str | None, typer.Option(metavar="REV", help="Branch, tag or commit of the model on the hub.")
     ] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: shared.TrustRemoteCode = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished capture.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Capture what a model attends to over a dev set: the input of `kascade select-anchors`.
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from kascade_cli.commands import options as shared
 from kascade_cli.console import check_output, check_output_folder, err, out, parse_size, print_json, progress
 from kascade_cli.errors import KascadeError, UsageError, require_extra
 
@@ -64,10 +65,10 @@ def select_anchors(
     dtype: Annotated[str, typer.Option(help="To verify in: auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="To verify on: auto, cpu, cuda ...")] = "auto",
     backend: Annotated[str, typer.Option(help="To verify with: auto, torch or tilelang.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the hub.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    revision: shared.Revision = None,
+    trust_remote_code: shared.TrustRemoteCode = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing profile.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Choose anchor layers and head maps from a capture, and write the profile that attention runs."""
     check_output(output, overwrite)
