@@ -228,10 +228,10 @@ def run_part(name: str, into: Path, seconds: float, dry: bool) -> int:
     import importlib
 
     deadline = time.monotonic() + seconds
-    parts = importlib.import_module("benchmarks.gpu_parts")
+    parts, speed = (importlib.import_module(f"benchmarks.{module}") for module in ("gpu_parts", "gpu_speed"))
     ctx = parts.Context(into, deadline, dry)
     ctx.save()
-    getattr(parts, f"part_{name}")(ctx)
+    getattr(speed if hasattr(speed, f"part_{name}") else parts, f"part_{name}")(ctx)
     ctx.save()
     return 0
 

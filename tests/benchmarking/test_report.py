@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import gpu_parts, gpu_suite, performance_table
+from benchmarks import gpu_parts, gpu_speed, gpu_suite, performance_table
 from kascade_cli.benchmarking import baselines, report
 from kascade_cli.benchmarking.model import run_model
 
@@ -134,7 +134,7 @@ def test_a_failed_check_fails_the_suite():
 
 def test_the_speed_part_writes_as_it_goes(tmp_path):
     context = gpu_parts.Context(tmp_path / "model.json", float("inf"), dry=True)
-    gpu_parts.part_model(context)
+    gpu_speed.part_model(context)
     written = json.loads((tmp_path / "model.json").read_text())
     assert {row["phase"] for row in written["rows"] if row["kind"] == "model"} == {"decode", "prefill"}
     assert not written["failures"]

@@ -1,25 +1,13 @@
 """benchmarks/reused_norm.py measures what it says."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
+from benchmarks import reused_norm as script
 from kascade_cli.kernels import reference
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "reused_norm.py"
 
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("reused_norm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_an_exact_norm_keeps_everything_and_the_old_keys_their_share(script):
+def test_an_exact_norm_keeps_everything_and_the_old_keys_their_share():
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 4, 75, 16, generator=generator)
     k = torch.randn(1, 2, 75, 16, generator=generator)

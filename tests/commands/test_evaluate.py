@@ -6,23 +6,9 @@ import sys
 import pytest
 
 from kascade_cli.evaluation.cases import built_in_cases
-from kascade_cli.models import describe, load_model
-from tests.attention.naive import some_profile
 
 SMALL = ["evaluate", "demo-small", "--device", "cpu", "--dtype", "float32"]
 FAST = ["--max-length", "256", "--num-prompts", "2", "--questions", "2"]
-
-
-@pytest.fixture(scope="module")
-def small():
-    return load_model("demo-small", device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def profile(small, tmp_path_factory):
-    path = tmp_path_factory.mktemp("profile") / "p.yaml"
-    some_profile(describe(small[0], "demo-small"), anchors=[0, 1, 2, 7], ratio=0.1, min_keys=16).save(path)
-    return path
 
 
 def test_json(run_kascade, profile, small):

@@ -10,24 +10,12 @@ import torch
 
 from kascade_cli.attention import attach
 from kascade_cli.demo import DEMO_MODELS
-from kascade_cli.models import describe, load_model
+from kascade_cli.models import describe
 from kascade_cli.schema import Budget, Profile
 from tests.attention.naive import some_profile
 from tests.conftest import tiny_model
 
 SMALL = ["generate", "demo-small", "--device", "cpu", "--dtype", "float32"]
-
-
-@pytest.fixture(scope="module")
-def small():
-    return load_model("demo-small", device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def profile(small, tmp_path_factory):
-    path = tmp_path_factory.mktemp("profile") / "p.yaml"
-    some_profile(describe(small[0], "demo-small"), anchors=[0, 1, 2, 7], ratio=0.1, min_keys=16).save(path)
-    return path
 
 
 def test_text_on_stdout_figures_on_stderr(run_kascade, profile, small):

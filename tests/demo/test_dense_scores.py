@@ -1,27 +1,15 @@
 """The script behind the model cards, on a handful of questions."""
 
-import importlib.util
 import json
-from pathlib import Path
 
-import pytest
 import torch
 
+from benchmarks import dense_scores as script
 from kascade_cli import tasks
 from kascade_cli.models import load_model
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "dense_scores.py"
 
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("dense_scores", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_teacher_forcing_counts_what_greedy_decoding_would_answer(script):
+def test_teacher_forcing_counts_what_greedy_decoding_would_answer():
     model, tokenizer = load_model("demo-small", dtype="float32", device="cpu")
     # Links to links are foreign to this model, so that some answers are wrong.
     prompts = tasks.make_prompts("hops", length=200, count=2, questions_per_task=2, seed=4)
@@ -37,7 +25,7 @@ def test_teacher_forcing_counts_what_greedy_decoding_would_answer(script):
     assert len(set(outcomes)) == 2
 
 
-def test_writes_one_row_per_length_and_task(script, tmp_path, capsys):
+def test_writes_one_row_per_length_and_task(tmp_path, capsys):
     out = tmp_path / "scores.json"
     arguments = ["demo-small", "--lengths", "64,128", "--prompts", "3", "--questions", "2", "-o", str(out)]
     script.main([*arguments, "--device", "cpu"])
