@@ -20,21 +20,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kascade_cli.kernels.contract import LN2, first_tile, tile_count
+
 # Elements of the largest temporary. Blocks of tiles are cut so that logits stay near it: nothing is T x S. On a CPU a
 # block should stay in the cache, on a GPU it should fill the machine.
 _BLOCK_ELEMENTS = 1 << 20
 _GPU_BLOCKS = 16
-LN2 = 0.6931471805599453
-
-
-def tile_count(queries: int, tile: int, aligned: bool = False) -> int:
-    """Tiles that `queries` consecutive tokens can touch; one fewer when they start on a tile's edge."""
-    return -(-queries // tile) + (0 if aligned else 1)
-
-
-def first_tile(query_start: Tensor, kv_start: Tensor, tile: int) -> Tensor:
-    """Tile index of each row's first query, int32 [B]."""
-    return (query_start - kv_start).clamp_min(0) // tile
 
 
 def gather_pages(cache: Tensor, block_table: Tensor) -> Tensor:

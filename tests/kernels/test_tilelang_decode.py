@@ -10,7 +10,7 @@ pytest.importorskip("tilelang")
 
 from kascade_cli.errors import KascadeError
 from kascade_cli.kernels import check, get_backend
-from kascade_cli.kernels.backend import Unsupported
+from kascade_cli.kernels.contract import Unsupported
 from kascade_cli.kernels.tilelang import arguments, select_topk, specs
 from kascade_cli.kernels.tilelang.compile import Report, Spec, prebuild, require_hopper
 from kascade_cli.kernels.tilelang.decode_dense import decode_dense

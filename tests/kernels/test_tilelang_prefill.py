@@ -10,7 +10,7 @@ pytest.importorskip("tilelang")
 
 from kascade_cli.errors import KascadeError
 from kascade_cli.kernels import check_prefill, get_backend, reference
-from kascade_cli.kernels.backend import Unsupported
+from kascade_cli.kernels.contract import Unsupported
 from kascade_cli.kernels.tilelang import prefill_common
 from kascade_cli.kernels.tilelang.compile import Report, Spec, prebuild
 from kascade_cli.kernels.tilelang.prefill_dense import prefill_dense
