@@ -13,6 +13,11 @@ Tiles
     tiled as if it ran alone. Local tile j of row b is tile `first_tile(...)[b] + j`; `tile_count(T, tile)` of them
     always suffice. A tile of which only some queries are present (chunked prefill) uses those.
 Pooling is post-softmax (paper, section 3.2). Arithmetic is float32, or float64 for float64 inputs.
+NaN
+    Only what sees nothing becomes zero. A query that sees a NaN key, or is NaN, gives NaN output and log-sum-exp. It
+    pools NaN at the keys at fault (their logit is NaN or +inf) and nothing at the others; NaN ranks above every score.
+    So the keys at fault are chosen first, and attention over the selection is NaN where dense attention is. A NaN
+    value makes the queries of its row (sparse: of its tile) NaN, those before it too.
 """
 
 from collections.abc import Iterator
@@ -20,21 +25,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kascade_cli.kernels.contract import LN2, first_tile, tile_count
+
 # Elements of the largest temporary. Blocks of tiles are cut so that logits stay near it: nothing is T x S. On a CPU a
 # block should stay in the cache, on a GPU it should fill the machine.
 _BLOCK_ELEMENTS = 1 << 20
 _GPU_BLOCKS = 16
-LN2 = 0.6931471805599453
-
-
-def tile_count(queries: int, tile: int, aligned: bool = False) -> int:
-    """Tiles that `queries` consecutive tokens can touch; one fewer when they start on a tile's edge."""
-    return -(-queries // tile) + (0 if aligned else 1)
-
-
-def first_tile(query_start: Tensor, kv_start: Tensor, tile: int) -> Tensor:
-    """Tile index of each row's first query, int32 [B]."""
-    return (query_start - kv_start).clamp_min(0) // tile
 
 
 def gather_pages(cache: Tensor, block_table: Tensor) -> Tensor:
@@ -64,9 +60,25 @@ def _slots(cache: Tensor, kv_start: Tensor, kv_len: Tensor) -> Tensor:
 
 
 def _softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last dimension where `mask`; zeros for a row with nothing to see."""
-    logits = logits.masked_fill_(~mask, float("-inf"))
-    return torch.softmax(logits, dim=-1).nan_to_num_(0.0)
+    """Softmax over the last dimension where `mask`, zero elsewhere. Masks the logits in place."""
+    hidden = ~mask
+    return torch.softmax(logits.masked_fill_(hidden, float("-inf")), dim=-1).masked_fill_(hidden, 0.0)
+
+
+def _blame(probability: Tensor, logits: Tensor) -> Tensor:
+    """The probabilities with NaN only at the keys at fault, zero at the others of their query."""
+    return probability.masked_fill(probability.isnan() & (logits < float("inf")), 0.0)
+
+
+def _may_hold_nan(pooled: Tensor) -> bool:
+    """Whether to look for keys at fault: not asked of a GPU, which would have to wait for the answer."""
+    return pooled.device.type != "cpu" or bool(pooled.isnan().any())
+
+
+def _pool(probability: Tensor, logits: Tensor) -> Tensor:
+    """Probabilities [B, G, R, S] summed over the heads of each group."""
+    pooled = probability.sum(2)
+    return _blame(probability, logits).sum(2) if _may_hold_nan(pooled) else pooled
 
 
 def decode_dense(
@@ -91,7 +103,7 @@ def decode_dense(
     slots = _slots(k, kv_start, kv_len)[:, None]
     probability = _softmax(logits, slots[:, None])
     out = (probability @ _wide(v).masked_fill(~slots[..., None], 0.0)).flatten(1, 2).to(q.dtype)
-    return out, (probability.sum(2) if scores else None)
+    return out, (_pool(probability, logits) if scores else None)
 
 
 def decode_score(
@@ -114,17 +126,20 @@ def decode_score(
         k = gather_pages(k, block_table)
     raw = _grouped(_wide(q), k.shape[1]) @ _wide(k).transpose(-1, -2) * scale
     kept = raw.transpose(2, 3) / LN2 if logits else None  # the softmax masks in place
-    scores = _softmax(raw, _slots(k, kv_start, kv_len)[:, None, None]).sum(2)
+    scores = _pool(_softmax(raw, _slots(k, kv_start, kv_len)[:, None, None]), raw)
     return (scores, kept) if logits else scores
 
 
 def select_topk(scores: Tensor, count: Tensor, start: Tensor, length: Tensor, *, max_count: int) -> Tensor:
-    """The `count` highest-scoring slots among [start, start + length), ties to the lowest slot.
+    """The `count` highest-scoring slots among [start, start + length), NaN before all, ties to the lowest slot.
 
-    scores [..., S], not negative; count, start, length int32, broadcastable to [...]. count is clamped to length.
+    scores [..., S], of any sign (`tilelang`: not negative); count, start, length int32, broadcastable to [...]. count
+    is clamped to length. Slots that are not the row's may hold anything.
     Returns int32 [..., max_count], ascending; entries past the row's count are -1.
     """
     shape, width = scores.shape[:-1], scores.shape[-1]
+    if not min(width, max_count):
+        return torch.full((*shape, max_count), -1, dtype=torch.int32, device=scores.device)
     rows = scores.reshape(-1, width)
     start, length, count = (
         value.expand(shape).reshape(-1, 1) if value.dim() else value.expand(len(rows), 1)
@@ -133,11 +148,14 @@ def select_topk(scores: Tensor, count: Tensor, start: Tensor, length: Tensor, *,
     slot = torch.arange(width, device=scores.device)
     inside = (slot >= start) & (slot < start + length)
     wanted = torch.minimum(count, inside.sum(-1, keepdim=True)).clamp_max(max_count)
-    values = rows.masked_fill(~inside, -1.0)
-    top = torch.topk(values, min(max_count, width), dim=-1).values
+    values = rows.masked_fill(~inside, float("-inf"))
+    top = torch.topk(values, min(max_count, width), dim=-1).values  # NaN first
     threshold = top.gather(-1, (wanted - 1).clamp_min(0).long())
-    above = values > threshold
-    equal = (values == threshold) & inside
+    above, equal = values > threshold, values == threshold
+    if _may_hold_nan(top[..., :1]):
+        broken, cut = values.isnan(), threshold.isnan()
+        above, equal = above | (broken & ~cut), equal | (broken & cut)
+    equal = equal & inside
     taken = above | (equal & (equal.cumsum(-1) <= wanted - above.sum(-1, keepdim=True)))
     taken &= wanted > 0
     row, column = taken.nonzero(as_tuple=True)
@@ -205,13 +223,14 @@ def prefill_dense(
     for begin in range(0, queries, step):
         block = _grouped(_wide(q[:, :, begin : begin + step]), groups).flatten(2, 3)
         slot = query_start[:, None] + torch.arange(begin, begin + block.shape[2] // (heads // groups), device=q.device)
-        mask = _causal(slot, kv_start, kv_len, slots)[:, None, None]
-        logits = (block @ keys * scale).unflatten(2, (heads // groups, -1)).masked_fill_(~mask, float("-inf"))
+        hidden = ~_causal(slot, kv_start, kv_len, slots)[:, None, None]
+        logits = (block @ keys * scale).unflatten(2, (heads // groups, -1)).masked_fill_(hidden, float("-inf"))
         sums.append(torch.logsumexp(logits, dim=-1).flatten(1, 2))
         if values is not None:
-            probability = torch.softmax(logits, dim=-1).nan_to_num_(0.0)
-            out = probability.flatten(2, 3) @ values
-            outs.append(out.unflatten(2, (heads // groups, -1)).flatten(1, 2).to(q.dtype))
+            probability = torch.softmax(logits, dim=-1).masked_fill_(hidden, 0.0)
+            out = (probability.flatten(2, 3) @ values).unflatten(2, (heads // groups, -1))
+            out.masked_fill_(hidden.all(-1, keepdim=True), 0.0)  # a NaN value is no business of padding
+            outs.append(out.flatten(1, 2).to(q.dtype))
     return (torch.cat(outs, 2) if outs else None), torch.cat(sums, 2)
 
 
@@ -268,7 +287,8 @@ def prefill_score(
 
     q [B, H, T, D]; k [B, G, S, D]; lse float32 [B, H, T] from `prefill_dense`, or None to compute it here.
     Returns float32 [B, G, tiles, S] for local tiles [first, first + tiles): only slots of the row strictly before the
-    tile are non-zero, while each query is normalised over its whole causal row.
+    tile are non-zero, while each query is normalised over its whole causal row. With an lse that lacks keys (see
+    `prefill_sparse_lse`) a score may be +inf.
     """
     batch, heads, queries, _ = q.shape
     groups, slots = k.shape[1], k.shape[2]
@@ -301,8 +321,10 @@ def prefill_score(
         probability = probability.masked_fill_(~real[:, None, :, None, :, None], 0.0)
         weight = real[:, None, :, None].expand(-1, groups, -1, heads // groups, -1).flatten(3).to(keys.dtype)
         pooled = (weight[..., None, :] @ probability.flatten(3, 4)).squeeze(3)
+        if bool(pooled.isnan().any()):
+            pooled = (weight[..., None, :] @ _blame(probability, logits).flatten(3, 4)).squeeze(3)
         before = (slot[:end] >= kv_start[:, None, None]) & (slot[:end] < begins[..., None])
-        out[:, :, begin : begin + count, :end] = pooled * before[:, None]
+        out[:, :, begin : begin + count, :end] = pooled.masked_fill_(~before[:, None], 0.0)
     return out
 
 

@@ -9,8 +9,9 @@ import torch
 pytest.importorskip("tilelang")
 
 from kascade_cli.errors import KascadeError
-from kascade_cli.kernels import check, get_backend
-from kascade_cli.kernels.backend import Unsupported
+from kascade_cli.kernels import get_backend
+from kascade_cli.kernels.contract import Unsupported
+from kascade_cli.kernels.testing import decode
 from kascade_cli.kernels.tilelang import arguments, select_topk, specs
 from kascade_cli.kernels.tilelang.compile import Report, Spec, prebuild, require_hopper
 from kascade_cli.kernels.tilelang.decode_dense import decode_dense
@@ -213,19 +214,19 @@ def test_hopper_is_required():
 def test_the_check_itself_passes_on_the_reference():
     """The rule, the poisoning and the cases hold for plain PyTorch."""
     ops, device = get_backend("torch", "cpu"), torch.device("cpu")
-    rows = check.check_decode(ops, device, check.CASES[:2] + check.CASES[10:11])
-    rows += check.check_select(ops, device, (1, 33))
+    rows = decode.check_decode(ops, device, decode.CASES[:2] + decode.CASES[10:11])
+    rows += decode.check_select(ops, device, (1, 33))
     assert rows
-    assert check.summary(rows)
+    assert decode.summary(rows)
 
 
 @needs_gpu
 def test_numerics_on_the_gpu():
     ops, device = get_backend("tilelang", "cuda"), torch.device("cuda")
     found = specs.select_specs()
-    for case in check.CASES:
+    for case in decode.CASES:
         found += specs.decode_specs(case.heads // case.kv_heads, case.dim, str(case.dtype)[6:], case.page)
     assert not prebuild(list({str(spec): spec for spec in found}.values()))
-    rows = check.check_decode(ops, device) + check.check_select(ops, device)
-    rows += check.stress_decode(ops, device) + check.check_graph(ops, device)
-    assert check.summary(rows)
+    rows = decode.check_decode(ops, device) + decode.check_select(ops, device)
+    rows += decode.stress_decode(ops, device) + decode.check_graph(ops, device)
+    assert decode.summary(rows)

@@ -9,8 +9,9 @@ import torch
 pytest.importorskip("tilelang")
 
 from kascade_cli.errors import KascadeError
-from kascade_cli.kernels import check_prefill, get_backend, reference
-from kascade_cli.kernels.backend import Unsupported
+from kascade_cli.kernels import get_backend, reference
+from kascade_cli.kernels.contract import Unsupported
+from kascade_cli.kernels.testing import prefill
 from kascade_cli.kernels.tilelang import prefill_common
 from kascade_cli.kernels.tilelang.compile import Report, Spec, prebuild
 from kascade_cli.kernels.tilelang.prefill_dense import prefill_dense
@@ -166,15 +167,15 @@ def test_views_avoid_copies():
 @pytest.mark.parametrize(
     "case",
     [
-        check_prefill.ragged(BF16, 2, 64, 70),
-        check_prefill.single(FP16, 1, 64, 33),
-        check_prefill.late(BF16, 3, 64, 150, 40),
+        prefill.ragged(BF16, 2, 64, 70),
+        prefill.single(FP16, 1, 64, 33),
+        prefill.late(BF16, 3, 64, 150, 40),
     ],
     ids=str,
 )
-def test_the_check_accepts_the_reference(case: check_prefill.Case):
-    rows = check_prefill.check(reference, case, device="cpu")
-    assert [row["op"] for row in rows] == list(check_prefill.NAMES)
+def test_the_check_accepts_the_reference(case: prefill.PrefillCase):
+    rows = prefill.check(reference, case, device="cpu")
+    assert [row["op"] for row in rows] == list(prefill.NAMES)
     assert all(row["ok"] for row in rows), rows
 
 
@@ -192,27 +193,27 @@ def test_the_check_rejects_a_wrong_op():
             scores = reference.prefill_score(*args, **kwargs)
             return scores.roll(1, dims=2)  # each tile gets its neighbour's scores
 
-    rows = check_prefill.check(Wrong, check_prefill.single(BF16, 2, 64, 100), device="cpu")
+    rows = prefill.check(Wrong, prefill.single(BF16, 2, 64, 100), device="cpu")
     assert {row["op"] for row in rows if not row["ok"]} == {"prefill_score", "prefill_sparse_lse"}
 
 
 CASES = [
-    *(check_prefill.single(BF16, 4, 128, length) for length in (1, 31, 32, 33, 127, 129, 4097)),
-    *(check_prefill.single(FP16, group, 64, 517) for group in (1, 3, 8, 16)),
-    *(check_prefill.ragged(BF16, group, 128, 300) for group in (1, 4, 5)),
-    check_prefill.late(BF16, 4, 128, 32768 + 17, 64),
-    check_prefill.single(BF16, 2, 64, 300, tile=64),
+    *(prefill.single(BF16, 4, 128, length) for length in (1, 31, 32, 33, 127, 129, 4097)),
+    *(prefill.single(FP16, group, 64, 517) for group in (1, 3, 8, 16)),
+    *(prefill.ragged(BF16, group, 128, 300) for group in (1, 4, 5)),
+    prefill.late(BF16, 4, 128, 32768 + 17, 64),
+    prefill.single(BF16, 2, 64, 300, tile=64),
 ]
 
 
 @needs_gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_numerics_within_the_rule(case: check_prefill.Case):
-    rows = check_prefill.check(get_backend("tilelang", "cuda"), case)
+def test_numerics_within_the_rule(case: prefill.PrefillCase):
+    rows = prefill.check(get_backend("tilelang", "cuda"), case)
     assert all(row["ok"] for row in rows), [row for row in rows if not row["ok"]]
 
 
 @needs_gpu
 def test_no_races_over_seeds():
-    found = check_prefill.stress(get_backend("tilelang", "cuda"), check_prefill.single(BF16, 4, 128, 1100), 8)
+    found = prefill.stress(get_backend("tilelang", "cuda"), prefill.single(BF16, 4, 128, 1100), 8)
     assert not any(found["changed"].values()), found

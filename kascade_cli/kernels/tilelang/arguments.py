@@ -8,12 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kascade_cli.kernels.backend import Unsupported
+from kascade_cli.kernels.contract import HEAD_DIMS, MAX_GROUP, Unsupported
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-HEAD_DIMS = (64, 128)
-MAX_GROUP = 16
-LOG2E = 1.4426950408889634
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ in the inputs' own precision. Also: every element is written (outputs start as N
 bits twice.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kascade_cli.kernels import reference
+from kascade_cli.kernels.testing.poison import poisoned
 
 FLOOR = {torch.bfloat16: 1e-5, torch.float16: 1e-5}  # errors below this are float32 noise, whatever plain PyTorch has
 
@@ -21,7 +21,7 @@ NAMES = ("prefill_dense", "log-sum-exp", "lse only", "prefill_score", "prefill_s
 
 
 @dataclass(frozen=True)
-class Case:
+class PrefillCase:
     """One call of every op. starts, begins, lengths: query_start, kv_start, kv_len of each row."""
 
     dtype: torch.dtype
@@ -56,20 +56,20 @@ class Inputs:
     scale: float
 
 
-def single(dtype: torch.dtype, group: int, head_dim: int, length: int, **kwargs: Any) -> Case:
+def single(dtype: torch.dtype, group: int, head_dim: int, length: int, **kwargs: Any) -> PrefillCase:
     """A whole prompt of `length` tokens, alone."""
-    return Case(dtype, group, head_dim, length, length, (0,), (0,), (length,), **kwargs)
+    return PrefillCase(dtype, group, head_dim, length, length, (0,), (0,), (length,), **kwargs)
 
 
-def late(dtype: torch.dtype, group: int, head_dim: int, length: int, queries: int, **kwargs: Any) -> Case:
+def late(dtype: torch.dtype, group: int, head_dim: int, length: int, queries: int, **kwargs: Any) -> PrefillCase:
     """The last `queries` tokens of a prompt of `length`: a chunk."""
-    return Case(dtype, group, head_dim, queries, length, (length - queries,), (0,), (length,), **kwargs)
+    return PrefillCase(dtype, group, head_dim, queries, length, (length - queries,), (0,), (length,), **kwargs)
 
 
-def ragged(dtype: torch.dtype, group: int, head_dim: int, queries: int, **kwargs: Any) -> Case:
+def ragged(dtype: torch.dtype, group: int, head_dim: int, queries: int, **kwargs: Any) -> PrefillCase:
     """Four rows: left-padded, right-padded, a chunk that begins inside a tile, and one that is padding altogether."""
     slots = queries + 150
-    return Case(
+    return PrefillCase(
         dtype,
         group,
         head_dim,
@@ -82,7 +82,7 @@ def ragged(dtype: torch.dtype, group: int, head_dim: int, queries: int, **kwargs
     )
 
 
-def make_inputs(case: Case, seed: int, device: str = "cuda") -> Inputs:
+def make_inputs(case: PrefillCase, seed: int, device: str = "cuda") -> Inputs:
     """Normal q (memory [B, T, H, D]), k, v; some keys are scaled up so that attention is not flat. Slots that are no
     row's hold NaN."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -104,7 +104,7 @@ def make_inputs(case: Case, seed: int, device: str = "cuda") -> Inputs:
     return Inputs(q, k, v, args, head_map, case.head_dim**-0.5)
 
 
-def make_selection(case: Case, inputs: Inputs, scores: Tensor) -> tuple[Tensor, Tensor]:
+def make_selection(case: PrefillCase, inputs: Inputs, scores: Tensor) -> tuple[Tensor, Tensor]:
     """(indices, counts) of the top keys of `scores` [B, G, NT, S]; every seventh tile selects nothing."""
     start, begin, _ = inputs.args
     tiles = scores.shape[2]
@@ -125,18 +125,7 @@ def make_selection(case: Case, inputs: Inputs, scores: Tensor) -> tuple[Tensor, 
     return indices, counts
 
 
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN inside."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-def plain(case: Case, inputs: Inputs, indices: Tensor, counts: Tensor) -> dict[str, Tensor]:
+def plain(case: PrefillCase, inputs: Inputs, indices: Tensor, counts: Tensor) -> dict[str, Tensor]:
     """Every op in the inputs' own precision with nothing but matmul, softmax and sum, over the whole [T, S] matrix."""
     start, begin, length = inputs.args
     slot = start[:, None] + torch.arange(case.queries, device=start.device)
@@ -170,7 +159,7 @@ def plain(case: Case, inputs: Inputs, indices: Tensor, counts: Tensor) -> dict[s
     }
 
 
-def run_ops(ops: Any, case: Case, inputs: Inputs, indices: Tensor, counts: Tensor) -> dict[str, Tensor]:
+def run_ops(ops: Any, case: PrefillCase, inputs: Inputs, indices: Tensor, counts: Tensor) -> dict[str, Tensor]:
     """The prefill ops of `ops` (a backend, or the reference module) on these inputs."""
     q, k, v, args, scale = inputs.q, inputs.k, inputs.v, inputs.args, inputs.scale
     out, lse = ops.prefill_dense(q, k, v, *args, scale=scale)
@@ -189,7 +178,7 @@ def run_ops(ops: Any, case: Case, inputs: Inputs, indices: Tensor, counts: Tenso
     }
 
 
-def exact(case: Case, inputs: Inputs) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def exact(case: PrefillCase, inputs: Inputs) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """(float64 results of the reference, indices, counts); the selection comes from the float64 scores."""
     wide = Inputs(inputs.q.double(), inputs.k.double(), inputs.v.double(), inputs.args, inputs.head_map, inputs.scale)
     scores = reference.prefill_score(wide.q, wide.k, None, *wide.args, scale=wide.scale, tile=case.tile)
@@ -199,7 +188,7 @@ def exact(case: Case, inputs: Inputs) -> tuple[dict[str, Tensor], Tensor, Tensor
     return truth, indices, counts
 
 
-def check(ops: Any, case: Case, seed: int = 0, device: str = "cuda") -> list[dict[str, Any]]:
+def check(ops: Any, case: PrefillCase, seed: int = 0, device: str = "cuda") -> list[dict[str, Any]]:
     """One row per op: case, error, plain PyTorch's error, whether all was written, same bits twice, within rule."""
     inputs = make_inputs(case, seed, device)
     truth, indices, counts = exact(case, inputs)
@@ -236,7 +225,7 @@ def _distance(got: Tensor, want: Tensor) -> float:
 
 
 def stress(
-    ops: Any, case: Case, seeds: int, repeats: int = 3, report: Callable[[int], None] | None = None
+    ops: Any, case: PrefillCase, seeds: int, repeats: int = 3, report: Callable[[int], None] | None = None
 ) -> dict[str, Any]:
     """Races: `seeds` inputs, each run `repeats` times: how often bits changed, and the distance to plain PyTorch."""
     changed = dict.fromkeys(NAMES, 0)

@@ -5,8 +5,7 @@ PyTorch. Selections must equal the reference's on the same scores, bit for bit. 
 call, NaN lies in every slot that no row owns, and every call is made twice and must give the same bits.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor
 
 from kascade_cli.kernels import reference
+from kascade_cli.kernels.testing.poison import poisoned
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Case:
+class DecodeCase:
     """One decode problem: lengths per row, slots of the cache, page size (0: contiguous), where each row starts."""
 
     lengths: tuple[int, ...]
@@ -38,31 +38,31 @@ class Case:
 
 
 CASES = (
-    Case((1, 33, 127, 129), 160),
-    Case((4097, 100, 2500), 4097),
-    Case((4097, 1, 64), 4160, dtype=torch.float16),
-    Case((4097, 129), 4160, dim=64, dtype=torch.float16),
-    Case((2048, 2047, 63), 4096, dim=64, starts=(0, 1, 4033)),
-    Case((3000, 17, 0), 3111, starts=(111, 3094, 50)),
-    Case((5000,), 5001, heads=28, kv_heads=4),
-    Case((5000, 777), 5120, heads=16, kv_heads=1),
-    Case((5000, 777), 5120, heads=12, kv_heads=12, dtype=torch.float16),
-    Case((5000, 777), 5120, heads=9, kv_heads=1, dim=64),
-    Case((2500, 31), 2560, heads=4, kv_heads=2, dim=64, dtype=torch.float16),
-    Case((2500, 31), 2560, heads=6, kv_heads=1),
-    Case((2500, 31), 2560, heads=12, kv_heads=1, dtype=torch.float16),
-    Case((2500, 31), 2560, heads=30, kv_heads=2, dim=64),
-    Case((5000, 777, 16), 5120, page=16),
-    Case((5000, 777, 1), 5120, page=64, starts=(3, 64, 0)),
-    Case((5000, 777, 255), 5120, page=256, dtype=torch.float16),
-    Case((5000, 777, 255), 5120, page=128, dim=64),
-    Case((32768 + 17, 12345), 32768 + 17),
-    Case((1 << 19,), 1 << 19, heads=8, kv_heads=2),
-    Case(tuple(range(700, 860)), 1024, heads=8, kv_heads=2),
+    DecodeCase((1, 33, 127, 129), 160),
+    DecodeCase((4097, 100, 2500), 4097),
+    DecodeCase((4097, 1, 64), 4160, dtype=torch.float16),
+    DecodeCase((4097, 129), 4160, dim=64, dtype=torch.float16),
+    DecodeCase((2048, 2047, 63), 4096, dim=64, starts=(0, 1, 4033)),
+    DecodeCase((3000, 17, 0), 3111, starts=(111, 3094, 50)),
+    DecodeCase((5000,), 5001, heads=28, kv_heads=4),
+    DecodeCase((5000, 777), 5120, heads=16, kv_heads=1),
+    DecodeCase((5000, 777), 5120, heads=12, kv_heads=12, dtype=torch.float16),
+    DecodeCase((5000, 777), 5120, heads=9, kv_heads=1, dim=64),
+    DecodeCase((2500, 31), 2560, heads=4, kv_heads=2, dim=64, dtype=torch.float16),
+    DecodeCase((2500, 31), 2560, heads=6, kv_heads=1),
+    DecodeCase((2500, 31), 2560, heads=12, kv_heads=1, dtype=torch.float16),
+    DecodeCase((2500, 31), 2560, heads=30, kv_heads=2, dim=64),
+    DecodeCase((5000, 777, 16), 5120, page=16),
+    DecodeCase((5000, 777, 1), 5120, page=64, starts=(3, 64, 0)),
+    DecodeCase((5000, 777, 255), 5120, page=256, dtype=torch.float16),
+    DecodeCase((5000, 777, 255), 5120, page=128, dim=64),
+    DecodeCase((32768 + 17, 12345), 32768 + 17),
+    DecodeCase((1 << 19,), 1 << 19, heads=8, kv_heads=2),
+    DecodeCase(tuple(range(700, 860)), 1024, heads=8, kv_heads=2),
 )
 
 
-def check_decode(ops: Any, device: torch.device, cases: tuple[Case, ...] = CASES, seed: int = 0) -> list[Row]:
+def check_decode(ops: Any, device: torch.device, cases: tuple[DecodeCase, ...] = CASES, seed: int = 0) -> list[Row]:
     """Runs every decode op of `ops` (see `get_backend`) on `cases`; rows have op, case, error, bound, ok, note."""
     rows = []
     for number, case in enumerate(cases):
@@ -115,9 +115,13 @@ def check_select(ops: Any, device: torch.device, widths: tuple[int, ...] = (1, 3
 def stress_decode(ops: Any, device: torch.device, repeats: int = 50) -> list[Row]:
     """The same inputs over and over, at sizes that fill the machine: any change of bits is a race."""
     rows = []
-    shapes = (Case((9000, 4000, 8191, 77) * 16, 9216), Case((60000,), 60000), Case((3000,) * 7, 3072, page=16))
+    shapes = (
+        DecodeCase((9000, 4000, 8191, 77) * 16, 9216),
+        DecodeCase((60000,), 60000),
+        DecodeCase((3000,) * 7, 3072, page=16),
+    )
     for number, case in enumerate(shapes):
-        data = _make(case, device, 1000 + number, _dead(ops))
+        data = make_inputs(case, device, 1000 + number, _dead(ops))
         first: tuple[Tensor, ...] | None = None
         differ = 0
         for _ in range(repeats):
@@ -132,8 +136,8 @@ def stress_decode(ops: Any, device: torch.device, repeats: int = 50) -> list[Row
 
 def check_graph(ops: Any, device: torch.device) -> list[Row]:
     """A decode step captured once and replayed with other lengths gives what eager calls give."""
-    case = Case((900, 2000, 31), 4096)
-    data = _make(case, device, 77)
+    case = DecodeCase((900, 2000, 31), 4096)
+    data = make_inputs(case, device, 77)
     for name in ("k", "v"):  # rows of other lengths will reach the slots that hold NaN now
         data[name].nan_to_num_(nan=0.5)
     _outputs(ops, data)
@@ -151,18 +155,7 @@ def check_graph(ops: Any, device: torch.device) -> list[Row]:
     return rows
 
 
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Inside, torch.empty gives NaN (or the largest integer): what an op does not write shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-def _make(case: Case, device: torch.device, seed: int, dead_page: int = 1 << 30) -> dict[str, Any]:
+def make_inputs(case: DecodeCase, device: torch.device, seed: int, dead_page: int = 1 << 30) -> dict[str, Any]:
     """Random inputs of a case. Slots outside the rows hold NaN; pages are shuffled.
 
     Pages without a key of the row are `dead_page` in the table: a kernel that follows one faults.
@@ -203,8 +196,8 @@ def _make(case: Case, device: torch.device, seed: int, dead_page: int = 1 << 30)
 
 
 def _dead(ops: Any) -> int:
-    """The reference gathers whole pages and needs a real one."""
-    return 0 if getattr(ops, "name", "torch") == "torch" else 1 << 30
+    """The reference, under whatever name, gathers whole pages and needs a real one."""
+    return 1 << 30 if getattr(ops, "name", "torch") == "tilelang" else 0
 
 
 def _outputs(ops: Any, data: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -221,8 +214,8 @@ def _outputs(ops: Any, data: dict[str, Any]) -> tuple[Tensor, ...]:
     return out, scores, plain, pooled, picked, sparse, known
 
 
-def _check_case(ops: Any, case: Case, device: torch.device, seed: int) -> list[Row]:
-    data = _make(case, device, seed, _dead(ops))
+def _check_case(ops: Any, case: DecodeCase, device: torch.device, seed: int) -> list[Row]:
+    data = make_inputs(case, device, seed, _dead(ops))
     with poisoned():
         found = _outputs(ops, data)
         again = _outputs(ops, data)
