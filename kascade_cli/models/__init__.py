@@ -1,6 +1,6 @@
 """Load a causal LM, describe its attention, and identify it by a fingerprint."""
 
-from kascade_cli.models.identity import fingerprint
+from kascade_cli.models.identity import fingerprint, fingerprint_problem
 from kascade_cli.models.implementation import attention_implementation
 from kascade_cli.models.info import ModelInfo, describe
 from kascade_cli.models.loading import (
@@ -22,6 +22,7 @@ __all__ = [
     "decoder_layers",
     "describe",
     "fingerprint",
+    "fingerprint_problem",
     "full_attention_layers",
     "load_config",
     "load_model",
