@@ -39,7 +39,7 @@ class ModelCard(_Strict):
     """What a profile was made for. `fingerprint` identifies architecture and weights (models.fingerprint)."""
 
     name: str
-    fingerprint: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
+    fingerprint: str = Field(pattern=r"^(v2-)?sha256:[0-9a-f]{64}$")
     layers: Count
     query_heads: Count
     kv_heads: Count

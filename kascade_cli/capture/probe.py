@@ -5,8 +5,8 @@ the post-RoPE queries of the sampled tiles are scored against the keys. Definiti
 of the Kascade paper (arXiv 2512.16391), importance w = 1 - mean cos(x, x + attention output) over the tokens.
 """
 
-import inspect
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,10 @@ from transformers.masking_utils import sdpa_mask
 
 from kascade_cli.capture.mass import pooled_mass, round_mass, top_mass
 from kascade_cli.errors import KascadeError
-from kascade_cli.models import ModelInfo, attention_modules, decoder_layers
+from kascade_cli.models import ModelInfo, attention_implementation, attention_modules, decoder_layers, logits_at
 
 IMPLEMENTATION = "kascade-capture"
+_HANDLE = "kascade_probe"  # on the attention modules that are measured
 TOP_MASS_KEYS = ["64", "256", "5%", "10%", "20%"]
 _RESULT_BYTES = 64 << 20
 _TOKEN_BLOCK = 2048  # tokens whose float32 copies exist at once when cosines are taken
@@ -39,7 +40,7 @@ def _capture_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     output = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    probe = getattr(module, "kascade_probe", None)
+    probe = getattr(module, _HANDLE, None)
     if probe is not None:
         probe.observe(module, query, key, attention_mask, kwargs.get("scaling"))
     return output
@@ -68,28 +69,28 @@ class Probe:
     def __init__(self, model: nn.Module, info: ModelInfo) -> None:
         self.model, self.info = model, info
         self._position = {layer: position for position, layer in enumerate(info.profiled_layers)}
-        self._handles: list[Any] = []
+        self._exit = contextlib.ExitStack()
         self._residual: dict[int, torch.Tensor] = {}
         self._added: dict[int, torch.Tensor] = {}
         self._sink: Sink | None = None
 
     def __enter__(self) -> "Probe":
-        self._previous = self.model.config._attn_implementation
-        self.model.set_attn_implementation(IMPLEMENTATION)
         attention, layers = attention_modules(self.model), decoder_layers(self.model)
-        for index, position in self._position.items():
-            attention[index].kascade_probe = self
-            self._follow_residual(layers[index], attention[index], position)
+        with contextlib.ExitStack() as stack:  # a failure on the way undoes what was done so far
+            stack.callback(self._forget)
+            stack.enter_context(attention_implementation(self.model, IMPLEMENTATION))
+            for index, position in self._position.items():
+                if hasattr(attention[index], _HANDLE):
+                    raise KascadeError("a probe measures this model already; leave it first")
+                setattr(attention[index], _HANDLE, self)
+                stack.callback(delattr, attention[index], _HANDLE)
+                for handle in self._follow_residual(layers[index], attention[index], position):
+                    stack.callback(handle.remove)
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for module in attention_modules(self.model).values():
-            module.__dict__.pop("kascade_probe", None)
-        self.model.set_attn_implementation(self._previous)
-        self._forget()
+        self._exit.close()
 
     def _forget(self) -> None:
         self._sink = None
@@ -98,7 +99,7 @@ class Probe:
 
     # --- importance ---
 
-    def _follow_residual(self, layer: nn.Module, attention: nn.Module, position: int) -> None:
+    def _follow_residual(self, layer: nn.Module, attention: nn.Module, position: int) -> Iterator[Any]:
         """Hooks that see a decoder layer's input and what its attention block adds to it.
 
         Between the attention and the residual add, some models have a norm or a dropout (Gemma, OLMo 2): any
@@ -121,12 +122,12 @@ class Probe:
             if self._sink is not None and not self._decoding:
                 self._importance[position] = _turn(residual[0], added[0], scale)
 
-        self._handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
-        self._handles.append(attention.register_forward_hook(attended))
+        yield layer.register_forward_pre_hook(enter, with_kwargs=True)
+        yield attention.register_forward_hook(attended)
         for child in layer.children():
             if child is not attention:
-                self._handles.append(child.register_forward_hook(passed))
-        self._handles.append(layer.register_forward_hook(leave))
+                yield child.register_forward_hook(passed)
+        yield layer.register_forward_hook(leave)
 
     # --- mass ---
 
@@ -209,21 +210,18 @@ class Probe:
             hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]
             self._check_output(hidden)
             return []
-        # Logits of the last position only: N times the vocabulary would outweigh everything else.
-        last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        extra = {"logits_to_keep": 1} if last else {}
-        step = self.model(input_ids=ids, use_cache=True, **extra)
+        logits, step = logits_at(self.model, ids, use_cache=True)
         stop = self.model.generation_config.eos_token_id
         stop = set(stop) if isinstance(stop, list) else {stop}
         self._decoding = True
         generated: list[int] = []
         while True:
-            self._check_output(step.logits[:, -1])
-            token = int(step.logits[0, -1].argmax())
+            self._check_output(logits)
+            token = int(logits[0, -1].argmax())
             if token in stop:
                 return generated
-            step = self.model(
-                input_ids=ids.new_tensor([[token]]), past_key_values=step.past_key_values, use_cache=True, **extra
+            logits, step = logits_at(
+                self.model, ids.new_tensor([[token]]), past_key_values=step.past_key_values, use_cache=True
             )
             generated.append(token)
             self._generated = len(generated)

@@ -322,3 +322,33 @@ def test_sampling_favours_late_tiles_and_repeats():
     assert (first != sample_tiles(8192, 32, tile=32, seed=6, prompt=7)).any()
     means = [sample_tiles(8192, 32, tile=32, seed=0, prompt=p)[:, 0].mean() / 8192 for p in range(50)]
     assert 0.62 < np.mean(means) < 0.74  # 2/3: proportional to the keys before it
+
+
+def hooks(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_a_probe_that_cannot_enter_leaves_nothing_behind(llama, llama_info, monkeypatch):
+    """Whatever fails on the way in: half of the hooks, the implementation and the handles are undone."""
+    follow = Probe._follow_residual
+
+    def failing(self, layer, attention, position):
+        handles = follow(self, layer, attention, position)
+        yield next(handles)
+        if position == 1:
+            raise MemoryError("no more")
+        yield from handles
+
+    monkeypatch.setattr(Probe, "_follow_residual", failing)
+    with pytest.raises(MemoryError), Probe(llama, llama_info):
+        pass
+    assert llama.config._attn_implementation == "sdpa"
+    assert not any(hasattr(module, "kascade_probe") for module in llama.modules())
+    assert hooks(llama) == 0
+    monkeypatch.undo()
+    with Probe(llama, llama_info) as probe:
+        assert hooks(llama) > 0
+        with pytest.raises(KascadeError, match="a probe measures this model already"), Probe(llama, llama_info):
+            pass
+        probe.run(random_tokens(40), sample_tiles(40, 4, tile=16, seed=0, prompt=0), Collected())
+    assert hooks(llama) == 0

@@ -1,12 +1,9 @@
 """Load a causal LM, describe its attention, and identify it by a fingerprint."""
 
 import contextlib
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +11,12 @@ import torch
 from torch import nn
 
 from kascade_cli.errors import KascadeError, UsageError
-from kascade_cli.schema import ModelCard
+from kascade_cli.models.info import check_softcapping
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _UNREACHABLE = "cannot load {}: no such folder, and the hub cannot be reached to look there"
 _HUB_ATTEMPTS = (0, 1)  # seconds to wait before each
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What kascade needs to know of a model. `profiled_layers` are its full-attention layers (absolute indices)."""
-
-    name: str
-    fingerprint: str
-    layers: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    profiled_layers: list[int] = field(default_factory=list)
-    max_positions: int | None = None
-
-    @property
-    def card(self) -> ModelCard:
-        """The part that a profile carries."""
-        return ModelCard(
-            name=self.name,
-            fingerprint=self.fingerprint,
-            layers=self.layers,
-            query_heads=self.query_heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-        )
 
 
 def resolve_name(name: str) -> str:
@@ -178,7 +149,7 @@ def load_model(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     element = resolve_dtype(dtype)
     config = load_config(name, **options)
-    _check_softcapping(config.get_text_config(decoder=True), name)
+    check_softcapping(config.get_text_config(decoder=True), name)
     with _quiet_loading():
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -237,127 +208,8 @@ def _check_causal(config: Any, name: str) -> None:
         raise KascadeError(f"{name}: {kind} is not a causal language model; kascade needs a decoder-only one")
 
 
-def _check_softcapping(config: Any, name: str) -> None:
-    if getattr(config, "attn_logit_softcapping", None):
-        raise KascadeError(f"{name}: attention logit soft-capping is not supported; choose a model without it")
-
-
 def _check_finite(model: nn.Module, name: str) -> None:
     for parameter_name, parameter in model.named_parameters():
         # A sum is finite unless an element is not (or float32 overflows, which weights never do).
         if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
             raise KascadeError(f"{name}: weight {parameter_name} holds NaN or infinity; the checkpoint is damaged")
-
-
-def text_config(model: nn.Module) -> Any:
-    """The language model's own config (multimodal models wrap it)."""
-    return model.config.get_text_config(decoder=True)
-
-
-def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
-    """Absolute layer index -> the self-attention module that calls transformers' attention interface."""
-    found: dict[int, nn.Module] = {}
-    for _, module in model.named_modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and hasattr(module, "scaling") and type(module).__name__.endswith("Attention"):
-            if index in found:
-                raise KascadeError(
-                    f"{type(model).__name__}: layer {index} has two attention modules (cross attention?)"
-                )
-            found[index] = module
-    return dict(sorted(found.items()))
-
-
-def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """Absolute layer index -> the decoder layer that holds its attention module."""
-    attention = {id(module): index for index, module in attention_modules(model).items()}
-    found = {}
-    for module in model.modules():
-        for child in module.children():
-            if id(child) in attention:
-                found[attention[id(child)]] = module
-    return dict(sorted(found.items()))
-
-
-def full_attention_layers(model: nn.Module) -> list[int]:
-    """Absolute indices of the layers whose attention is full and causal."""
-    config = text_config(model)
-    modules = attention_modules(model)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return [index for index in modules if kinds[index] == "full_attention"]
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True):
-        return []
-    return list(modules)
-
-
-def _check_supported(model: nn.Module, name: str) -> None:
-    config = text_config(model)
-    modules = attention_modules(model)
-    if not modules:
-        raise KascadeError(f"{name}: no attention layer found that goes through transformers' attention interface")
-    if not (getattr(model, "_supports_attention_backend", False) or model._can_set_attn_implementation()):
-        raise KascadeError(f"{name}: {type(model).__name__} does not support transformers' attention interface")
-    _check_softcapping(config, name)
-    for index, module in modules.items():
-        if getattr(module, "sinks", None) is not None:
-            raise KascadeError(f"{name}: attention sinks (layer {index}) are not supported")
-        if getattr(module, "is_cross_attention", False):
-            raise KascadeError(f"{name}: cross attention (layer {index}) is not supported")
-    if not full_attention_layers(model):
-        raise KascadeError(
-            f"{name}: every attention layer uses a sliding window; there is no full attention to sparsify"
-        )
-
-
-def fingerprint(model: nn.Module) -> str:
-    """`sha256:...` over the attention geometry and a sample of the weights, the same on every device and dtype.
-
-    The sample is the first 256 elements of every parameter in bfloat16 (so that a checkpoint loaded in float32 or
-    bfloat16 has one fingerprint).
-    """
-    config = text_config(model)
-    essentials = {
-        key: getattr(config, key, None)
-        for key in (
-            "model_type",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "hidden_size",
-        )
-    }
-    digest = hashlib.sha256(json.dumps(essentials, sort_keys=True).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        sample = parameter.detach().reshape(-1)[:256].to("cpu", torch.float32).to(torch.bfloat16)
-        digest.update(name.encode())
-        digest.update(str(tuple(parameter.shape)).encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
-
-
-def describe(model: nn.Module, name: str | None = None) -> ModelInfo:
-    """Geometry, full-attention layers and fingerprint of a causal LM.
-
-    Raises KascadeError if the model uses attention that kascade cannot run (soft-capping, sinks, cross attention,
-    only sliding windows, or an implementation outside transformers' attention interface).
-    """
-    name = name or getattr(model, "name_or_path_given", None) or model.config._name_or_path or type(model).__name__
-    _check_supported(model, name)
-    config = text_config(model)
-    layers = full_attention_layers(model)
-    module = attention_modules(model)[layers[0]]
-    query_heads = config.num_attention_heads
-    kv_heads = query_heads // getattr(module, "num_key_value_groups", 1)
-    head_dim = getattr(module, "head_dim", None) or config.hidden_size // query_heads
-    return ModelInfo(
-        name=name,
-        fingerprint=fingerprint(model),
-        layers=config.num_hidden_layers,
-        query_heads=query_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        profiled_layers=layers,
-        max_positions=getattr(config, "max_position_embeddings", None),
-    )

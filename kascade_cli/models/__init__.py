@@ -1,0 +1,35 @@
+"""Load a causal LM, describe its attention, and identify it by a fingerprint."""
+
+from kascade_cli.models.identity import fingerprint, fingerprint_problem
+from kascade_cli.models.implementation import attention_implementation
+from kascade_cli.models.info import ModelInfo, describe
+from kascade_cli.models.loading import (
+    check_revision,
+    load_config,
+    load_model,
+    resolve_device,
+    resolve_dtype,
+    resolve_name,
+)
+from kascade_cli.models.logits import logits_at
+from kascade_cli.models.tree import attention_modules, decoder_layers, full_attention_layers, text_config, unwrap
+
+__all__ = [
+    "ModelInfo",
+    "attention_implementation",
+    "attention_modules",
+    "check_revision",
+    "decoder_layers",
+    "describe",
+    "fingerprint",
+    "fingerprint_problem",
+    "full_attention_layers",
+    "load_config",
+    "load_model",
+    "logits_at",
+    "resolve_device",
+    "resolve_dtype",
+    "resolve_name",
+    "text_config",
+    "unwrap",
+]
