@@ -212,7 +212,7 @@ def demo_profile(model: Any) -> tuple[Profile, str]:
 def part_demo(ctx: Context) -> None:
     """Greedy answers of the demo model to the built-in tasks: dense, and kascade on both backends."""
     import kascade_cli
-    from kascade_cli.attention import attach
+    from kascade_cli import attach
     from kascade_cli.models import load_model
     from kascade_cli.tasks import make_prompts
 

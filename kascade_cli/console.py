@@ -1,9 +1,11 @@
 """Terminal output and the parsing of option values, in one place for all commands."""
 
+import contextlib
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +157,10 @@ def _replace(path: Path, payload: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def compiling(total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar over kernels that are compiled; what it gives is called after each."""
+    with progress("compiling kernels", total=total) as bar:
+        yield lambda: bar.advance(bar.first)

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kascade_cli.attention import attach
-from kascade_cli.attention.refresh import Refresh
 from kascade_cli.benchmarking.baselines import BASELINES, Baseline, why_missing
 from kascade_cli.benchmarking.model import Say, failure, timing_fields
 from kascade_cli.benchmarking.report import Row, base_row, strategy_fields
@@ -20,8 +18,10 @@ from kascade_cli.benchmarking.roles import Setting, case_of, make_inputs
 from kascade_cli.benchmarking.shapes import Shape, describe_sizes
 from kascade_cli.benchmarking.timing import capture, free_memory, time_calls
 from kascade_cli.errors import KascadeError
-from kascade_cli.models import describe
+from kascade_cli.integrations.transformers import attach
+from kascade_cli.models import attention_implementation, describe
 from kascade_cli.schema import Profile
+from kascade_cli.sparse.strategies.refresh import Memory
 
 DENSE = "kascade-bench-dense"
 
@@ -60,12 +60,8 @@ def dense_attention(model: Any, baseline: Baseline) -> Iterator[None]:
 
     AttentionInterface.register(DENSE, attention)
     AttentionMaskInterface.register(DENSE, lambda *args, **kwargs: None)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(DENSE)
-    try:
+    with attention_implementation(model, DENSE):
         yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def profile_for(model: Any, shape: Shape, setting: Setting) -> Profile:
@@ -137,7 +133,7 @@ def _time_step(step: Callable[[], None], setting: Setting) -> Row:
 
 
 def cycle_row(
-    model: Any, batch: int, cache: Any, lengths: Tensor, context: int, setting: Setting, refresh: Refresh
+    model: Any, batch: int, cache: Any, lengths: Tensor, context: int, setting: Setting, refresh: Memory
 ) -> Row:
     """A cycle of kascade-refresh that ends at `context` keys: the mean of its steps, and the time of both kinds.
 
@@ -267,7 +263,7 @@ def _one_size(
     options = strategy_fields(setting)
     with attach(model, profile, backend=backend, allow_other_weights=True, **options) as attachment:
         if setting.refresh is not None and phase == "decode":
-            cycle = cycle_row(model, batch, cache, lengths, context, setting, attachment.refresh)
+            cycle = cycle_row(model, batch, cache, lengths, context, setting, attachment.memory)
             sparse = base | {"name": "sparse"} | options | cycle
         else:
             sparse = base | {"name": "sparse"} | options | measure()

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kascade_cli.attention.plan import REUSED_NORM
 from kascade_cli.benchmarking.baselines import OWN, Baseline, why_missing
 from kascade_cli.benchmarking.report import Row, base_row, strategy_fields
 from kascade_cli.benchmarking.roles import (
     BETWEEN,
+    REUSED_NORM,
     ROLES,
     Setting,
     case_of,
@@ -154,7 +154,7 @@ def whole_model(roles: Sequence[Row], dense: Row | None, shape: Shape, base: Row
     if dense is None:
         return row
     speedup = shape.layers * dense["ms_p50"] / total
-    return row | {"dense_ms": dense["ms_p50"], "baseline": dense["name"], "speedup": round(speedup, 3)}
+    return row | {"dense_ms": dense["ms_p50"], "baseline": dense["name"], "speedup": float(f"{speedup:.4g}")}
 
 
 def run_model(

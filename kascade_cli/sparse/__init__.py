@@ -8,7 +8,7 @@ from kascade_cli.sparse.batch import Batch, Lengths
 from kascade_cli.sparse.layer import Keys, Layer
 from kascade_cli.sparse.setting import Setting
 from kascade_cli.sparse.state import Pass
-from kascade_cli.sparse.strategy import Option, Strategy, make_strategy, strategies
+from kascade_cli.sparse.strategy import Option, Strategy, known_strategies, make_strategy
 
 __all__ = [
     "Batch",
@@ -19,6 +19,6 @@ __all__ = [
     "Pass",
     "Setting",
     "Strategy",
+    "known_strategies",
     "make_strategy",
-    "strategies",
 ]

@@ -50,6 +50,11 @@ class Setting:
                 raise UsageError(f"strategy '{spec}': {key} {value} is not a number") from error
         return replace(cls(name.strip(), **defaults), options=options, **budget)
 
+    def override(self, options: Mapping[str, Any] | None = None, **budget: Any) -> "Setting":
+        """With the budget numbers that are not None, and more options of the strategy."""
+        given = {name: value for name, value in budget.items() if value is not None}
+        return replace(self, options={**self.options, **(options or {})}, **given)
+
     def check(self) -> "Setting":
         """What can be refused before a model is loaded. Raises UsageError; returns itself."""
         kind = strategy_class(self.strategy)

@@ -139,10 +139,9 @@ class Strategy:
         layer.state.keep(layer.index, keys, layer.groups)
 
 
-def strategies() -> dict[str, type[Strategy]]:
+def known_strategies() -> dict[str, type[Strategy]]:
     """Every strategy by name: those of strategies/, those of installed packages, and any class imported so far."""
-    from kascade_cli.sparse import strategies as folder
-
+    folder = importlib.import_module("kascade_cli.sparse.strategies")
     for module in pkgutil.iter_modules(folder.__path__, folder.__name__ + "."):
         importlib.import_module(module.name)
     for entry in entry_points(group=ENTRY_POINTS):
@@ -160,7 +159,7 @@ def _order(kind: type[Strategy]) -> tuple:
 
 def strategy_class(name: str) -> type[Strategy]:
     """Raises UsageError for a name that is no strategy's."""
-    known = strategies()
+    known = known_strategies()
     if name not in known:
         raise UsageError(f"strategy '{name}' is not known; use one of {', '.join(known)}")
     return known[name]
@@ -198,4 +197,4 @@ def layer_list(value: Any) -> tuple[int, ...]:
     return layers
 
 
-__all__ = ["PHASES", "Option", "Strategy", "layer_list", "make_strategy", "strategies", "strategy_class", "whole_number"]
+__all__ = ["PHASES", "Option", "Strategy", "layer_list", "known_strategies", "make_strategy", "strategy_class", "whole_number"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kascade_cli.attention import attach
+from kascade_cli import attach
 from kascade_cli.benchmarking import e2e
 from kascade_cli.benchmarking.baselines import BASELINES
 from kascade_cli.benchmarking.roles import with_strategy

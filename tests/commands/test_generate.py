@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from kascade_cli.attention import attach
+from kascade_cli import attach
 from kascade_cli.demo import DEMO_MODELS
 from kascade_cli.models import describe
 from kascade_cli.schema import Budget, Profile

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kascade_cli.attention import attach
+from kascade_cli import attach
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.evaluation.anchors import HeadMaps, parse_anchors, random_sets, with_anchors
 from kascade_cli.evaluation.answers import greedy_answers, shared_tokens

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from kascade_cli.attention import attach
+from kascade_cli import attach
 from kascade_cli.attention.attachment import Attachment
 from kascade_cli.attention.plan import make_plan
 from kascade_cli.errors import KascadeError, UsageError

@@ -7,7 +7,6 @@ last positions (other texts).
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kascade_cli.attention import attach
 from kascade_cli.devset import DevSet, load_devset
 from kascade_cli.errors import KascadeError
+from kascade_cli.integrations.transformers import attach_setting
+from kascade_cli.models import logits_at
 from kascade_cli.schema import Profile
+from kascade_cli.sparse import Setting
 from kascade_cli.tasks import TASKS
 
 DECODE_TOKENS = 32  # of each prompt, decoded
@@ -122,7 +123,7 @@ def measure_kl(
             dense = _Dense(model, ids, positions, phases)
             for index, profile in enumerate(profiles):
                 if index in running:
-                    with attach(model, profile, backend=backend) as attached:
+                    with attach_setting(model, Setting(profile=profile, backend=backend)) as attached:
                         results[index].add(_sparse_kl(model, dense, positions, phases))
                         attached.report()  # raises if the model did not run the plan
                 if advance:
@@ -136,7 +137,7 @@ class _Dense:
     def __init__(self, model: Any, ids: Sequence[int], positions: _Positions, phases: Sequence[str]) -> None:
         self.ids = torch.tensor([list(ids)], device=next(model.parameters()).device)
         wanted = [*positions.prefill, *positions.decode]
-        logits = _logits(model, self.ids, wanted)
+        logits = logits_at(model, self.ids, wanted, use_cache=False)[0][0]
         if torch.isnan(logits).any():
             raise KascadeError("the dense model gives NaN logits; use another --dtype")
         logs = logits.float().log_softmax(-1)
@@ -144,25 +145,7 @@ class _Dense:
         # With decode alone the prefill is dense, and one cache serves every profile.
         self.cache = None
         if "prefill" not in phases:
-            self.cache = model(self.ids[:, : positions.split], use_cache=True, **_keep(model, [0])).past_key_values
-
-
-def _keep(model: Any, positions: Sequence[int]) -> dict[str, Any]:
-    """Asks for logits at these positions only, where the model can do that: all of a long prompt take
-    gigabytes.
-    """
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return {}
-    return {"logits_to_keep": torch.tensor(list(positions), device=next(model.parameters()).device)}
-
-
-def _logits(model: Any, ids: Tensor, positions: Sequence[int], **options: Any) -> Tensor:
-    """[len(positions), vocabulary]."""
-    return _pick(model(ids, **{"use_cache": False, **options}, **_keep(model, positions)).logits[0], positions)
-
-
-def _pick(logits: Tensor, positions: Sequence[int]) -> Tensor:
-    return logits if len(logits) == len(positions) else logits[list(positions)]
+            self.cache = logits_at(model, self.ids[:, : positions.split], use_cache=True)[1].past_key_values
 
 
 def _sparse_kl(model: Any, dense: _Dense, positions: _Positions, phases: Sequence[str]) -> dict[str, float]:
@@ -170,9 +153,9 @@ def _sparse_kl(model: Any, dense: _Dense, positions: _Positions, phases: Sequenc
     found = {}
     cache = copy.deepcopy(dense.cache)  # decoding appends to it
     if "prefill" in phases:
-        wanted = positions.prefill
-        output = model(dense.ids[:, : positions.split], use_cache="decode" in phases, **_keep(model, wanted))
-        found["prefill"] = _kl(dense.logs["prefill"], _pick(output.logits[0], wanted))
+        prompt = dense.ids[:, : positions.split]
+        logits, output = logits_at(model, prompt, positions.prefill, use_cache="decode" in phases)
+        found["prefill"] = _mean_kl(dense.logs["prefill"], logits[0])
         cache = output.past_key_values
     if "decode" in phases:
         steps = []
@@ -180,13 +163,17 @@ def _sparse_kl(model: Any, dense: _Dense, positions: _Positions, phases: Sequenc
             output = model(dense.ids[:, position : position + 1], past_key_values=cache, use_cache=True)
             if position in positions.decode:
                 steps.append(output.logits[0, -1])
-        found["decode"] = _kl(dense.logs["decode"], torch.stack(steps))
+        found["decode"] = _mean_kl(dense.logs["decode"], torch.stack(steps))
     return found
 
 
-def _kl(dense: Tensor, logits: Tensor) -> float:
+def _mean_kl(dense: Tensor, logits: Tensor) -> float:
     """Mean over positions of KL(dense || sparse), nats; NaN logits count as infinitely wrong."""
-    sparse = logits.float().log_softmax(-1)
-    terms = torch.where(dense > -torch.inf, dense.exp() * (dense - sparse), 0.0)
-    value = float(terms.sum(-1).mean())
-    return max(0.0, value) if value == value else float("inf")
+    value = float(kl_divergence(dense, logits.float().log_softmax(-1)).mean())
+    return value if value == value else float("inf")
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats over the last dimension, float64, from log-probabilities; never below 0."""
+    terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), torch.zeros_like(log_p))
+    return terms.double().sum(-1).clamp_min(0.0)

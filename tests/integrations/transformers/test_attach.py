@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from kascade_cli.attention import STRATEGIES, attach
+from kascade_cli import attach
 from kascade_cli.attention.forward import Forward
 from kascade_cli.benchmarking.roles import role_plan
 from kascade_cli.errors import KascadeError, UsageError
