@@ -1,6 +1,6 @@
 """What every backend agrees on: the ops by name, the units they exchange, what is built, and how one says no.
 
-Signatures, shapes and semantics of the ops are those of `reference.py`, which is their specification. What a caller
+Signatures, shapes and semantics of the ops are those of `reference`, which is their specification. What a caller
 may rely on beyond them:
 - An op that raises `Unsupported` has written nothing: the reference can run the same arguments.
 - `decode_*` read kv_start and kv_len (a decode query sees all of its row); `prefill_*` read query_start as well,

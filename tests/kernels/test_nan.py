@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kascade_cli.kernels import reference as ops
+from kascade_cli.kernels.reference import common
 from tests.kernels.test_reference import make, naive, scale_of
 
 NAN, INF = math.nan, math.inf
@@ -73,7 +74,7 @@ PADDED = [(0, 41), (5, 36), (9, 20)]  # rows of 41 slots: full, left-padded, pad
 @pytest.mark.parametrize("with_lse", [True, False])
 @pytest.mark.parametrize("slot", [5, 12, 13, 39, 40])
 def test_prefill(slot, with_lse, elements, monkeypatch):
-    monkeypatch.setattr(ops, "_BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(common, "BLOCK_ELEMENTS", elements)
     tile, queries = 8, 41
     q, k, v, start, length = make(3, HEADS, GROUPS, 8, PADDED, 41, queries, seed=slot)
     for row, (begin, count) in enumerate(PADDED):

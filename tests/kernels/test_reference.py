@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kascade_cli.kernels import reference as ops
+from kascade_cli.kernels.reference import common
 
 # batch, query heads, KV heads, head dim, [(kv_start, kv_len)], key slots
 SHAPES = [
@@ -171,7 +172,7 @@ PREFILL = [
 @pytest.mark.parametrize(("rows", "slots", "queries", "starts", "tile"), PREFILL)
 @pytest.mark.parametrize("with_lse", [True, False])
 def test_prefill(rows, slots, queries, starts, tile, with_lse, monkeypatch):
-    monkeypatch.setattr(ops, "_BLOCK_ELEMENTS", 6_000)  # several blocks even at this size
+    monkeypatch.setattr(common, "BLOCK_ELEMENTS", 6_000)  # several blocks even at this size
     heads, groups = 4, 2
     q, k, v, start, length = make(len(rows), heads, groups, 16, rows, slots, queries, seed=4)
     at = torch.tensor(starts, dtype=torch.int32)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kascade_cli.kernels import reference
+from kascade_cli.kernels.reference.common import row_slots
 from kascade_cli.kernels.testing.poison import poisoned
 
 Row = dict[str, Any]
@@ -227,7 +228,7 @@ def _check_case(ops: Any, case: DecodeCase, device: torch.device, seed: int) -> 
         k, v = reference.gather_pages(k, pages), reference.gather_pages(v, pages)
     wide = [x.double() for x in (q, k, v)]
     true_out, true_scores = reference.decode_dense(*wide, start, length, scale=scale, scores=True)
-    visible = reference._slots(k, start, length)
+    visible = row_slots(k, start, length)
     low_out, low_scores = _plain(q, k, v, visible, scale)
     name = str(case)
     rows = [

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kascade_cli.kernels import reference
+from kascade_cli.kernels.reference.common import causal
 from kascade_cli.kernels.testing.poison import poisoned
 
 FLOOR = {torch.bfloat16: 1e-5, torch.float16: 1e-5}  # errors below this are float32 noise, whatever plain PyTorch has
@@ -129,7 +130,7 @@ def plain(case: PrefillCase, inputs: Inputs, indices: Tensor, counts: Tensor) ->
     """Every op in the inputs' own precision with nothing but matmul, softmax and sum, over the whole [T, S] matrix."""
     start, begin, length = inputs.args
     slot = start[:, None] + torch.arange(case.queries, device=start.device)
-    seen = reference._causal(slot, begin, length, case.slots)[:, None]  # [B, 1, T, S]
+    seen = causal(slot, begin, length, case.slots)[:, None]  # [B, 1, T, S]
     token = slot - begin[:, None]
     local = torch.div(token, case.tile, rounding_mode="floor") - reference.first_tile(start, begin, case.tile)[:, None]
     local = local.clamp(0, counts.shape[1] - 1)
