@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from kascade_cli.capture.mass import pooled_mass, round_mass, top_mass
 from kascade_cli.errors import KascadeError
 from kascade_cli.models import ModelInfo, attention_implementation, attention_modules, decoder_layers, logits_at
+from kascade_cli.partition import Partition, partition_of, sharded
 
 IMPLEMENTATION = "kascade-capture"
 _HANDLE = "kascade_probe"  # on the attention modules that are measured
@@ -70,12 +71,14 @@ class Probe:
         self.model, self.info = model, info
         self._position = {layer: position for position, layer in enumerate(info.profiled_layers)}
         self._exit = contextlib.ExitStack()
+        self._partition: Partition | None = None
         self._residual: dict[int, torch.Tensor] = {}
         self._added: dict[int, torch.Tensor] = {}
         self._sink: Sink | None = None
 
     def __enter__(self) -> "Probe":
         attention, layers = attention_modules(self.model), decoder_layers(self.model)
+        self._partition = self._check_partition(attention)
         with contextlib.ExitStack() as stack:  # a failure on the way undoes what was done so far
             stack.callback(self._forget)
             stack.enter_context(attention_implementation(self.model, IMPLEMENTATION))
@@ -96,6 +99,32 @@ class Probe:
         self._sink = None
         self._residual.clear()
         self._added.clear()
+
+    def _check_partition(self, attention: dict[int, nn.Module]) -> Partition | None:
+        """How the profiled layers' heads are split over processes. Every process refuses what cannot be gathered."""
+        first, *others = (partition_of(attention[index]) for index in self._position)
+        if any(other != first for other in others):
+            raise KascadeError("the layers' attention heads are split over processes in different ways")
+        if first is not None and self.info.kv_heads % first.world:
+            raise KascadeError(
+                f"{self.info.kv_heads} KV heads cannot be split evenly over {first.world} processes; "
+                "take as many processes as divide the KV heads"
+            )
+        return first
+
+    def _check_heads(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> None:
+        world = self._partition.world if self._partition else 1
+        expected = (self.info.query_heads // world, self.info.kv_heads // world)
+        found = (query.shape[1], key.shape[1])
+        if found != expected:
+            raise KascadeError(
+                f"layer {layer} attends with {found[0]} query and {found[1]} KV heads, "
+                f"where {self.info.name} has {expected[0]} and {expected[1]}"
+            )
+
+    def _gather(self, local: torch.Tensor, dim: int) -> torch.Tensor:
+        """The heads of all processes."""
+        return local if self._partition is None else self._partition.gather(local, dim)
 
     # --- importance ---
 
@@ -139,9 +168,13 @@ class Probe:
         mask: torch.Tensor | None,
         scaling: float | None,
     ) -> None:
-        """Called by the attention of a profiled layer: query [1, H, T, D], key [1, G, S, D]."""
+        """Called by the attention of a profiled layer: query [1, H, T, D], key [1, G, S, D].
+
+        With tensor parallelism these are this process's heads, and the sink of every process gets all of them.
+        """
         if self._sink is None:
             return
+        self._check_heads(module.layer_idx, query, key)
         position = self._position[module.layer_idx]
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         rows = None if mask is None else mask[0, 0]
@@ -153,7 +186,7 @@ class Probe:
         for length, first, starts in self._batches(key.shape[1] * key.shape[2] * 4, key.shape[2]):
             on_rows = add_top_mass if length == 1 else None
             mass = pooled_mass(query[0], key[0], starts, length, scale=scale, mask=rows, on_rows=on_rows)
-            stored = round_mass(mass).cpu().numpy()
+            stored = self._gather(round_mass(mass), 1).cpu().numpy()
             if not np.isfinite(stored[..., 0]).all():
                 raise self._not_finite(f"the attention of layer {module.layer_idx}")
             self._sink(position, first, stored)
@@ -199,7 +232,7 @@ class Probe:
         layers = range(len(self._position))
         importance = torch.stack([self._importance[layer].cpu() for layer in layers]).numpy()
         rows = int((tiles[:, 1] == 1).sum()) + len(generated)
-        top = torch.stack([self._top_mass[layer].cpu() for layer in layers]).numpy() / rows
+        top = self._gather(torch.stack([self._top_mass[layer] for layer in layers]), 1).cpu().numpy() / rows
         if not np.isfinite(importance).all():
             layer = self.info.profiled_layers[int(np.flatnonzero(~np.isfinite(importance))[0])]
             raise self._not_finite(f"the attention output of layer {layer}")
@@ -234,7 +267,8 @@ class Probe:
 
     def _not_finite(self, what: str) -> KascadeError:
         for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter.sum(dtype=torch.float32)):
+            held = parameter.to_local() if sharded(parameter) else parameter
+            if not torch.isfinite(held.sum(dtype=torch.float32)):
                 return KascadeError(f"{what} is not a number: weight {name} holds NaN or infinity")
         dtype = str(self.model.dtype).removeprefix("torch.")
         return KascadeError(f"{what} is not a number although the weights are finite; {dtype} overflows? try --dtype")
