@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import check_output, check_output_folder, err, out, parse_size, print_json, progress
+from kascade_cli.console import err, out, parse_size, print_json, progress
 from kascade_cli.errors import KascadeError, UsageError, require_extra
+from kascade_cli.files import check_output, check_output_folder
 
 
 def select_anchors(
