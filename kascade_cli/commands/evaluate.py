@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import check_output, err, format_size, out, parse_floats, parse_sizes, print_json, progress
+from kascade_cli.console import err, format_size, out, parse_floats, parse_sizes, print_json, progress
 from kascade_cli.errors import KascadeError, TargetMissed, UsageError, require_extra
+from kascade_cli.files import check_output
 
 DEFAULT_PROMPTS = 16
 DEFAULT_LENGTH = 1024
