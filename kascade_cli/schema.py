@@ -20,8 +20,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kascade_cli.console import atomic_write, check_output
 from kascade_cli.errors import KascadeError
+from kascade_cli.files import atomic_write, check_output
 
 PHASES = ("decode", "prefill")
 Phase = Literal["decode", "prefill"]
@@ -191,7 +191,7 @@ class Profile(_Strict):
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Writes beside `path` and renames. Raises UsageError if it exists and `overwrite` is not set."""
-        atomic_write(check_output(path, overwrite), self.dumps())
+        atomic_write(check_output(path, overwrite), self.dumps(), overwrite=overwrite)
 
     @classmethod
     def build(

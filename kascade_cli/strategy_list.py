@@ -18,7 +18,11 @@ def _literals(body: ast.ClassDef) -> dict[str, object]:
             continue
         for target in node.targets:
             names = target.elts if isinstance(target, ast.Tuple) else [target]
-            values = node.value.elts if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple) else [node.value]
+            values = (
+                node.value.elts
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+                else [node.value]
+            )
             for name, value in zip(names, values, strict=False):
                 if isinstance(name, ast.Name) and isinstance(value, ast.Constant):
                     found[name.id] = value.value

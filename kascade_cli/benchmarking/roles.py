@@ -17,8 +17,8 @@ from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.kernels import Backend
 from kascade_cli.schema import Budget, ModelCard, Profile
 from kascade_cli.sparse import Batch, Layer, Lengths, Pass, Strategy, make_strategy
-from kascade_cli.sparse.strategies.reused_norm import ReusedNorm
 from kascade_cli.sparse.strategies.refresh import Refresh
+from kascade_cli.sparse.strategies.reused_norm import ReusedNorm
 from kascade_cli.sparse.strategy import strategy_class
 
 ROLES = ("layer0", "anchor", "reuse")
@@ -88,7 +88,12 @@ def case_of(shape: Shape, phase: str, batch: int, context: int, setting: Setting
 def role_strategy(kv_heads: int, head_dim: int, setting: Setting) -> Strategy:
     """Three layers: dense and anchor, anchor, and one that reuses layer 1 through a head map that is no identity."""
     card = ModelCard(
-        name="roles", fingerprint=f"sha256:{'0' * 64}", layers=3, query_heads=kv_heads, kv_heads=kv_heads, head_dim=head_dim
+        name="roles",
+        fingerprint=f"sha256:{'0' * 64}",
+        layers=3,
+        query_heads=kv_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
     )
     heads = list(reversed(range(kv_heads)))
     maps = {2: {"decode": heads, "prefill": heads}}

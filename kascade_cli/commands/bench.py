@@ -8,14 +8,13 @@ import typer
 
 from kascade_cli.commands import options as shared
 from kascade_cli.console import (
-    atomic_write,
-    check_output,
     err,
     out,
     parse_sizes,
     print_json,
 )
 from kascade_cli.errors import UsageError, require_extra
+from kascade_cli.files import atomic_write, check_output
 
 bench = typer.Typer(
     name="bench",

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import check_output, compiling, err, format_size, out, parse_floats, parse_sizes, print_json, progress
+from kascade_cli.console import compiling, err, format_size, out, parse_floats, parse_sizes, print_json, progress
 from kascade_cli.errors import KascadeError, TargetMissed, UsageError, require_extra
+from kascade_cli.files import check_output
 from kascade_cli.strategy_list import strategy_names
 
 DEFAULT_LENGTH = 1024
@@ -28,9 +29,7 @@ def evaluate(
     ] = None,
     strategies: Annotated[
         str,
-        typer.Option(
-            help=f"Comma-separated, options after colons (streaming-llm:ratio=0.3): {strategy_names()}."
-        ),
+        typer.Option(help=f"Comma-separated, options after colons (streaming-llm:ratio=0.3): {strategy_names()}."),
     ] = "dense,kascade,streaming-llm",
     ratio: Annotated[
         str | None, typer.Option(help="Shares of the keys to read, such as 0.05,0.1,0.2. Default: the profile's.")
@@ -100,9 +99,7 @@ def evaluate(
     # A file has the lengths it has; built-in texts are made to one.
     lengths = lengths or [DEFAULT_LENGTH if sources[0] else None]
     sets = {text: parse_anchors(text) for text in anchors or []}
-    base = Setting(
-        profile=loaded_profile, min_keys=min_keys, backend=backend, allow_other_weights=allow_other_weights
-    )
+    base = Setting(profile=loaded_profile, min_keys=min_keys, backend=backend, allow_other_weights=allow_other_weights)
     named = parse_strategies(strategies, base)
     check_strategies(named, ratios)
     _check(ratios, lengths, loaded_profile, sets, capture, chat, sources)

@@ -34,9 +34,7 @@ def generate(
     ] = None,
     strategy: Annotated[
         str,
-        typer.Option(
-            help=f"With options after colons, such as streaming-llm:ratio=0.3. One of: {strategy_names()}."
-        ),
+        typer.Option(help=f"With options after colons, such as streaming-llm:ratio=0.3. One of: {strategy_names()}."),
     ] = "kascade",
     ratio: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of the keys to read. Default: the profile's.")

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import check_output, err, format_bytes, out, parse_size, print_json, progress
+from kascade_cli.console import err, format_bytes, out, parse_size, print_json, progress
 from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.files import check_output
 
 DEFAULT_LENGTH = 8192
 

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import check_output, check_output_folder, err, out, parse_size, print_json, progress
+from kascade_cli.console import err, out, parse_size, print_json, progress
 from kascade_cli.errors import KascadeError, UsageError, require_extra
+from kascade_cli.files import check_output, check_output_folder
 
 
 def select_anchors(
@@ -235,9 +236,9 @@ def _verify(
 ) -> dict[str, Any]:
     """Fills in the candidates' KL; returns what the profile records about the verification."""
     from kascade_cli.analysis.selection import head_maps
-    from kascade_cli.attention import compile_ahead
-    from kascade_cli.attention.verify import held_out_prompts, measure_kl
     from kascade_cli.commands.selection_report import model_card
+    from kascade_cli.evaluation.kl import held_out_prompts, measure_kl
+    from kascade_cli.integrations.transformers import compile_ahead
     from kascade_cli.models import describe, load_model
     from kascade_cli.schema import PHASES, Profile
 

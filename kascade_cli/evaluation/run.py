@@ -54,7 +54,12 @@ class Outcome:
 
 
 def run_cases(
-    model: Any, tokenizer: Any, cases: Sequence[Case], run: Run, *, advance: Callable[[int], None] = lambda tokens: None
+    model: Any,
+    tokenizer: Any,
+    cases: Sequence[Case],
+    run: Run,
+    *,
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> Outcome:
     """Answers every question of every case under `run`. `advance(tokens)` is called after each case and draw."""
     began = time.perf_counter()
@@ -105,9 +110,7 @@ def run_table(
         for run in runs:
             what = f"{run.label} at {format_size(length)}"
             progress(what, 0)
-            outcome = run_cases(
-                model, tokenizer, part, run, advance=lambda tokens, what=what: progress(what, tokens)
-            )
+            outcome = run_cases(model, tokenizer, part, run, advance=lambda tokens, what=what: progress(what, tokens))
             if run.strategy == "dense":
                 dense = dense or outcome
             rows.append({"length": length} | summarise(outcome, part, dense))

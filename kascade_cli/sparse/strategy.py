@@ -197,4 +197,13 @@ def layer_list(value: Any) -> tuple[int, ...]:
     return layers
 
 
-__all__ = ["PHASES", "Option", "Strategy", "layer_list", "known_strategies", "make_strategy", "strategy_class", "whole_number"]
+__all__ = [
+    "PHASES",
+    "Option",
+    "Strategy",
+    "layer_list",
+    "known_strategies",
+    "make_strategy",
+    "strategy_class",
+    "whole_number",
+]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kascade_cli import attach
-from kascade_cli.evaluation import kl as verify
 from kascade_cli.errors import KascadeError
+from kascade_cli.evaluation import kl as verify
 from kascade_cli.models import describe
 from kascade_cli.schema import Budget, Profile
 

@@ -82,7 +82,11 @@ def lengths_of(mask: Tensor | None, query: Tensor, key: Tensor) -> Lengths:
     if mask is None:
         full = torch.full((batch,), slots, dtype=torch.int32, device=query.device)
         return Lengths(full - queries, torch.zeros_like(full), full)
-    if mask.dtype == torch.int32 and mask.dim() == 4 and (mask.shape[0], mask.shape[1], mask.shape[3]) == (batch, 1, 3):
+    if (
+        mask.dtype == torch.int32
+        and mask.dim() == 4
+        and (mask.shape[0], mask.shape[1], mask.shape[3]) == (batch, 1, 3)
+    ):
         if mask.shape[2] != slots:
             # Models whose first cache layer does not count tokens (MiniMax) get a mask for the queries alone.
             raise KascadeError(

@@ -69,7 +69,8 @@ class Tally:
                 read, visible = total.tolist()
                 phases[phase] = _counted(read, visible)
         everything = _counted(
-            sum(entry["keys_read"] for entry in phases.values()), sum(entry["keys_visible"] for entry in phases.values())
+            sum(entry["keys_read"] for entry in phases.values()),
+            sum(entry["keys_visible"] for entry in phases.values()),
         )
         return more | {"forward_passes": self._passes, "phases": phases} | everything
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from kascade_cli.attention.forward import Forward
 from transformers import DynamicCache, StaticCache
 
 from kascade_cli import attach
-from kascade_cli.attention.forward import Forward
 from kascade_cli.benchmarking.roles import role_plan
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.kernels import get_backend

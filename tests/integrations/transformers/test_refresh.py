@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from kascade_cli.attention.attachment import Attachment
+from kascade_cli.attention.plan import make_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from kascade_cli import attach
-from kascade_cli.attention.attachment import Attachment
-from kascade_cli.attention.plan import make_plan
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.kernels import get_backend
 from kascade_cli.models import describe
