@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kascade_cli.benchmarking import report
-from kascade_cli.benchmarking.roles import Setting
+from kascade_cli.benchmarking.roles import Bench
 from kascade_cli.benchmarking.shapes import named_shape
 from kascade_cli.benchmarking.timing import free_memory
 from kascade_cli.kernels import get_backend
@@ -205,7 +205,7 @@ def demo_profile(model: Any) -> tuple[Profile, str]:
         if profile.model.layers == model.config.num_hidden_layers:
             return profile, path.name
     shape = named_shape("demo")
-    setting = Setting(get_backend("torch", "cpu"), torch.device("cpu"), torch.float32, Budget())
+    setting = Bench(get_backend("torch", "cpu"), torch.device("cpu"), torch.float32, Budget())
     return profile_for(model, shape, setting), "evenly spread anchors"
 
 

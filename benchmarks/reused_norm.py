@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 import transformers
-from kascade_cli.attention.attachment import Attachment
 from rich.table import Table
 from torch import Tensor
 
 from kascade_cli import attach, console, files, tasks
 from kascade_cli.demo import DEMO_TASKS
 from kascade_cli.errors import KascadeError
+from kascade_cli.integrations.transformers import Attachment
 from kascade_cli.kernels import reference
 from kascade_cli.models import load_model
 from kascade_cli.schema import Profile

@@ -8,7 +8,7 @@ import torch
 from kascade_cli.benchmarking.baselines import Baseline
 from kascade_cli.benchmarking.model import Say, best_dense, dense_rows, failure, timing_fields
 from kascade_cli.benchmarking.report import Row, base_row
-from kascade_cli.benchmarking.roles import Inputs, Setting, case_of, make_inputs, make_sets
+from kascade_cli.benchmarking.roles import Bench, Inputs, case_of, make_inputs, make_sets
 from kascade_cli.benchmarking.shapes import Shape
 from kascade_cli.benchmarking.timing import Call, free_memory, time_calls
 from kascade_cli.benchmarking.work import Case, Work, work_of
@@ -26,7 +26,7 @@ def _head_map(case: Case, device: torch.device) -> torch.Tensor:
     return torch.arange(case.kv_heads - 1, -1, -1, dtype=torch.int32, device=device)
 
 
-def decode_ops(case: Case, setting: Setting) -> Iterator[_Op]:
+def decode_ops(case: Case, setting: Bench) -> Iterator[_Op]:
     """The four decode ops, dense attention that leaves scores as well, and an anchor's sparse attention."""
     ops = setting.backend
 
@@ -64,7 +64,7 @@ def decode_ops(case: Case, setting: Setting) -> Iterator[_Op]:
     yield "decode_sparse+logits", work_of("decode_sparse+logits", case), lambda inputs: sparse(inputs, True)
 
 
-def prefill_ops(case: Case, setting: Setting) -> Iterator[_Op]:
+def prefill_ops(case: Case, setting: Bench) -> Iterator[_Op]:
     """The prefill ops, the log-sum-exp pass, and Top-k over the last block of tiles."""
     ops = setting.backend
     tile = setting.budget.tile
@@ -134,7 +134,7 @@ def run_ops(
     shape: Shape,
     phase: str,
     sizes: Sequence[tuple[int, int]],
-    setting: Setting,
+    setting: Bench,
     baselines: Sequence[Baseline],
     say: Say = lambda text: None,
     done: Callable[[list[Row]], None] = lambda rows: None,
@@ -165,7 +165,7 @@ def run_ops(
     return rows
 
 
-def _op_rows(case: Case, setting: Setting, base: Row, say: Say) -> list[Row]:
+def _op_rows(case: Case, setting: Bench, base: Row, say: Say) -> list[Row]:
     rows = []
     sets = [make_inputs(case, setting)]
     listed: Iterator[Any] = (decode_ops if case.phase == "decode" else prefill_ops)(case, setting)

@@ -29,7 +29,7 @@ STRATEGIES = ("kascade", REUSED_NORM, REFRESH)  # that can be measured
 
 
 @dataclass(frozen=True)
-class Setting:
+class Bench:
     """Where and with what a case runs. refresh: kascade-refresh's decode steps from one choice of keys to the next."""
 
     backend: Backend
@@ -45,7 +45,7 @@ class Setting:
         return str(self.dtype).removeprefix("torch.")
 
 
-def with_strategy(setting: Setting, strategy: str, refresh: int | None = None) -> Setting:
+def with_strategy(setting: Bench, strategy: str, refresh: int | None = None) -> Bench:
     """`setting` with another strategy; UsageError for one that cannot be measured or does not take `refresh`."""
     if strategy not in STRATEGIES:
         raise UsageError(f"strategy '{strategy}' is not measured; use {', '.join(STRATEGIES)}")
@@ -79,13 +79,13 @@ class Inputs:
         return self.q.shape[-1] ** -0.5
 
 
-def case_of(shape: Shape, phase: str, batch: int, context: int, setting: Setting) -> Case:
+def case_of(shape: Shape, phase: str, batch: int, context: int, setting: Bench) -> Case:
     """The sizes that operations and bytes are counted from."""
     element = torch.empty(0, dtype=setting.dtype).element_size()
     return Case(phase, batch, context, shape.query_heads, shape.kv_heads, shape.head_dim, element, setting.budget)
 
 
-def role_strategy(kv_heads: int, head_dim: int, setting: Setting) -> Strategy:
+def role_strategy(kv_heads: int, head_dim: int, setting: Bench) -> Strategy:
     """Three layers: dense and anchor, anchor, and one that reuses layer 1 through a head map that is no identity."""
     card = ModelCard(
         name="roles",
@@ -112,7 +112,7 @@ def full_batch(q: Tensor, k: Tensor, budget: Budget) -> Batch:
     return Batch(lengths, phase, q.shape[2], k.shape[2], budget, plain=True)
 
 
-def make_inputs(case: Case, setting: Setting, seed: int = 0) -> Inputs:
+def make_inputs(case: Case, setting: Bench, seed: int = 0) -> Inputs:
     """Random normal q, k, v of a case, and the state of a forward pass over them."""
     generator = torch.Generator(setting.device).manual_seed(seed)
     options = {"device": setting.device, "dtype": setting.dtype, "generator": generator}
@@ -130,7 +130,7 @@ def make_inputs(case: Case, setting: Setting, seed: int = 0) -> Inputs:
     return _refresh_inputs(q, k, v, strategy, batch, setting)
 
 
-def _refresh_inputs(q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, batch: Batch, setting: Setting) -> Inputs:
+def _refresh_inputs(q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, batch: Batch, setting: Bench) -> Inputs:
     """A refresh at the full context, whose anchors also keep what they choose; and a cycle that ends there."""
     context, every, memory = k.shape[2], setting.refresh, strategy.memory()
     if context < every:
@@ -150,7 +150,7 @@ def _refresh_inputs(q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, batch: 
     return inputs
 
 
-def make_sets(case: Case, setting: Setting, touched: float, have: Sequence[Inputs] = ()) -> list[Inputs]:
+def make_sets(case: Case, setting: Bench, touched: float, have: Sequence[Inputs] = ()) -> list[Inputs]:
     """As many input sets as leave L2 cold when a call touches `touched` bytes of its set; `have` is kept."""
     sets = list(have)
     wanted = set_count(touched, case.kv_bytes, setting.device) if case.phase == "decode" else 1

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from kascade_cli.errors import KascadeError, UsageError
-from kascade_cli.schema import PHASES, Phase, Profile
+from kascade_cli.schema import Phase, Profile
 from kascade_cli.sparse.layer import Keys, Layer
 from kascade_cli.sparse.state import Pass
 

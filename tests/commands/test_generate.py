@@ -12,8 +12,8 @@ from kascade_cli import attach
 from kascade_cli.demo import DEMO_MODELS
 from kascade_cli.models import describe
 from kascade_cli.schema import Budget, Profile
-from tests.attention.naive import some_profile
 from tests.conftest import tiny_model
+from tests.integrations.transformers.naive import some_profile
 
 SMALL = ["generate", "demo-small", "--device", "cpu", "--dtype", "float32"]
 

@@ -16,8 +16,8 @@ from kascade_cli.evaluation.run import Outcome, Run, draws_interval, run_cases, 
 from kascade_cli.models import describe, load_model
 from kascade_cli.tasks import make_prompts
 from kascade_cli.tasks.scoring import cluster_interval, paired_interval
+from tests.integrations.transformers.naive import some_profile
 
-from .attention.naive import some_profile
 from .toy_captures import random_prompt, write_capture
 
 

@@ -101,7 +101,7 @@ def test_means_over_prompts():
 def test_hopeless_profiles_are_given_up_after_one_prompt(llama, monkeypatch):
     values = iter([0.0, 0.2, 3.0, 0.0, 0.2])
     monkeypatch.setattr(verify, "_sparse_kl", lambda *_: llama(torch.tensor([[3]])) and {"decode": next(values)})
-    monkeypatch.setattr("kascade_cli.attention.attachment.Attachment._check_ran", lambda self: None)
+    monkeypatch.setattr("kascade_cli.integrations.transformers.report.Tally.check", lambda self: {})
     calls = []
     profiles = [profile_for(llama, [0, anchor]) for anchor in (1, 2, 3)]
     prompts = [prompt_of(40), prompt_of(41)]

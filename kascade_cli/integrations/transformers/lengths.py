@@ -3,9 +3,9 @@
 transformers builds one mask per forward through its mask interface and hands it to every layer. For plain causal
 attention ours is an int32 tensor [B, 1, S, 3] of (query_start, kv_start, kv_len) as kernels.reference defines them,
 or None where every slot is a key and the queries are the last ones. It has four dimensions because `generate` builds
-masks ahead of the model, and only a 4-D one passes through the model's own mask creation untouched. S is how many slots
-the mask was made for; along it nothing is stored (expanded). Any other pattern (sliding windows of passthrough layers,
-custom overlays) stays the boolean mask that SDPA takes.
+masks ahead of the model, and only a 4-D one passes through the model's own mask creation untouched. S says how many
+slots the mask was made for; along it nothing is stored (expanded). Any other pattern (sliding windows of passthrough
+layers, custom overlays) stays the boolean mask that SDPA takes.
 """
 
 from collections.abc import Callable

@@ -72,7 +72,7 @@ class Tally:
             sum(entry["keys_read"] for entry in phases.values()),
             sum(entry["keys_visible"] for entry in phases.values()),
         )
-        return more | {"forward_passes": self._passes, "phases": phases} | everything
+        return more | {"forward_passes": self._passes, "phases": phases} | _counted(read, visible)
 
 
 def _counted(read: float, visible: float) -> dict[str, float]:

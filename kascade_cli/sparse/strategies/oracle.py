@@ -10,7 +10,7 @@ _BLOCK_ELEMENTS = 1 << 22  # of the logits that exist at once
 
 
 class Oracle(Strategy):
-    """Every layer chooses for itself as an anchor does, pooled over the tile and the KV head's group; nothing is kept."""
+    """Every layer chooses for itself as an anchor does, pooled over the tile and the KV head's group."""
 
     name, rank = "oracle", 10
     summary = "every layer chooses its own keys, pooled over tile and KV group as an anchor's; the first is dense"

@@ -67,8 +67,9 @@ class Refresh(Kascade):
 class Memory:
     """Key sets of all anchors, chosen every `every` decode steps and grown by one key in each step between.
 
-    A pass that stops in the middle leaves nothing to read. counts: int32 [B], entries in use of every set. The tensors
-    stay where they are as long as batch, slots and budget do, so that CUDA graphs of both kinds of step can share them.
+    A pass that stops in the middle leaves nothing to read. counts: int32 [B], entries in use of every set. The
+    tensors stay where they are as long as batch, slots and budget do, so that CUDA graphs of both kinds of step can
+    share them.
     """
 
     def __init__(self, every: int, anchors: Iterable[int]):

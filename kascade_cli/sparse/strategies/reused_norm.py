@@ -10,7 +10,7 @@ from kascade_cli.sparse.strategies.kascade import Kascade
 
 
 class ReusedNorm(Kascade):
-    """Normalises an anchor's scores over the keys of the anchor before it instead of all: half a pass over Q K^T less."""
+    """Normalises an anchor's scores over the keys of the anchor before it: most of a pass over Q K^T less."""
 
     name, rank = "kascade-reused-norm", 8
     summary = "anchors normalise their prefill scores over the keys of the anchor before (approximate)"

@@ -12,6 +12,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+NAIVE = (
+    "dense", "kascade", "kascade-pooled", "kascade-no-remap", "kascade-decode-only", "kascade-reused-norm",
+    "kascade-refresh", "oracle", "streaming-llm",
+)  # fmt: skip
+
 
 class Naive:
     def __init__(self, model, profile, strategy, segments, ratio, min_keys, tile=32, refresh=8):

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from kascade_cli.attention.forward import Forward
 from transformers import DynamicCache, StaticCache
 
 from kascade_cli import attach
-from kascade_cli.benchmarking.roles import role_plan
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.kernels import get_backend
 from kascade_cli.models import describe
 from kascade_cli.schema import Budget
+from kascade_cli.sparse import Batch, Layer, Lengths, known_strategies
 
-from .naive import Naive, some_profile
+from .naive import NAIVE, Naive, some_profile
 
+STRATEGIES = [name for name in known_strategies() if name in NAIVE]
 LENGTHS = [1, 31, 32, 33, 127, 129]
 
 
@@ -272,19 +272,19 @@ def test_masks_that_are_not_causal_are_refused(llama):
 @pytest.mark.parametrize("queries", [1, 50])
 def test_slots_of_no_row_may_hold_nan(queries):
     """Left- and right-padded rows, every layer role: the same as with zeros there."""
-    plan = role_plan(2, Budget(ratio=0.2, min_keys=4, tile=8))
+    backend, budget = get_backend("torch", "cpu"), Budget(ratio=0.2, min_keys=4, tile=8)
+    strategy = role_strategy(2, 16, Bench(backend, torch.device("cpu"), torch.float32, budget))
     slots, starts, lengths = 70, torch.tensor([0, 13, 20]), torch.tensor([70, 50, 31])
     q = torch.randn(3, 4, queries, 16, generator=torch.Generator().manual_seed(1))
     k, v = torch.randn(2, 3, 2, slots, 16, generator=torch.Generator().manual_seed(2))
     last = starts + lengths
-    mask = torch.stack([last - queries, starts, lengths], -1).int()[:, None, None]
+    rows = Lengths((last - queries).int(), starts.int(), lengths.int())
     outside = ~((torch.arange(slots) >= starts[:, None]) & (torch.arange(slots) < last[:, None]))[:, None, :, None]
     outs = []
     for rest in (0.0, float("nan")):
         keys, values = k.masked_fill(outside, rest), v.masked_fill(outside, rest)
-        forward = Forward(plan, get_backend("torch", "cpu"), q, keys, mask)
-        layers = plan.layers[forward.phase].items()
-        outs.append([forward.attend(layer, role, q, keys, values, 0.25) for layer, role in layers])
+        state = strategy.start(Batch(rows, "decode" if queries == 1 else "prefill", queries, slots, budget))
+        outs.append([strategy.run(Layer(layer, q, keys, values, 0.25, state, backend)) for layer in range(3)])
     for zero, nan in zip(*outs, strict=True):
         assert torch.isfinite(nan).all()
         torch.testing.assert_close(nan, zero)

@@ -1,19 +1,16 @@
 """kascade-refresh against the naive oracle, and what must not be read: keys of another sequence, batch or cache."""
 
-import dataclasses
-
 import pytest
 import torch
-from kascade_cli.attention.attachment import Attachment
-from kascade_cli.attention.plan import make_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from kascade_cli import attach
 from kascade_cli.errors import KascadeError, UsageError
-from kascade_cli.kernels import get_backend
 from kascade_cli.models import describe
+from kascade_cli.sparse.strategies import kascade
+from kascade_cli.sparse.strategies.refresh import Refresh
 
 from .naive import Naive, some_profile
 from .test_attach import ids_of, run
@@ -88,7 +85,6 @@ def test_architectures_and_several_anchors(make_tiny_model, kind, pairs):
 def test_pooled_sets(llama):
     """One set for all heads, as kascade-pooled chooses it."""
     model, profile = llama
-    info = describe(model)
     ids, segments = ids_of(80, seed=4), steps_after(70, 10)
 
     class Pooled(Naive):
@@ -97,12 +93,15 @@ def test_pooled_sets(llama):
             self.refresh = 4
 
     want = Pooled(model, profile, "kascade-pooled", segments, 0.2, 4).logits(ids)
-    plan = dataclasses.replace(make_plan(info, profile, "kascade-pooled"), refresh=4)
-    attachment = Attachment(model, plan, get_backend("torch", "cpu"), info)
-    attachment._enter()
+
+    class PooledRefresh(Refresh):
+        name, summary, pooled = "test-pooled-refresh", "both at once", True
+        sources = kascade.Pooled.sources
+
+    attachment = attach(model, profile, strategy="test-pooled-refresh", refresh=4)
     with attachment:
         torch.testing.assert_close(run(model, ids, segments), want)
-        assert attachment.refresh.indices[0].shape[1] == 1
+        assert attachment.memory.indices[0].shape[1] == 1
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -152,7 +151,7 @@ def test_left_padded_batch_equals_each_row_alone(llama):
             position = mask.sum(1, keepdim=True) - 1
             step = model(extra[:, i : i + 1], attention_mask=mask, position_ids=position, past_key_values=cache)
             outs.append(step.logits)
-            _check_invariants(attachment.refresh, mask, i % 4)
+            _check_invariants(attachment.memory, mask, i % 4)
         assert attachment.report()["refresh"] == {"every": 4, "refreshes": 3, "between": 6}
     got = torch.cat(outs, 1)
     for i, row in enumerate(rows):
@@ -331,7 +330,7 @@ def test_a_pass_that_fails_leaves_nothing_to_read(llama, monkeypatch, kind):
             patch.setattr(attachment.backend, "decode_sparse", lambda *a, **b: next(calls)(*a, **b))
             with pytest.raises(StopIteration):
                 _decode(model, cache, [6])  # the last layer does not get through
-        with pytest.raises(KascadeError, match="run a refresh"), attachment.refresh.only("between"):
+        with pytest.raises(KascadeError, match="run a refresh"), attachment.memory.only("between"):
             _decode(model, cache, [7])
 
 
@@ -346,21 +345,21 @@ def test_steps_of_a_forced_kind(llama):
         places, got = set(), []
         with (
             pytest.raises(KascadeError, match="run a refresh of this batch first"),
-            attachment.refresh.only("between"),
+            attachment.memory.only("between"),
         ):
             _decode(model, cache, ids[62:63])
         cache = _prefilled(model, ids[:62], StaticCache(config=model.config, max_cache_len=80))
         for i, token in enumerate(ids[62:]):
-            with attachment.refresh.only("between" if i % 4 else "refresh"):
+            with attachment.memory.only("between" if i % 4 else "refresh"):
                 got.append(_decode(model, cache, [token]))
-            places.add(attachment.refresh.indices[0].data_ptr())
+            places.add(attachment.memory.indices[0].data_ptr())
         assert len(places) == 1  # graphs write where others read
         torch.testing.assert_close(torch.cat(got), want)
         before = attachment.report()["refresh"]
         assert before["between"] == 4
         _decode(model, cache, [3])  # nothing is known of what a graph did: refresh
         assert attachment.report()["refresh"]["refreshes"] == before["refreshes"] + 1
-    with pytest.raises(UsageError, match="not 'never'"), attachment.refresh.only("never"):
+    with pytest.raises(UsageError, match="not 'never'"), attachment.memory.only("never"):
         pass
 
 
@@ -406,9 +405,9 @@ def test_forced_steps_that_do_not_follow_are_reported(llama, mistake):
     model, profile = llama
     attachment = with_refresh(model, profile, 4)  # 13 keys of 63, room for 16 + 3
     cache = _prefilled(model, ids_of(62), StaticCache(config=model.config, max_cache_len=80))
-    with attachment.refresh.only("refresh"):
+    with attachment.memory.only("refresh"):
         _decode(model, cache, [5])
-    with attachment.refresh.only("between"):
+    with attachment.memory.only("between"):
         _decode(model, cache, [5, 6, 7])
         attachment.report()
         if mistake == "rewound":
@@ -436,8 +435,9 @@ def test_mistakes(llama):
         with pytest.raises(UsageError, match=f"refresh {every} must be 1 or more"):
             attach(model, profile, strategy=STRATEGY, refresh=every)
     for strategy in ("kascade", "dense", "kascade-pooled"):
-        with pytest.raises(UsageError, match="--refresh is for strategy kascade-refresh"):
+        with pytest.raises(UsageError, match=f"strategy {strategy} has no option 'refresh'"):
             attach(model, profile, strategy=strategy, refresh=4)
     with pytest.raises(UsageError, match="needs a profile"):
         attach(model, strategy=STRATEGY)
-    assert make_plan(describe(model), profile, STRATEGY).refresh == 8
+    with attach(model, profile, strategy=STRATEGY) as attachment:
+        assert attachment.strategy.refresh == 8
