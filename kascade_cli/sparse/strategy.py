@@ -195,15 +195,3 @@ def layer_list(value: Any) -> tuple[int, ...]:
     if not layers or list(layers) != sorted(set(layers)):
         raise ValueError("must name layers in ascending order, each once")
     return layers
-
-
-__all__ = [
-    "PHASES",
-    "Option",
-    "Strategy",
-    "layer_list",
-    "known_strategies",
-    "make_strategy",
-    "strategy_class",
-    "whole_number",
-]

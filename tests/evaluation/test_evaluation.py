@@ -17,8 +17,7 @@ from kascade_cli.models import describe, load_model
 from kascade_cli.tasks import make_prompts
 from kascade_cli.tasks.scoring import cluster_interval, paired_interval
 from tests.integrations.transformers.naive import some_profile
-
-from .toy_captures import random_prompt, write_capture
+from tests.toy_captures import random_prompt, write_capture
 
 
 def ids_of(length, seed=0):

@@ -68,10 +68,7 @@ class Tally:
             if total is not None:
                 read, visible = total.tolist()
                 phases[phase] = _counted(read, visible)
-        everything = _counted(
-            sum(entry["keys_read"] for entry in phases.values()),
-            sum(entry["keys_visible"] for entry in phases.values()),
-        )
+        read, visible = (sum(entry[name] for entry in phases.values()) for name in ("keys_read", "keys_visible"))
         return more | {"forward_passes": self._passes, "phases": phases} | _counted(read, visible)
 
 

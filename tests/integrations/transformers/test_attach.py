@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from kascade_cli import attach
+from kascade_cli.benchmarking.roles import Bench, role_strategy
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.kernels import get_backend
 from kascade_cli.models import describe
