@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TextStreamer
 
 from kascade_cli.errors import KascadeError
-from kascade_cli.evaluation.kl import kl_divergence
+from kascade_cli.evaluation.kl import kl_divergence, log_probabilities
 from kascade_cli.integrations.transformers import attach_setting
 from kascade_cli.models import ModelInfo, logits_at
 from kascade_cli.sparse import Setting
@@ -136,9 +136,8 @@ def forced_log_probabilities(
         chunk = torch.tensor([list(ids)], device=model.device)
         for token in continuation:
             logits, output = logits_at(model, chunk, past_key_values=cache, use_cache=True)
-            cache, logits = output.past_key_values, logits[0, -1]
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            rows.append(torch.log_softmax(wide, -1).cpu())
+            cache = output.past_key_values
+            rows.append(log_probabilities(logits[0, -1]).cpu())
             chunk = torch.tensor([[token]], device=model.device)
     return torch.stack(rows)
 

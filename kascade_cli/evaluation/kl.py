@@ -140,7 +140,7 @@ class _Dense:
         logits = logits_at(model, self.ids, wanted, use_cache=False)[0][0]
         if torch.isnan(logits).any():
             raise KascadeError("the dense model gives NaN logits; use another --dtype")
-        logs = logits.float().log_softmax(-1)
+        logs = log_probabilities(logits)
         self.logs = {"prefill": logs[: len(positions.prefill)], "decode": logs[len(positions.prefill) :]}
         # With decode alone the prefill is dense, and one cache serves every profile.
         self.cache = None
@@ -169,8 +169,13 @@ def _sparse_kl(model: Any, dense: _Dense, positions: _Positions, phases: Sequenc
 
 def _mean_kl(dense: Tensor, logits: Tensor) -> float:
     """Mean over positions of KL(dense || sparse), nats; NaN logits count as infinitely wrong."""
-    value = float(kl_divergence(dense, logits.float().log_softmax(-1)).mean())
+    value = float(kl_divergence(dense, log_probabilities(logits)).mean())
     return value if value == value else float("inf")
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """At least in float32."""
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from kascade_cli.evaluation.cases import Case, Question, built_in_cases, file_ca
 from kascade_cli.evaluation.require import describe_verdict, parse_requirement
 from kascade_cli.evaluation.run import Outcome, Run, draws_interval, run_cases, summarise
 from kascade_cli.models import describe, load_model
+from kascade_cli.sparse import Setting
 from kascade_cli.tasks import make_prompts
 from kascade_cli.tasks.scoring import cluster_interval, paired_interval
 from tests.integrations.transformers.naive import some_profile
@@ -161,7 +162,7 @@ def test_run_cases_scores_like_generate_question_by_question(small):
     cases = built_in_cases(
         ["single-hop", "two-hop"], "pairs", tokenizer, length=320, num_prompts=2, questions=3, seed=1
     )
-    run = Run("kascade", "kascade", None, (profile,))
+    run = Run("kascade", (Setting(profile=profile),))
     tokens = []
     outcome = run_cases(model, tokenizer, cases, run, advance=tokens.append)
     assert tokens == [case.tokens for case in cases]
@@ -178,7 +179,8 @@ def test_run_cases_scores_like_generate_question_by_question(small):
 
 
 def outcome_of(right, strategy="kascade", draws=False):
-    run = Run(strategy, strategy, 0.1, (type("P", (), {"anchors": [0, 1]}),) * len(right), draws)
+    profile = type("P", (), {"anchors": [0, 1]})
+    run = Run(strategy, (Setting(strategy, profile, 0.1),) * len(right), draws)
     budget = {"ratio": 0.1, "min_keys": 16}
     return Outcome(run, np.array(right, float), {"all": 0.1}, budget, "torch", 1.0)
 

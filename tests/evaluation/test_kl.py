@@ -114,8 +114,8 @@ def test_hopeless_profiles_are_given_up_after_one_prompt(llama, monkeypatch):
 
 def test_nan_in_a_sparse_run_is_infinitely_wrong():
     dense = torch.zeros(2, 5).log_softmax(-1)
-    assert verify._kl(dense, torch.full((2, 5), torch.nan)) == float("inf")
-    assert verify._kl(dense, torch.zeros(2, 5)) == 0
+    assert verify._mean_kl(dense, torch.full((2, 5), torch.nan)) == float("inf")
+    assert verify._mean_kl(dense, torch.zeros(2, 5)) == 0
 
 
 @torch.no_grad()

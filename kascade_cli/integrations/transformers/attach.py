@@ -251,7 +251,8 @@ def check_profile(info: ModelInfo, profile: Profile, allow_other_weights: bool =
         raise KascadeError(f"the profile's full-attention layers are not those of {info.name}; profile it again")
     problem = None if allow_other_weights else fingerprint_problem(card.fingerprint, info, name=card.name)
     if problem:
-        raise KascadeError(f"{problem}, or pass --allow-other-weights to use it all the same")
+        advice = "" if problem.endswith("again") else "; profile this model"
+        raise KascadeError(f"{problem}{advice}, or pass --allow-other-weights to use it all the same")
 
 
 def compile_ahead(

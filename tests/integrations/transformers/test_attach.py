@@ -226,7 +226,7 @@ def test_two_models_at_once(make_tiny_model):
 def test_refusals(llama, make_tiny_model):
     model, profile = llama
     other = make_tiny_model("llama", seed=3)
-    with pytest.raises(KascadeError, match="whose weights are not those"):
+    with pytest.raises(KascadeError, match="whose weights or configuration are not those.*profile this model"):
         attach(other, profile)
     attach(other, profile, allow_other_weights=True).detach()
     with pytest.raises(KascadeError, match="query heads"):

@@ -8,8 +8,9 @@ from transformers.cache_utils import DynamicLayer
 
 from kascade_cli import attach
 from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.kernels import reference
+from kascade_cli.kernels.backend import register_backend
 from kascade_cli.models import describe
-from kascade_cli.sparse.strategies import kascade
 from kascade_cli.sparse.strategies.refresh import Refresh
 
 from .naive import Naive, some_profile
@@ -96,7 +97,9 @@ def test_pooled_sets(llama):
 
     class PooledRefresh(Refresh):
         name, summary, pooled = "test-pooled-refresh", "both at once", True
-        sources = kascade.Pooled.sources
+
+        def sources(self, layer, phase):
+            return [(self.profile.layers[layer].anchor, 0) for _ in self.profile.head_map(layer, phase)]
 
     attachment = attach(model, profile, strategy="test-pooled-refresh", refresh=4)
     with attachment:
@@ -379,13 +382,14 @@ class _HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["refresh", "between"])
 def test_no_step_waits_for_the_device(llama, monkeypatch, kind):
-    """The reference's Top-k does, so another stands in for it."""
+    """On the path of fast backends. The reference's Top-k does, so another stands in for it."""
     model, profile = llama
 
     def topk(scores, count, start, length, *, max_count):
         return scores.topk(max_count, -1).indices.int()
 
-    with with_refresh(model, profile, 4) as attachment, torch.no_grad():
+    register_backend("mirror", reference)
+    with with_refresh(model, profile, 4, backend="mirror") as attachment, torch.no_grad():
         cache = _prefilled(model, ids_of(62), StaticCache(config=model.config, max_cache_len=80))
         monkeypatch.setattr(attachment.backend, "select_topk", topk)
         if kind == "between":
