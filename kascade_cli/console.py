@@ -22,7 +22,9 @@ class _PlainConsole(Console):
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str("\n".join(_printable(line) for line in text.split("\n")), **options)
+        return super().render_str(
+            "\n".join(_printable(line) for line in text.replace("\r\n", "\n").split("\n")), **options
+        )
 
 
 def _printable(line: str) -> str:

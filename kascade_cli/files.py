@@ -13,6 +13,7 @@ from kascade_cli.errors import KascadeError, UsageError
 _LONGEST_NAME = 255  # bytes of one part of a path, on nearly every file system
 # What open(O_TMPFILE) says where the kernel or the file system has no files without a name.
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 def check_name(name: str | Path, what: str = "") -> None:
@@ -100,7 +101,7 @@ def atomic_write(path: str | Path, data: str | bytes, *, overwrite: bool = True)
                 file.write(payload)
                 file.flush()
                 os.fsync(handle)
-            _publish(source, path, overwrite)
+            _publish(handle, source, path, overwrite)
         _sync_folder(path.parent)
     except FileExistsError as error:
         raise UsageError(_exists(path)) from error
@@ -186,23 +187,36 @@ def _sweep(path: Path) -> None:
                     os.close(handle)
 
 
-def _publish(source: str, path: Path, overwrite: bool) -> None:
+def _publish(handle: int, source: str, path: Path, overwrite: bool) -> None:
     """Gives the file `source` the name `path`. Raises FileExistsError if it is taken and `overwrite` is not set."""
+    nameless = source.startswith("/proc/")
     try:
-        os.link(source, path, follow_symlinks=True)
+        _link(handle, source, path)
+        return
     except FileExistsError:
         if not overwrite:
             raise
-        if source.startswith("/proc/"):
-            named = _temporary(path)
-            os.link(source, named, follow_symlinks=True)
-            source = named
-        try:
-            os.replace(source, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(source)
+    except OSError as error:
+        if nameless or error.errno not in _NO_LINKS:
             raise
+        if not overwrite:  # claim the name; the rename below replaces the empty file
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    if nameless:
+        named = _temporary(path)
+        _link(handle, source, named)
+        source = named
+    try:
+        os.replace(source, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(source)
+        raise
+
+
+def _link(handle: int, source: str, path: str | Path) -> None:
+    # Only linkat() follows the link in /proc, and Python calls it only where a folder's descriptor is given; of an
+    # absolute path the descriptor means nothing.
+    os.link(os.path.abspath(source), path, src_dir_fd=handle)
 
 
 def _sync_folder(folder: Path) -> None:
