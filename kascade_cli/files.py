@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,26 @@ def _check_folder(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UsageError(f"cannot write into the folder {folder}: {disk_reason(error, folder)}") from error
+
+
+def read_bounded(path: str | Path, most: int, what: str) -> bytes:
+    """The bytes of a file of at most `most` bytes. Raises KascadeError, naming it as `what`, for anything else.
+
+    Pipes and devices, which may block or never end, are not opened for reading.
+    """
+    where = f"cannot read {what} {path}"
+    try:
+        check_name(path)
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise KascadeError(f"{where}: it is {'a folder' if os.path.isdir(path) else 'not a regular file'}")
+            data = file.read(most + 1)
+    except OSError as error:
+        raise KascadeError(f"{where}: {error.strerror or error}") from error
+    if len(data) > most:
+        raise KascadeError(f"{where}: it has more than {most} bytes, so it is none")
+    return data
 
 
 def disk_reason(error: OSError, folder: str | Path) -> str:

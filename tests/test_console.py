@@ -74,7 +74,7 @@ def test_messages_of_errors_are_plain_by_construction(kind):
 def printed(monkeypatch, name, *renderables):
     """What the console `out` or `err` writes."""
     text = io.StringIO()
-    monkeypatch.setattr(getattr(console, name), "file", text)
+    monkeypatch.setattr(getattr(console, name), "_file", text)
     getattr(console, name).print(*renderables)
     return text.getvalue()
 

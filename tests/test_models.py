@@ -56,7 +56,15 @@ def tiny(config_class, model_class, **options):
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    return model_class(config_class(**sizes, **heads, **options))
+    return model_class(config_class(**sizes | heads | options))
+
+
+SMALL_INDEXER = {
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4, "n_routed_experts": 2, "num_experts_per_tok": 1,
+    "moe_intermediate_size": 8, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+INDEXER = "chooses its keys with an indexer of its own"
 
 
 @pytest.mark.parametrize(
@@ -66,13 +74,28 @@ def tiny(config_class, model_class, **options):
         (lambda: tiny(tf.GptOssConfig, tf.GptOssForCausalLM, head_dim=16, num_local_experts=2), "attention sinks"),
         (
             lambda: tiny(tf.MistralConfig, tf.MistralForCausalLM, sliding_window=8),
-            "every attention layer uses a sliding",
+            "every attention layer uses a sliding window; there is no full attention",
         ),
+        (
+            lambda: tiny(tf.FalconH1Config, tf.FalconH1ForCausalLM, head_dim=16, mamba_d_ssm=32, mamba_n_heads=4),
+            "every layer mixes attention with a state-space block",
+        ),
+        (lambda: tiny(tf.DeepseekV32Config, tf.DeepseekV32ForCausalLM, **SMALL_INDEXER), INDEXER),
+        (lambda: tiny(tf.GlmMoeDsaConfig, tf.GlmMoeDsaForCausalLM, **SMALL_INDEXER), INDEXER),
+        (lambda: tiny(tf.DiffLlamaConfig, tf.DiffLlamaForCausalLM, num_key_value_heads=2), "differential attention"),
+        (lambda: tiny(tf.DogeConfig, tf.DogeForCausalLM), "a mask made of the keys' content"),
     ],
 )
-def test_attention_that_cannot_run_is_refused(make, message):
-    with pytest.raises(KascadeError, match=message):
-        describe(make(), "m")
+def test_attention_that_cannot_run_is_refused_with_its_reason(make, message, tmp_path):
+    """By `describe`, and by `load_model` before it reads (or misses) a single weight."""
+    model = make()
+    with pytest.raises(KascadeError, match=message) as described:
+        describe(model, "m")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path / "m")
+    with pytest.raises(KascadeError, match=message) as loaded:
+        load_model(str(tmp_path / "m"), device="cpu")
+    assert str(loaded.value).removeprefix(str(tmp_path / "m")) == str(described.value).removeprefix("m")
 
 
 def test_loading_the_demo_models():
@@ -214,7 +237,99 @@ def test_damaged_weights_are_named(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the small demo model, to be damaged."""
+    return shutil.copytree(DEMO_MODELS["demo-small"], tmp_path / "model")
+
+
+@pytest.mark.parametrize("lost", [1, 5])
+def test_a_checkpoint_that_lacks_weights_is_refused_with_their_names(folder, lost):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    names = [f"model.layers.{index}.self_attn.q_proj.weight" for index in range(lost)]
+    for name in names:
+        del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(KascadeError) as error:
+        load_model(str(folder), device="cpu")
+    more = " and 2 more" if lost == 5 else ""
+    assert str(error.value) == (
+        f"{folder}: the checkpoint lacks {', '.join(names[:3])}{more}; it is damaged or not complete"
+    )
+
+
+def test_tied_weights_are_not_missed(folder):
+    model, _ = load_model(str(folder), device="cpu")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder)
+    from safetensors.torch import load_file
+
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    loaded, _ = load_model(str(folder), device="cpu")
+    assert torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+
+
+def test_code_of_a_models_own_is_refused_with_the_flag(folder):
+    import json
+
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    config["model_type"] = "own"
+    (folder / "config.json").write_text(json.dumps(config))
+    for read in (load_config, load_model):
+        with pytest.raises(KascadeError, match="code of its own.*pass --trust-remote-code") as error:
+            read(str(folder))
+        assert "trust_remote_code" not in str(error.value)
+
+
+def test_loading_says_what_was_loaded():
+    said = []
+    model, _ = load_model("demo-small", device="cpu", dtype="float32", notify=said.append)
+    megabytes = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6
+    assert said == [f"demo-small: float32, weights: {megabytes:.1f} MB on cpu"]
+
+
+def test_weights_go_straight_to_where_they_run(monkeypatch):
+    """With accelerate, transformers gets the device; without, the model is moved afterwards."""
+    from kascade_cli.models import loading
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(loading, "resolve_device", lambda device: gpu)
+    for installed, expected in ((object(), ({"": gpu}, None)), (None, (None, gpu))):
+        monkeypatch.setattr(loading, "find_spec", lambda name, installed=installed: installed)
+        assert loading._placement("cuda", None) == expected
+        assert loading._placement("cpu", None) == (None, torch.device("cpu"))
+
+
+def test_device_maps(monkeypatch):
+    from kascade_cli.models import loading
+
+    with pytest.raises(UsageError, match="'balanced' is not known; use --device-map auto"):
+        load_model("demo-small", device_map="balanced")
+    with pytest.raises(UsageError, match="leave --device out"):
+        load_model("demo-small", device="cpu", device_map="auto")
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(KascadeError, match="--device-map needs accelerate: pip install accelerate"):
+        load_model("demo-small", device_map="auto")
+
+
+def test_accelerate_places_the_layers():
+    pytest.importorskip("accelerate")
+    model, _ = load_model("demo-small", device_map="auto")
+    plain, _ = load_model("demo-small", device="cpu")
+    assert fingerprint(model) == fingerprint(plain)
+    ids = torch.arange(5, 25, device=model.device)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits.cpu().float(), plain(ids.cpu()).logits.float(), atol=0.1, rtol=0)
+
+
 def test_options():
+    for device in ("meta", "meta:0"):
+        with pytest.raises(UsageError, match="'meta' holds no weights"):
+            resolve_device(device)
     assert resolve_dtype("bf16") is torch.bfloat16
     with pytest.raises(UsageError, match="dtype 'int8'"):
         resolve_dtype("int8")

@@ -1,14 +1,20 @@
 """What kascade needs to know of a model, and which models it refuses."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
 from kascade_cli.errors import KascadeError
 from kascade_cli.models.identity import fingerprint
-from kascade_cli.models.tree import attention_modules, full_attention_layers, text_config
+from kascade_cli.models.tree import attention_modules, full_attention_layers, text_config, unwrap
 from kascade_cli.schema import ModelCard
+
+# Attributes of attention modules that compute something else than softmax(scale * q k) v.
+_UNSUPPORTED = {
+    "is_cross_attention": "cross attention",
+    "lambda_init": "differential attention, two softmaxes a layer,",  # DiffLlama
+    "prepare_dynamic_mask": "a mask made of the keys' content",  # Doge
+}
 
 
 @dataclass(frozen=True)
@@ -37,28 +43,39 @@ class ModelInfo:
         )
 
 
-def check_softcapping(config: Any, name: str) -> None:
-    if getattr(config, "attn_logit_softcapping", None):
-        raise KascadeError(f"{name}: attention logit soft-capping is not supported; choose a model without it")
+def check_supported(model: nn.Module, name: str) -> None:
+    """Raises KascadeError, with the reason, if the model's attention is not one that kascade can run.
 
-
-def _check_supported(model: nn.Module, name: str) -> None:
-    config = text_config(model)
+    Weights are not looked at: a model on the meta device will do.
+    """
+    model = unwrap(model)
     modules = attention_modules(model)
     if not modules:
         raise KascadeError(f"{name}: no attention layer found that goes through transformers' attention interface")
-    if not (getattr(model, "_supports_attention_backend", False) or model._can_set_attn_implementation()):
-        raise KascadeError(f"{name}: {type(model).__name__} does not support transformers' attention interface")
-    check_softcapping(config, name)
+    if getattr(text_config(model), "attn_logit_softcapping", None):
+        raise KascadeError(f"{name}: attention logit soft-capping is not supported; choose a model without it")
     for index, module in modules.items():
+        for attribute, what in _UNSUPPORTED.items():
+            if getattr(module, attribute, None):
+                raise KascadeError(f"{name}: {what} (layer {index}) is not supported")
         if getattr(module, "sinks", None) is not None:
             raise KascadeError(f"{name}: attention sinks (layer {index}) are not supported")
-        if getattr(module, "is_cross_attention", False):
-            raise KascadeError(f"{name}: cross attention (layer {index}) is not supported")
+    if not (getattr(model, "_supports_attention_backend", False) or model._can_set_attn_implementation()):
+        raise KascadeError(f"{name}: {type(model).__name__} does not support transformers' attention interface")
     if not full_attention_layers(model):
-        raise KascadeError(
-            f"{name}: every attention layer uses a sliding window; there is no full attention to sparsify"
-        )
+        raise KascadeError(f"{name}: {_why_none_is_full(model)}; there is no full attention to sparsify")
+
+
+def _why_none_is_full(model: nn.Module) -> str:
+    kinds = getattr(text_config(model), "layer_types", None)
+    found = {"sliding_attention"} if kinds is None else {kinds[index] for index in attention_modules(model)}
+    if all("sliding" in kind or "chunked" in kind for kind in found):
+        return "every attention layer uses a sliding window"
+    if found == {"indexed_attention"}:
+        return "every attention layer chooses its keys with an indexer of its own (sparse attention already)"
+    if found == {"hybrid"}:
+        return "every layer mixes attention with a state-space block (layer type 'hybrid'), which is not supported"
+    return f"its attention layers are of type {', '.join(sorted(found))}"
 
 
 def describe(model: nn.Module, name: str | None = None) -> ModelInfo:
@@ -68,7 +85,7 @@ def describe(model: nn.Module, name: str | None = None) -> ModelInfo:
     only sliding windows, or an implementation outside transformers' attention interface).
     """
     name = name or getattr(model, "name_or_path_given", None) or model.config._name_or_path or type(model).__name__
-    _check_supported(model, name)
+    check_supported(model, name)
     config = text_config(model)
     layers = full_attention_layers(model)
     module = attention_modules(model)[layers[0]]

@@ -1,9 +1,12 @@
 """Load a causal LM, describe its attention, and identify it by a fingerprint."""
 
 import contextlib
+import copy
 import logging
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from torch import nn
 
 from kascade_cli.errors import KascadeError, UsageError
-from kascade_cli.models.info import check_softcapping
+from kascade_cli.models.info import check_supported
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,6 +43,8 @@ def check_revision(name: str, revision: str | None) -> None:
 
 def resolve_device(device: str) -> torch.device:
     """`auto` is the first CUDA device where there is one, else the CPU. Raises UsageError."""
+    if device.split(":")[0] == "meta":
+        raise UsageError("device 'meta' holds no weights, so nothing can run there; use --device cpu or auto")
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -132,35 +137,95 @@ def load_model(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    device_map: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    notify: Callable[[str], None] | None = None,
 ) -> tuple[Any, Any]:
-    """Loads (model, tokenizer) in evaluation mode with SDPA attention.
+    """Loads (model, tokenizer) in evaluation mode with SDPA attention, the weights straight to where they run.
 
-    `HF_HUB_OFFLINE`, `HF_HOME`, `HF_TOKEN` and the like are honoured by transformers. Raises KascadeError if the
-    model cannot be found or read, is not a causal LM, or has weights that are not finite; UsageError for a device or
-    dtype that is not there, or a revision of a local model.
+    `device_map="auto"` lets accelerate spread the layers over all GPUs, then main memory (`device` must be auto).
+    `notify` gets one line that says dtype, device and memory. `HF_HUB_OFFLINE`, `HF_HOME`, `HF_TOKEN` and the like
+    are honoured by transformers. Raises KascadeError if the model cannot be found or read, is not a causal LM that
+    kascade can run (before its weights are read), lacks a weight, or has weights that are not finite; UsageError for
+    a device or dtype that is not there, or a revision of a local model.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    target = torch.device("cpu") if device == "cpu" else resolve_device(device)
+    placement, target = _placement(device, device_map)
     source = resolve_name(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     element = resolve_dtype(dtype)
     config = load_config(name, **options)
-    check_softcapping(config.get_text_config(decoder=True), name)
     with _quiet_loading():
+        _check_attention(config, name, trust_remote_code)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=element, attn_implementation="sdpa", **options
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=element,
+                attn_implementation="sdpa",
+                device_map=placement,
+                output_loading_info=True,
+                **options,
             )
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise KascadeError(_loading_problem(name, source, error)) from error
+    _check_complete(found["missing_keys"], name)
+    if target is not None:
+        model = model.to(target)
     _check_finite(model, name)
     model.name_or_path_given = name
-    return model.to(target).eval(), tokenizer
+    if notify is not None:
+        notify(_loaded(model, name))
+    return model.eval(), tokenizer
+
+
+def _placement(device: str, device_map: str | None) -> tuple[Any, torch.device | None]:
+    """(transformers' device_map, where to move the model once it is loaded).
+
+    Without accelerate, which device maps need, weights are read to main memory first and then moved.
+    """
+    accelerate = find_spec("accelerate") is not None
+    if device_map is None:
+        target = torch.device("cpu") if device == "cpu" else resolve_device(device)
+        return ({"": target}, None) if accelerate and target.type != "cpu" else (None, target)
+    if device_map != "auto":
+        raise UsageError(f"device map '{device_map}' is not known; use --device-map auto, or leave it out")
+    if device != "auto":
+        raise UsageError("--device-map auto chooses the devices itself: leave --device out")
+    if not accelerate:
+        raise KascadeError("--device-map needs accelerate: pip install accelerate")
+    return "auto", None
+
+
+def _check_attention(config: Any, name: str, trust_remote_code: bool) -> None:
+    """Refuses, on a model without weights, what `describe` would refuse once gigabytes are read."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation="eager", trust_remote_code=trust_remote_code
+            )
+    except Exception:  # what is wrong with it shows again, and is told, when the weights are loaded
+        return
+    check_supported(model, name)
+
+
+def _loaded(model: nn.Module, name: str) -> str:
+    """`demo: bfloat16, weights: 12.3 MB on cpu`."""
+    size: Counter[str] = Counter()
+    for parameter in model.parameters():
+        size[str(parameter.device).replace("meta", "offloaded")] += parameter.numel() * parameter.element_size()
+    where = ", ".join(f"{_bytes(count)} on {device}" for device, count in size.items())
+    return f"{name}: {str(model.dtype).removeprefix('torch.')}, weights: {where}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _loading_problem(name: str, source: str, error: Exception) -> str:
@@ -176,6 +241,10 @@ def _loading_problem(name: str, source: str, error: Exception) -> str:
         return _UNREACHABLE.format(name)
     if not path.exists() and (name.startswith((".", "/")) or name.count("/") > 1):
         return f"{name}: no such folder"
+    if "trust_remote_code" in text:
+        return f"{name}: the model brings code of its own; read it, and pass --trust-remote-code to run it"
+    if "does not support an attention implementation through" in text:
+        return f"{name}: {text.split()[0]} does not support SDPA attention, and kascade needs it"
     if "Unrecognized configuration class" in text or "Unrecognized model" in text:
         return f"{name}: not a causal language model that transformers knows"
     return f"cannot load {name}: {text[:300]}"
@@ -208,8 +277,18 @@ def _check_causal(config: Any, name: str) -> None:
         raise KascadeError(f"{name}: {kind} is not a causal language model; kascade needs a decoder-only one")
 
 
+def _check_complete(missing: Iterable[str], name: str) -> None:
+    """Raises KascadeError for weights that the checkpoint lacks: transformers fills them with random numbers."""
+    names = sorted(missing)
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise KascadeError(f"{name}: the checkpoint lacks {', '.join(names[:3])}{more}; it is damaged or not complete")
+
+
 def _check_finite(model: nn.Module, name: str) -> None:
     for parameter_name, parameter in model.named_parameters():
+        if parameter.is_meta:  # offloaded: read when it is needed
+            continue
         # A sum is finite unless an element is not (or float32 overflows, which weights never do).
         if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
             raise KascadeError(f"{name}: weight {parameter_name} holds NaN or infinity; the checkpoint is damaged")

@@ -1,5 +1,6 @@
 """Many queries per row, a block of them at a time."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -38,9 +39,8 @@ def prefill_dense(
         logits = (block @ keys * scale).unflatten(2, (heads // groups, -1)).masked_fill_(hidden, float("-inf"))
         sums.append(torch.logsumexp(logits, dim=-1).flatten(1, 2))
         if values is not None:
-            probability = torch.softmax(logits, dim=-1).masked_fill_(hidden, 0.0)
-            out = (probability.flatten(2, 3) @ values).unflatten(2, (heads // groups, -1))
-            out.masked_fill_(hidden.all(-1, keepdim=True), 0.0)  # a NaN value is no business of padding
+            out = (torch.softmax(logits, dim=-1).flatten(2, 3) @ values).unflatten(2, (heads // groups, -1))
+            out.masked_fill_(hidden.all(-1, keepdim=True), 0.0)
             outs.append(out.flatten(1, 2).to(q.dtype))
     return (torch.cat(outs, 2) if outs else None), torch.cat(sums, 2)
 
@@ -124,7 +124,7 @@ def prefill_score(
         probability = probability.masked_fill_(~real[:, None, :, None, :, None], 0.0)
         weight = real[:, None, :, None].expand(-1, groups, -1, heads // groups, -1).flatten(3).to(keys.dtype)
         pooled = (weight[..., None, :] @ probability.flatten(3, 4)).squeeze(3)
-        if bool(pooled.isnan().any()):
+        if math.isnan(pooled.sum()):
             pooled = (weight[..., None, :] @ blame(probability, logits).flatten(3, 4)).squeeze(3)
         before = (slot[:end] >= kv_start[:, None, None]) & (slot[:end] < begins[..., None])
         out[:, :, begin : begin + count, :end] = pooled.masked_fill_(~before[:, None], 0.0)

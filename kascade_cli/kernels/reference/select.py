@@ -34,7 +34,7 @@ def select_topk(scores: Tensor, count: Tensor, start: Tensor, length: Tensor, *,
     equal = equal & inside
     taken = above | (equal & (equal.cumsum(-1) <= wanted - above.sum(-1, keepdim=True)))
     taken &= wanted > 0
-    row, column = taken.nonzero(as_tuple=True)
     out = torch.full((len(rows), max_count), -1, dtype=torch.int32, device=scores.device)
-    out[row, taken.cumsum(-1)[row, column] - 1] = column.int()
+    # Rows in order, slots ascending, as many of each row as it wants.
+    out.masked_scatter_(torch.arange(max_count, device=out.device) < wanted, taken.nonzero()[:, 1].int())
     return out.reshape(*shape, max_count)
