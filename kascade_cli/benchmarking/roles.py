@@ -70,6 +70,10 @@ class Inputs:
     state: Pass
     between: Pass | None = None
 
+    @property
+    def batch(self) -> Batch:
+        return self.state.batch
+
     def attend(self, layer: int, state: Pass) -> Tensor:
         """The attention of one layer in that pass: [B, H, T, D]."""
         return self.strategy.attend(Layer(layer, self.q, self.k, self.v, self.scale, state, self.backend))

@@ -172,8 +172,8 @@ def summarise(outcome: Outcome, cases: Sequence[Case], baseline: Outcome | None)
     if run.needs_profile:
         anchors = [setting.profile.anchors for setting in run.settings]
         row["anchors"] = anchors if run.draws else anchors[0]
-    if run.settings[0].options:
-        row["options"] = {name: str(value) for name, value in run.settings[0].options.items()}
+    if options := strategy_class(run.strategy).read_options(run.settings[0].options):
+        row["options"] = options
     if run.draws:
         row["draws"] = [round(100 * float((right * weights).mean()), 2) for right in outcome.right]
     return row
