@@ -9,6 +9,7 @@
 Options without a heading come last, under "Other". Imports nothing but Typer.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ BUDGET = "Budget"
 RUNNING = "Running it"
 _REST = "Other"
 _WIDEST = 30  # characters of the left column; a longer option has its text on the next line
+
+_HUGE = re.compile(r"(\d<=x)<=\d{7,}")
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -55,6 +58,8 @@ class Command(TyperCommand):
                 groups.setdefault(heading, []).append(record)
             else:
                 rest.append(record)
+        groups = {heading: [_filled(record) for record in rows] for heading, rows in groups.items()}
+        rest = [_filled(record) for record in rest]
         groups[_REST if len(groups) > 1 else "Options"] = rest
         # All groups share one column.
         widest = min(_WIDEST, max((len(name) for rows in groups.values() for name, _ in rows), default=0))
@@ -69,6 +74,18 @@ class Command(TyperCommand):
             with formatter.section("Examples"):
                 for line in lines:
                     formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+def _filled(record: tuple[str, str]) -> tuple[str, str]:
+    """A help text as it is shown: `{strategies}` is filled in (plugins have been imported by then), and ranges lose an
+    upper end that is there only to catch typing mistakes."""
+    name, text = record
+    text = _HUGE.sub(r"\1", text)
+    if "{strategies}" in text:
+        from kascade_cli.strategy_list import strategy_names
+
+        text = text.replace("{strategies}", strategy_names())
+    return name, text
 
 
 def command(name: str, function: Any) -> Any:
