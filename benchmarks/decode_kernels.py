@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kascade_cli.kernels import check, get_backend
+from kascade_cli.kernels import get_backend
+from kascade_cli.kernels.testing import decode
 from kascade_cli.kernels.tilelang import specs
 from kascade_cli.kernels.tilelang.compile import prebuild
 
@@ -30,7 +31,7 @@ DEVICE = torch.device("cuda")
 ROLES = ("layer0", "anchor", "anchor", "anchor", "anchor", *["reuse"] * 27)
 
 
-def wanted(cases: tuple[check.Case, ...]) -> list[Any]:
+def wanted(cases: tuple[decode.DecodeCase, ...]) -> list[Any]:
     """Every kernel that `cases` and the timings use, once."""
     shapes = {(c.heads // c.kv_heads, c.dim, str(c.dtype)[6:], c.page) for c in cases}
     found = specs.select_specs()
@@ -178,14 +179,14 @@ def main() -> None:
     options = parser.parse_args()
     result: dict[str, Any] = {"about": {**about(), **({"commit": options.commit} if options.commit else {})}}
     begin = time.perf_counter()
-    failed = prebuild(wanted(() if options.quick else check.CASES))
+    failed = prebuild(wanted(() if options.quick else decode.CASES))
     print(f"compiled in {time.perf_counter() - begin:.0f} s, {len(failed)} failed {failed or ''}", flush=True)
     ops = get_backend("tilelang", DEVICE)
     good = True
     if not options.quick:
-        rows = check.check_decode(ops, DEVICE) + check.check_select(ops, DEVICE)
-        rows += check.stress_decode(ops, DEVICE) + check.check_graph(ops, DEVICE)
-        good = check.summary(rows)
+        rows = decode.check_decode(ops, DEVICE) + decode.check_select(ops, DEVICE)
+        rows += decode.stress_decode(ops, DEVICE) + decode.check_graph(ops, DEVICE)
+        good = decode.summary(rows)
         result["checks"] = rows
         print(f"checked after {time.perf_counter() - begin:.0f} s", flush=True)
     result["copy_GBs"] = copy_bandwidth()

@@ -22,7 +22,7 @@ import torch
 import transformers
 from rich.table import Table
 
-from kascade_cli import console, tasks
+from kascade_cli import console, files, tasks
 from kascade_cli.demo import DEMO_TASKS
 from kascade_cli.errors import KascadeError
 from kascade_cli.models import load_model
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     output = options.output or RESULTS / f"dense_scores-{Path(options.model).name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    console.atomic_write(output, json.dumps(document, indent=1) + "\n")
+    files.atomic_write(output, json.dumps(document, indent=1) + "\n")
     console.out.print(table)
     console.err.print(f"wrote {output}")
 

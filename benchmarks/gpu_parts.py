@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from kascade_cli.benchmarking import report
-from kascade_cli.benchmarking.roles import Setting
+from kascade_cli.benchmarking.roles import Bench
 from kascade_cli.benchmarking.shapes import named_shape
 from kascade_cli.benchmarking.timing import free_memory
-from kascade_cli.kernels import check, check_prefill, get_backend
+from kascade_cli.kernels import get_backend
+from kascade_cli.kernels.testing import decode, prefill
 from kascade_cli.schema import Budget, Profile
 
 # (query heads per KV head, head size, dtype) that the prefill numerics cover; the first is the benchmark's.
@@ -86,14 +87,12 @@ def wanted_specs() -> list[Any]:
     from kascade_cli.kernels.tilelang.prefill_specs import prefill_specs
     from kascade_cli.kernels.tilelang.specs import decode_specs, select_specs
 
-    shapes = {(case.heads // case.kv_heads, case.dim, str(case.dtype)[6:], case.page) for case in check.CASES}
+    shapes = {(case.heads // case.kv_heads, case.dim, str(case.dtype)[6:], case.page) for case in decode.CASES}
     shapes |= {(4, 128, "bfloat16", 0), DEMO + (0,)}
-    prefill = {(case.group, case.head_dim, str(case.dtype)[6:], case.tile) for case in prefill_cases(False)}
-    prefill |= {(case.group, case.head_dim, str(case.dtype)[6:], case.tile) for case in stress_cases()} | {
-        DEMO + (32,)
-    }
+    tiled = {(case.group, case.head_dim, str(case.dtype)[6:], case.tile) for case in prefill_cases(False)}
+    tiled |= {(case.group, case.head_dim, str(case.dtype)[6:], case.tile) for case in stress_cases()} | {DEMO + (32,)}
     found: list[Any] = []
-    for group, size, dtype, tile in sorted(prefill):
+    for group, size, dtype, tile in sorted(tiled):
         found += prefill_specs(group, size, dtype, tile)
     found += select_specs()
     for shape in sorted(shapes):
@@ -117,27 +116,27 @@ def judge(ctx: Context, rows: list[dict[str, Any]]) -> None:
 def part_decode(ctx: Context) -> None:
     """Numerics of the decode ops, adversarial Top-k rows, and a CUDA graph replayed with other lengths."""
     ops = ctx.backend()
-    cases = check.CASES[:2] if ctx.dry else check.CASES
+    cases = decode.CASES[:2] if ctx.dry else decode.CASES
     for number, case in enumerate(cases):
         if ctx.left < 5:
             ctx.fail(f"no time for {len(cases) - number} of {len(cases)} decode cases")
             break
-        judge(ctx, check.check_decode(ops, ctx.device, (case,), seed=number))
+        judge(ctx, decode.check_decode(ops, ctx.device, (case,), seed=number))
         free_memory(ctx.device)
     for width in (1, 33) if ctx.dry else (1, 33, 4097, 40000, 1 << 19):
         if ctx.left < 5:
             ctx.fail(f"no time for Top-k rows of {width}")
             break
-        judge(ctx, check.check_select(ops, ctx.device, (width,)))
+        judge(ctx, decode.check_select(ops, ctx.device, (width,)))
     if not ctx.dry:
-        judge(ctx, check.check_graph(ops, ctx.device))
+        judge(ctx, decode.check_graph(ops, ctx.device))
 
 
 def prefill_cases(dry: bool) -> list[Any]:
     """Whole prompts of odd lengths, late chunks and ragged batches, over the corners."""
-    if found := getattr(check_prefill, "CASES", None):
+    if found := getattr(prefill, "CASES", None):
         return list(found[:2] if dry else found)
-    single, late, ragged = check_prefill.single, check_prefill.late, check_prefill.ragged
+    single, late, ragged = prefill.single, prefill.late, prefill.ragged
     first = (torch.bfloat16, 4, 128)
     if dry:
         return [single(*first, 33), ragged(*first, 129)]
@@ -160,7 +159,7 @@ def part_prefill(ctx: Context) -> None:
             ctx.fail(f"no time for {len(cases) - number} of {len(cases)} prefill cases")
             break
         try:
-            rows = check_prefill.check(ops, case, seed=number, device=str(ctx.device))
+            rows = prefill.check(ops, case, seed=number, device=str(ctx.device))
         except Exception as error:  # one broken case must not hide the others
             line = " ".join(str(error).split())[:300]
             rows = [{"op": "all", "case": str(case), "ok": False, "note": f"{type(error).__name__}: {line}"}]
@@ -170,7 +169,7 @@ def part_prefill(ctx: Context) -> None:
 
 def stress_cases() -> list[Any]:
     """One ragged batch per corner, large enough to fill the machine."""
-    return [check_prefill.ragged(getattr(torch, dtype), group, size, 1500) for group, size, dtype in PREFILL_CORNERS]
+    return [prefill.ragged(getattr(torch, dtype), group, size, 1500) for group, size, dtype in PREFILL_CORNERS]
 
 
 def part_stress(ctx: Context) -> None:
@@ -179,7 +178,7 @@ def part_stress(ctx: Context) -> None:
         ctx.data["summary"] = "not on a CPU"
         return
     ops = ctx.backend()
-    judge(ctx, check.stress_decode(ops, ctx.device, repeats=50))
+    judge(ctx, decode.stress_decode(ops, ctx.device, repeats=50))
     free_memory(ctx.device)
     cases = stress_cases()
     share = max(10.0, ctx.left * 0.8) / len(cases)
@@ -187,7 +186,7 @@ def part_stress(ctx: Context) -> None:
     for case in cases:
         end, seeds, runs = time.monotonic() + share, 0, 0
         while time.monotonic() < end and ctx.left > 5:
-            found = check_prefill.stress(ops, case, seeds=4, repeats=5)
+            found = prefill.stress(ops, case, seeds=4, repeats=5)
             seeds, runs = seeds + 4, runs + 20
             changed = {op: times for op, times in found["changed"].items() if times}
             if changed:
@@ -206,14 +205,14 @@ def demo_profile(model: Any) -> tuple[Profile, str]:
         if profile.model.layers == model.config.num_hidden_layers:
             return profile, path.name
     shape = named_shape("demo")
-    setting = Setting(get_backend("torch", "cpu"), torch.device("cpu"), torch.float32, Budget())
+    setting = Bench(get_backend("torch", "cpu"), torch.device("cpu"), torch.float32, Budget())
     return profile_for(model, shape, setting), "evenly spread anchors"
 
 
 def part_demo(ctx: Context) -> None:
     """Greedy answers of the demo model to the built-in tasks: dense, and kascade on both backends."""
     import kascade_cli
-    from kascade_cli.attention import attach
+    from kascade_cli import attach
     from kascade_cli.models import load_model
     from kascade_cli.tasks import make_prompts
 

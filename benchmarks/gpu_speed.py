@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_parts import Context
-from kascade_cli.benchmarking.roles import Setting, with_strategy
+from kascade_cli.benchmarking.roles import Bench, with_strategy
 from kascade_cli.benchmarking.shapes import SHAPES, named_shape, random_model
 from kascade_cli.benchmarking.timing import ceilings, free_memory
 from kascade_cli.schema import Budget
@@ -21,11 +21,11 @@ APPROXIMATE = (
 )
 
 
-def speed_setting(ctx: Context, seconds: float) -> Setting:
+def speed_setting(ctx: Context, seconds: float) -> Bench:
     """bfloat16, ratio 0.10 on a GPU; float32 and few keys in a dry run."""
     dtype = torch.float32 if ctx.dry else torch.bfloat16
     budget = Budget(ratio=0.10, min_keys=32 if ctx.dry else 128)
-    return Setting(ctx.backend(), ctx.device, dtype, budget, 0.02 if ctx.dry else seconds)
+    return Bench(ctx.backend(), ctx.device, dtype, budget, 0.02 if ctx.dry else seconds)
 
 
 def part_model(ctx: Context) -> None:

@@ -57,14 +57,15 @@ def run_case(source: str, op: str) -> None:
     """One call of `op` whose last producer warp is late."""
     import torch
 
-    from kascade_cli.kernels import check, get_backend
+    from kascade_cli.kernels import get_backend
+    from kascade_cli.kernels.testing import decode
     from kascade_cli.kernels.tilelang import compile as compiler
 
     guard = "if (((int)threadIdx.x) < 32) " if source == "built" else ""
     compiler.one_warp_waits = lambda text: compiler.IDLE_WAIT.sub(rf"\1{LATE}\1{guard}\2", text)
     ops = get_backend("tilelang", "cuda")
     # 132 rows: each CTA reads dozens of blocks, so that a warp can fall a whole ring behind.
-    data = check._make(check.Case((5000,) * 132, 5120, heads=8, kv_heads=2), torch.device("cuda"), 1)
+    data = decode.make_inputs(decode.DecodeCase((5000,) * 132, 5120, heads=8, kv_heads=2), torch.device("cuda"), 1)
     arguments = [data["q"], data["k"], *([data["v"]] if op == "decode_dense" else []), data["start"], data["length"]]
     getattr(ops, op)(*arguments, scale=data["scale"])
     torch.cuda.synchronize()

@@ -27,7 +27,7 @@ def measure(length: int) -> dict:
     """One prefill in this process."""
     import torch
 
-    from kascade_cli.attention import attach
+    from kascade_cli import attach
     from kascade_cli.models import load_model
     from kascade_cli.schema import Profile
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kascade_cli.attention import attach
+from kascade_cli import attach
 from kascade_cli.benchmarking.report import machine
 from kascade_cli.console import parse_size
 from kascade_cli.demo import DEMO_TASKS

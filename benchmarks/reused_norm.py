@@ -25,10 +25,10 @@ import transformers
 from rich.table import Table
 from torch import Tensor
 
-from kascade_cli import attach, console, tasks
-from kascade_cli.attention.attachment import Attachment
+from kascade_cli import attach, console, files, tasks
 from kascade_cli.demo import DEMO_TASKS
 from kascade_cli.errors import KascadeError
+from kascade_cli.integrations.transformers import Attachment
 from kascade_cli.kernels import reference
 from kascade_cli.models import load_model
 from kascade_cli.schema import Profile
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         "rows": rows,
     }
     output = RESULTS / f"reused_norm-{Path(options.model).name}.json"
-    console.atomic_write(output, json.dumps(document, indent=1) + "\n")
+    files.atomic_write(output, json.dumps(document, indent=1) + "\n")
     console.out.print(table)
     console.err.print(f"wrote {output}")
 

@@ -8,7 +8,7 @@ __all__ = ["Profile", "attach", "__version__"]
 def __getattr__(name: str):
     # Lazy, so that `kascade --help` does not import torch.
     if name == "attach":
-        from kascade_cli.attention import attach
+        from kascade_cli.integrations.transformers import attach
 
         return attach
     if name == "Profile":

@@ -1,18 +1,65 @@
 """Terminal output and the parsing of option values, in one place for all commands."""
 
+import contextlib
 import json
-import os
+import math
+import re
 import sys
-import tempfile
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
-from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.errors import UsageError, plain
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+MAX_SIZE = 16 * 1024**2  # tokens: more than any model takes, and few enough to build a prompt of
+
+
+class _PlainConsole(Console):
+    """Reads no markup or emoji codes in text, and lets no control character through but line breaks and tabs.
+
+    What is printed holds names from files. Where a style is wanted, a `rich.text.Text` has it (`cell`).
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(
+            "\n".join(_printable(line) for line in text.replace("\r\n", "\n").split("\n")), **options
+        )
+
+
+def _printable(line: str) -> str:
+    return "\t".join(plain(part) for part in line.split("\t"))
+
+
+out = _PlainConsole(highlight=False, emoji=False, markup=False)
+err = _PlainConsole(stderr=True, highlight=False, emoji=False, markup=False)
+
+
+def say(text: object) -> None:
+    """One line on stdout, whatever `text` holds."""
+    out.print(cell(text), soft_wrap=True)
+
+
+def note(text: object) -> None:
+    """One line on stderr, whatever `text` holds."""
+    err.print(cell(text), soft_wrap=True)
+
+
+def cell(text: object, style: str = "") -> Text:
+    """Text from outside for a table's cell, title or caption: one line without markup or control characters."""
+    return Text(plain(text), style=style)
+
+
+def plain_table(columns: Sequence[str], *, title: object = None, right: Sequence[str] = ()) -> Any:
+    """A rich Table without lines; the columns named in `right` are aligned so."""
+    from rich.table import Table
+
+    heading = None if title is None else cell(title)
+    table = Table(title=heading, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in columns:
+        table.add_column(cell(name), justify="right" if name in right else "left")
+    return table
 
 
 def progress(description: str = "", *, total: float | None = None):
@@ -44,19 +91,54 @@ def progress(description: str = "", *, total: float | None = None):
     return bar
 
 
+def to_json(document: Any) -> str:
+    """The text of one JSON document, ending in a line break. NaN and infinity, which JSON lacks, become null."""
+    text = json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)
+    # Half characters (from a name that is no text) and control characters of a terminal are written as \\uXXXX.
+    return re.sub(r"[\ud800-\udfff\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value
+
+
 def print_json(document: Any) -> None:
     """Prints one JSON document on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(to_json(document))
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raises UsageError for an argument that is not valid text (UTF-8): it could be neither stored nor printed."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"argument '{argument[:200]}' is not valid UTF-8: rename the file, or quote it anew"
+            ) from error
 
 
 def parse_size(text: str | int, option: str = "") -> int:
-    """`32k` -> 32768, `1m` -> 1048576, `4096` -> 4096. Raises UsageError, naming `option`, for anything else."""
+    """`32k` -> 32768, `1m` -> 1048576, `4096` -> 4096. Raises UsageError, naming `option`, for anything else.
+
+    More than MAX_SIZE is refused too, before anything of that size is built.
+    """
     value = str(text).strip().lower()
     factor = {"k": 1024, "m": 1024**2}.get(value[-1:], 1)
     digits = value[:-1] if factor > 1 else value
-    if not digits.isdecimal() or int(digits) < 1:
-        place = f"{option}: " if option else ""
-        raise UsageError(f"{place}'{text}' is not a size: use a whole number, 1 or more, such as 4096 or 32k")
+    place = f"{option}: " if option else ""
+    if not (digits.isascii() and digits.isdecimal()) or not digits.strip("0"):
+        raise UsageError(
+            f"{place}'{plain(text, 40)}' is not a size: use a whole number, 1 or more, such as 4096 or 32k"
+        )
+    if len(digits.lstrip("0")) > 12 or int(digits) * factor > MAX_SIZE:
+        raise UsageError(f"{place}{plain(text, 40)} is too much: the most is {format_size(MAX_SIZE)}")
     return int(digits) * factor
 
 
@@ -70,19 +152,24 @@ def parse_ints(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise UsageError(f"'{text}' is not a list of whole numbers such as 0,2,8") from error
+        raise UsageError(f"'{plain(text, 80)}' is not a list of whole numbers such as 0,2,8") from error
 
 
 def parse_floats(text: str) -> list[float]:
-    """`0.05,0.1` -> [0.05, 0.1]. Raises UsageError for anything else."""
+    """`0.05,0.1` -> [0.05, 0.1]. Raises UsageError for anything else, NaN and infinity among it."""
     try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"'{text}' is not a list of numbers such as 0.05,0.1") from error
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise UsageError(f"'{plain(text, 80)}' is not a list of numbers such as 0.05,0.1")
+    return found
 
 
 def format_size(length: int) -> str:
-    """1024 -> `1k`; what `parse_size` reads back."""
+    """1024 -> `1k`, 16777216 -> `16m`; what `parse_size` reads back."""
+    if length and length % 1024**2 == 0:
+        return f"{length // 1024**2}m"
     return f"{length // 1024}k" if length % 1024 == 0 else str(length)
 
 
@@ -95,63 +182,8 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
-
-
-def check_output(path: str | Path, overwrite: bool) -> Path:
-    """Refuses an output that exists (without `overwrite`), or whose folder does not or cannot be written to.
-
-    Raises UsageError.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists; pass --overwrite to replace it")
-    if not path.parent.is_dir():
-        raise UsageError(f"folder {path.parent} does not exist; create it first")
-    _check_folder(path.parent)
-    return path
-
-
-def check_output_folder(path: str | Path) -> Path:
-    """Refuses a folder for outputs that is a file, or where it cannot be made or written to. Raises UsageError."""
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file; name a folder")
-    _check_folder(next(folder for folder in (path, *path.absolute().parents) if folder.exists()))
-    return path
-
-
-def _check_folder(folder: Path) -> None:
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UsageError(f"cannot write into the folder {folder}: {_reason(error)}") from error
-
-
-def atomic_write(path: str | Path, data: str | bytes) -> None:
-    """Writes beside `path` and renames, so that a reader never sees half a file. Raises KascadeError."""
-    path = Path(path)
-    payload = data.encode() if isinstance(data, str) else data
-    try:
-        _replace(path, payload)
-    except OSError as error:
-        raise KascadeError(f"cannot write {path}: {_reason(error)}") from error
-
-
-def _replace(path: Path, payload: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+@contextlib.contextmanager
+def compiling(total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar over kernels that are compiled; what it gives is called after each."""
+    with progress("compiling kernels", total=total) as bar:
+        yield lambda: bar.advance(bar.first)

@@ -1,6 +1,5 @@
 """Generate from one prompt under a strategy, and measure how far it is from another (docs/generate.md)."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,32 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, TextStreamer
+from transformers import TextStreamer
 
-from kascade_cli.attention import attach
-from kascade_cli.attention.plan import check_refresh, check_strategy
-from kascade_cli.errors import KascadeError, UsageError
-from kascade_cli.kernels.backend import check_backend
-from kascade_cli.models import ModelInfo
-from kascade_cli.schema import Profile
-from kascade_cli.tasks.encoding import encode_text
-
-
-def encode_prompt(tokenizer: Any, text: str, *, chat: bool, place: str = "the prompt") -> list[int]:
-    """Token ids of a prompt with the BOS token once at most; `chat` wraps it in one user turn of the chat template.
-
-    Raises UsageError for an empty prompt or a tokenizer without a template.
-    """
-    if not text.strip():
-        raise UsageError(f"{place} is empty")
-    if not chat:
-        return encode_text(tokenizer, text)
-    if not getattr(tokenizer, "chat_template", None):
-        raise UsageError("this tokenizer has no chat template: leave --chat out")
-    turn = [{"role": "user", "content": text}]
-    # The template writes the BOS token where the model wants one; special tokens must not be added a second time.
-    wrapped = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(wrapped, add_special_tokens=False)["input_ids"])
+from kascade_cli.errors import KascadeError
+from kascade_cli.evaluation.kl import kl_divergence, log_probabilities
+from kascade_cli.integrations.transformers import attach_setting
+from kascade_cli.models import ModelInfo, logits_at
+from kascade_cli.sparse import Setting
 
 
 def check_room(info: ModelInfo, prompt_tokens: int, new_tokens: int) -> None:
@@ -100,37 +80,6 @@ class _Streamer(TextStreamer):
             self.write(text)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A strategy as `attach` takes it."""
-
-    strategy: str
-    profile: Profile | None = None
-    ratio: float | None = None
-    min_keys: int | None = None
-    backend: str = "auto"
-    allow_other_weights: bool = False
-    refresh: int | None = None
-
-    def check(self) -> None:
-        """What can be refused before a model is loaded. Raises UsageError."""
-        check_strategy(self.strategy, self.profile, self.ratio)
-        check_refresh(self.strategy, self.refresh)
-        check_backend(self.backend)
-
-    def attach(self, model: nn.Module) -> Any:
-        return attach(
-            model,
-            self.profile,
-            strategy=self.strategy,
-            ratio=self.ratio,
-            min_keys=self.min_keys,
-            refresh=self.refresh,
-            backend=self.backend,
-            allow_other_weights=self.allow_other_weights,
-        )
-
-
 def generate(
     model: nn.Module,
     tokenizer: Any,
@@ -145,7 +94,7 @@ def generate(
     sampling = sampling or Sampling()
     prompt = torch.tensor([list(ids)], device=model.device)
     torch.manual_seed(sampling.seed)
-    with setting.attach(model) as attachment:
+    with attach_setting(model, setting) as attachment:
         streamer = _Streamer(tokenizer, model.device, write)
         out = model.generate(
             prompt,
@@ -182,21 +131,15 @@ def forced_log_probabilities(
     distribution that token i was drawn from.
     """
     rows = []
-    with setting.attach(model):
-        cache = DynamicCache(config=model.config)
+    with attach_setting(model, setting):
+        cache = None  # the model's own kind
         chunk = torch.tensor([list(ids)], device=model.device)
         for token in continuation:
-            logits = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            rows.append(torch.log_softmax(wide, -1).cpu())
+            logits, output = logits_at(model, chunk, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            rows.append(log_probabilities(logits[0, -1]).cpu())
             chunk = torch.tensor([[token]], device=model.device)
     return torch.stack(rows)
-
-
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) in nats over the last dimension, from log-probabilities; never below 0."""
-    terms = torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), torch.zeros_like(log_p))
-    return terms.double().sum(-1).clamp_min(0.0)
 
 
 def agreement(reference: Sequence[int], other: Sequence[int]) -> tuple[float, int | None]:

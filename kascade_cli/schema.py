@@ -20,14 +20,18 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kascade_cli.console import atomic_write, check_output
-from kascade_cli.errors import KascadeError
+from kascade_cli import strict_yaml
+from kascade_cli.errors import KascadeError, plain
+from kascade_cli.files import atomic_write, check_output, read_bounded
 
 PHASES = ("decode", "prefill")
 Phase = Literal["decode", "prefill"]
 
-Index = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+MAX_BYTES = 2 << 20  # of a file; the largest profile that we can think of has a third of it
+_MOST_HEADS, _MOST_LAYERS = 4096, 4096  # one error for a list without end, not one for each entry
+_LARGEST = 2**31 - 1  # counts and indices become int32 on a device
+Index = Annotated[int, Field(ge=0, le=_LARGEST, strict=True)]
+Count = Annotated[int, Field(ge=1, le=_LARGEST, strict=True)]
 HeadEntry = Index | tuple[Index, Index]  # anchor head, or (anchor layer, anchor head) under free assignment
 
 
@@ -38,7 +42,7 @@ class _Strict(BaseModel):
 class ModelCard(_Strict):
     """What a profile was made for. `fingerprint` identifies architecture and weights (models.fingerprint)."""
 
-    name: str
+    name: str = Field(max_length=4096)
     fingerprint: str = Field(pattern=r"^(v2-)?sha256:[0-9a-f]{64}$")
     layers: Count
     query_heads: Count
@@ -53,11 +57,14 @@ class ModelCard(_Strict):
 
 
 class Budget(_Strict):
-    """How many keys a query may read: k(N) = min(N, max(min_keys, ceil(ratio * N))) (paper, section 3)."""
+    """How many keys a query may read: k(N) = min(N, max(min_keys, ceil(ratio * N))).
 
-    ratio: float = Field(0.10, gt=0, le=1)
-    min_keys: int = Field(128, ge=1)
-    tile: int = Field(32, ge=1)
+    The ratio and the floor are the paper's (section 3), which leaves the rounding open; its public code rounds down.
+    """
+
+    ratio: float = Field(0.10, gt=0, le=1, strict=True)
+    min_keys: Count = 128
+    tile: Count = 32
 
     def count(self, visible: int) -> int:
         """Keys chosen among `visible` ones."""
@@ -67,8 +74,8 @@ class Budget(_Strict):
 class Heads(_Strict):
     """For each KV head of a reuse layer, the anchor head whose keys it reads, per phase."""
 
-    decode: list[HeadEntry]
-    prefill: list[HeadEntry]
+    decode: list[HeadEntry] = Field(max_length=_MOST_HEADS)
+    prefill: list[HeadEntry] = Field(max_length=_MOST_HEADS)
 
 
 class Layer(_Strict):
@@ -76,7 +83,7 @@ class Layer(_Strict):
 
     role: Literal["dense", "anchor", "reuse", "passthrough"]
     anchor: Index | None = None
-    heads: Heads | list[HeadEntry] | None = None
+    heads: Heads | Annotated[list[HeadEntry], Field(max_length=_MOST_HEADS)] | None = None
 
     @model_validator(mode="after")
     def _fields_fit_role(self):
@@ -101,7 +108,7 @@ class Profile(_Strict):
     algorithm: Literal["kascade"]
     model: ModelCard
     budget: Budget
-    layers: list[Layer]
+    layers: list[Layer] = Field(max_length=_MOST_LAYERS)
     selection: dict[str, Any]
     provenance: dict[str, Any]
 
@@ -164,15 +171,16 @@ class Profile(_Strict):
     @classmethod
     def loads(cls, text: str, source: str = "profile") -> "Profile":
         """Parses and checks YAML text. Raises KascadeError that names `source` and the place in it."""
+        if len(text) > MAX_BYTES:
+            raise KascadeError(f"{source}: {len(text)} characters are no profile: the most is {MAX_BYTES}")
         try:
-            document = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            place = f"line {mark.line + 1}: " if mark else ""
-            reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-            raise KascadeError(f"{source}: {place}not readable as YAML: {reason}") from error
+            document = strict_yaml.load(text)
+        except strict_yaml.YamlProblem as error:
+            place = f"line {error.line}: " if error.line else ""
+            raise KascadeError(f"{source}: {place}not readable as YAML: {error}") from error
         # Other files of ours have a schema too, such as a benchmark's result.
-        if not isinstance(document, dict) or not str(document.get("schema", "")).startswith("kascade/"):
+        schema = document.get("schema") if isinstance(document, dict) else None
+        if not (isinstance(schema, str) and schema.startswith("kascade/")):
             raise KascadeError(f"{source}: not a kascade profile (expected a YAML mapping with `schema: kascade/v1`)")
         try:
             return cls.model_validate(document)
@@ -183,15 +191,30 @@ class Profile(_Strict):
     def load(cls, path: str | Path) -> "Profile":
         """Reads a profile. Raises KascadeError if the file is missing, unreadable or wrong."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not a text file"
-            raise KascadeError(f"cannot read profile {path}: {reason}") from error
+            text = read_bounded(path, MAX_BYTES, "profile").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise KascadeError(f"cannot read profile {path}: not a text file") from error
         return cls.loads(text, str(path))
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Writes beside `path` and renames. Raises UsageError if it exists and `overwrite` is not set."""
-        atomic_write(check_output(path, overwrite), self.dumps())
+        """Writes the file whole or not at all, and only what `load` takes.
+
+        Raises UsageError if it exists and `overwrite` is not set, KascadeError if it cannot be written or read back.
+        """
+        check_output(path, overwrite)
+        atomic_write(path, self.checked_dumps(), overwrite=overwrite)
+
+    def checked_dumps(self) -> str:
+        """`dumps()`, after a check that it reads back as this profile. Raises KascadeError."""
+        try:
+            text = self.dumps()
+        except (yaml.YAMLError, ValueError) as error:
+            raise KascadeError(f"the profile holds something that YAML has no word for: {error}") from error
+        if len(text.encode("utf-8", "replace")) > MAX_BYTES:
+            raise KascadeError(f"the profile takes {len(text)} bytes, more than the {MAX_BYTES} of any that is read")
+        if self.loads(text, "the profile that would be written").dumps() != text:
+            raise KascadeError("the profile does not read back as it would be written")
+        return text
 
     @classmethod
     def build(
@@ -208,8 +231,25 @@ class Profile(_Strict):
         """Lays out every layer from the chosen anchors.
 
         `head_maps[layer][phase]` gives, for each KV head of a reuse layer, an anchor head (of the nearest anchor
-        before it) or a pair (anchor layer, anchor head). Layers outside `profiled_layers` pass through.
+        before it) or a pair (anchor layer, anchor head). Layers outside `profiled_layers` pass through. Raises
+        KascadeError where that is no profile.
         """
+        try:
+            return cls._build(model, anchors, profiled_layers, head_maps, budget, selection, provenance)
+        except ValidationError as error:
+            raise KascadeError(f"no profile can be made: {_first_problem(error)}") from error
+
+    @classmethod
+    def _build(
+        cls,
+        model: ModelCard,
+        anchors: Sequence[int],
+        profiled_layers: Sequence[int],
+        head_maps: Mapping[int, Mapping[str, Sequence[Any]]],
+        budget: Budget | None,
+        selection: Mapping[str, Any] | None,
+        provenance: Mapping[str, Any] | None,
+    ) -> "Profile":
         chosen = sorted(anchors)
         layers = []
         for index in range(model.layers):
@@ -234,24 +274,6 @@ class Profile(_Strict):
         )
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice and leaves dates as text."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    seen = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_scalar(node))
-
-
 class _Dumper(yaml.SafeDumper):
     """Block style for the document, one line per layer and per short mapping."""
 
@@ -269,10 +291,12 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _first_problem(error: ValidationError, text: str) -> str:
-    """One line: line number where it can be found, place, reason."""
+def _first_problem(error: ValidationError, text: str | None = None) -> str:
+    """One line: line number where it can be found in the YAML `text`, place, reason."""
     # A misspelt key is also a missing one; the unknown key says where to look.
-    problem = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
+    problem = min(
+        error.errors(include_url=False, include_input=False), key=lambda entry: entry["type"] != "extra_forbidden"
+    )
     # Names of union members that pydantic adds to the place mean nothing to the reader of a YAML file.
     noise = {"Heads", "int", "constrained-int", "schema_"}
     location = [
@@ -285,24 +309,6 @@ def _first_problem(error: ValidationError, text: str) -> str:
         reason = "unknown key"
     if not location and (found := reason.split(":")[0]).startswith("layers."):
         location, reason = found.split("."), reason.split(":", 1)[1].strip()
-    line = _line_of(text, location)
-    place = ".".join(location)
+    line = strict_yaml.line_of(text, location) if text is not None else None
+    place = plain(".".join(location), 200)
     return (f"line {line}: " if line else "") + (f"{place}: " if place else "") + reason
-
-
-def _line_of(text: str, location: Sequence[str]) -> int | None:
-    """The line of the deepest node on the way to `location`, or None."""
-    node, line = yaml.compose(text, Loader=yaml.SafeLoader), None
-    for part in location:
-        if isinstance(node, yaml.MappingNode):
-            pairs = {key.value: (key, value) for key, value in node.value}
-            if part not in pairs:
-                break
-            key, node = pairs[part]
-            line = key.start_mark.line + 1
-        elif isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
-            node = node.value[int(part)]
-            line = node.start_mark.line + 1
-        else:
-            break
-    return line

@@ -1,24 +1,36 @@
-import os
-import stat
+import io
+import json
 
 import pytest
+from rich.table import Table
 
 from kascade_cli import console
-from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.errors import KascadeError, TargetMissed, UsageError, plain
+
+# Names that a file may bear: rich markup, an emoji code, terminal sequences, a line break, half a character.
+HOSTILE = "a[/b]:smile:[red]\x1b[31mR\x1b]0;title\x07\x9b2J\r\nz\x00\u202e\ud800"
+SHOWN = "a[/b]:smile:[red]R z?"
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("4096", 4096), ("32k", 32768), ("1K", 1024), ("2m", 2 * 1024**2), (7, 7)]
+    ("text", "value"), [("4096", 4096), ("32k", 32768), ("1K", 1024), ("2m", 2 * 1024**2), (7, 7), ("16m", 16 << 20)]
 )
 def test_sizes(text, value):
     assert console.parse_size(text) == value
     assert console.parse_size(console.format_size(value)) == value
 
 
-@pytest.mark.parametrize("text", ["", "k", "0", "-1", "1.5k", "ten", "1 k", "0k"])
+@pytest.mark.parametrize("text", ["", "k", "0", "-1", "1.5k", "ten", "1 k", "0k", "٣", "²"])
 def test_bad_sizes(text):
     with pytest.raises(UsageError, match="not a size"):
         console.parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["17m", "999m", "16777217", "9" * 5000, "9" * 5000 + "k"])
+def test_sizes_that_nothing_could_be_built_of(text):
+    with pytest.raises(UsageError, match="^--max-length: 9?.* is too much: the most is 16m") as error:
+        console.parse_size(text, "--max-length")
+    assert len(str(error.value)) < 120
 
 
 def test_lists():
@@ -28,8 +40,10 @@ def test_lists():
     assert console.parse_floats("0.05,0.1") == [0.05, 0.1]
     assert console.parse_ints("0,2,8") == [0, 2, 8]
     for parse in (console.parse_floats, console.parse_ints):
-        with pytest.raises(UsageError, match="not a list"):
-            parse("1,,2")
+        for text in ("1,,2", "nan", "1e999", "9" * 5000):
+            with pytest.raises(UsageError, match="not a list") as error:
+                parse(text)
+            assert len(str(error.value)) < 200
 
 
 def test_bytes_for_people():
@@ -42,44 +56,61 @@ def test_bytes_for_people():
     ]
 
 
-def test_output_checks(tmp_path):
-    with pytest.raises(UsageError, match="create it first"):
-        console.check_output(tmp_path / "no" / "file", False)
-    with pytest.raises(UsageError, match="is a folder"):
-        console.check_output(tmp_path, True)
-    (tmp_path / "a").write_text("old")
-    with pytest.raises(UsageError, match="--overwrite"):
-        console.check_output(tmp_path / "a", False)
-    assert console.check_output(tmp_path / "a", True) == tmp_path / "a"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+def test_text_from_outside_is_one_plain_line():
+    assert plain(HOSTILE) == SHOWN
+    assert plain("é ü 日本 👩‍👩‍👧 \\[x]") == "é ü 日本 👩‍👩‍👧 \\[x]"
+    assert plain("a\tb\n\nc\u2028d") == "a b c d"
+    assert plain("\x1b") == plain("\x1b[") == plain("\x1bP unfinished") == ""
+    assert plain("x" * 50, 10) == "x" * 7 + "..."
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that nobody can write to")
-def test_a_folder_that_cannot_be_written_to_is_refused():
-    # /proc takes no files from anyone, root included
-    with pytest.raises(UsageError, match="cannot write into the folder /proc: ") as error:
-        console.check_output("/proc/profile.yaml", False)
-    assert "\n" not in str(error.value)
-    with pytest.raises(KascadeError, match="cannot write /proc/profile.yaml: "):
-        console.atomic_write("/proc/profile.yaml", "text")
+@pytest.mark.parametrize("kind", [KascadeError, UsageError, TargetMissed])
+def test_messages_of_errors_are_plain_by_construction(kind):
+    assert str(kind(f"{HOSTILE}: wrong")) == f"{SHOWN}: wrong"
+    assert len(str(kind("x" * 10**6))) == 2000
+    assert kind("x").exit_code == {KascadeError: 1, UsageError: 2, TargetMissed: 3}[kind]
 
 
-def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    target = tmp_path / "file"
-    console.atomic_write(target, "one")
-    assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~current_umask()
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(KascadeError, match="cannot write .*file: disk full"):
-        console.atomic_write(target, "two")
-    assert target.read_text() == "one"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+def printed(monkeypatch, name, *renderables):
+    """What the console `out` or `err` writes."""
+    text = io.StringIO()
+    monkeypatch.setattr(getattr(console, name), "_file", text)
+    getattr(console, name).print(*renderables)
+    return text.getvalue()
 
 
-def current_umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@pytest.mark.parametrize("name", ["out", "err"])
+def test_consoles_read_no_markup_and_pass_no_control_characters(monkeypatch, name):
+    assert printed(monkeypatch, name, HOSTILE) == "a[/b]:smile:[red]R\nz?\n"
+    table = Table(title=HOSTILE, caption=HOSTILE, box=None)
+    table.add_column(HOSTILE)
+    table.add_row(HOSTILE)
+    words = printed(monkeypatch, name, table).split()
+    assert words.count("a[/b]:smile:[red]R") == 4
+    assert words.count("z?") == 4
+
+
+def test_lines_and_cells_hold_whatever_a_file_holds(monkeypatch, capsys):
+    console.say(HOSTILE)
+    console.note("x" * 500)
+    said = capsys.readouterr()
+    assert said == (SHOWN + "\n", "x" * 500 + "\n")
+    table = console.plain_table([HOSTILE], title=HOSTILE)
+    table.add_row(console.cell(HOSTILE))
+    assert printed(monkeypatch, "out", table).count(SHOWN) == 3
+
+
+def test_json_has_no_number_that_json_lacks_and_no_half_character(capsys):
+    console.print_json({"a": [float("nan"), 1.5, {"b": float("-inf")}], "c": HOSTILE, "é": (1,)})
+    text = capsys.readouterr().out
+    text.encode()
+    assert "\x1b" not in text
+    assert "é" in text
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, 1.5, {"b": None}], "c": HOSTILE, "é": [1]}
+
+
+def test_arguments_that_are_no_text():
+    console.check_arguments(["show", "é.yaml", ""])
+    with pytest.raises(UsageError, match=r"argument 'a\?.yaml' is not valid UTF-8") as error:
+        console.check_arguments(["show", "a\udcff.yaml"])
+    str(error.value).encode()

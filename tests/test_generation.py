@@ -6,20 +6,20 @@ import torch
 from scipy.stats import entropy
 
 from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.evaluation.kl import kl_divergence
 from kascade_cli.generation import (
     Sampling,
-    Setting,
     agreement,
     check_room,
     compare,
-    encode_prompt,
     forced_log_probabilities,
     generate,
-    kl_divergence,
 )
 from kascade_cli.models import describe
+from kascade_cli.sparse import Setting
+from kascade_cli.tasks.chat import encode_request
 
-from .attention.naive import Naive, some_profile
+from .integrations.transformers.naive import Naive, some_profile
 
 
 class Tokenizer:
@@ -127,13 +127,13 @@ def test_prompts_carry_one_bos():
 
     tokenizer = AutoTokenizer.from_pretrained(str(DEMO_MODELS["demo-small"]))
     with pytest.raises(UsageError, match="no chat template"):
-        encode_prompt(tokenizer, "? k1", chat=True)
+        encode_request(tokenizer, "? k1", chat=True)
     with pytest.raises(UsageError, match="the prompt is empty"):
-        encode_prompt(tokenizer, "  ", chat=False)
+        encode_request(tokenizer, "  ", chat=False)
     bos = tokenizer.bos_token_id
-    assert encode_prompt(tokenizer, "? k1", chat=False).count(bos) == 1
+    assert encode_request(tokenizer, "? k1", chat=False).count(bos) == 1
     tokenizer.chat_template = (
         "{{ bos_token }} ? {{ messages[0]['content'] }}{% if add_generation_prompt %} @{% endif %}"
     )
-    ids = encode_prompt(tokenizer, "k1", chat=True)
+    ids = encode_request(tokenizer, "k1", chat=True)
     assert tokenizer.decode(ids).split() == ["<bos>", "?", "k1", "@"]

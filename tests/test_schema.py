@@ -1,11 +1,15 @@
 """The profile: round trip byte for byte, and one line with the place for everything that can be wrong in the file."""
 
 import math
+import os
+import time
+from pathlib import Path
 
 import pytest
+import yaml
 
 from kascade_cli.errors import KascadeError, UsageError
-from kascade_cli.schema import Budget, ModelCard, Profile
+from kascade_cli.schema import MAX_BYTES, Budget, ModelCard, Profile
 
 CARD = ModelCard(name="x", fingerprint="sha256:" + "a" * 64, layers=5, query_heads=8, kv_heads=2, head_dim=64)
 MAPS = {
@@ -113,3 +117,141 @@ def test_budget_against_the_formula(ratio):
     for visible in [0, 1, 15, 16, 17, 30, 160, 161, 1000, 524288]:
         exact = math.ceil(round(ratio * visible * 1000) / 1000)  # without the float noise of 0.1 * 30
         assert budget.count(visible) == min(visible, max(16, exact))
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefghij", "bcdefghijk", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (BOMB, "aliases (`*name`) are not read"),
+        ("loop: &l [*l]", "aliases (`*name`) are not read"),
+        ("deep: " + "[" * 100_000, "nested more than 20 deep"),
+        ("deep: " + "{a: " * 50_000, "nested more than 20 deep"),
+        ("deep:\n" + "".join(" " * n + "-\n" for n in range(1, 900)), "nested more than 20 deep"),
+        ("? [a, b]\n: 1", "a key is no text"),
+        ("? {a: b}\n: 1", "a key is no text"),
+        ("1: one", "key 1 is no text: put it into quotes"),
+        ("null: one", "key null is no text"),
+        ("<<: {a: 1}", "key << is no text"),
+        ("n: !!int text", "'text' is no !!int"),
+        ("n: !!float text", "'text' is no !!float"),
+        ("n: !!bool text", "'text' is no !!bool"),
+        ("n: !!int [1]", "this is no !!int"),
+        ("n: !!map [1]", "this is no !!map"),
+        ("n: !!seq {a: 1}", "this is no !!seq"),
+        ("n: !!str {a: 1}", "this is no !!str"),
+        ("n: !!binary aGFsbG8=", "tag !!binary is not known"),
+        ("n: !!python/object/apply:os.getcwd []", "tag !!python/object/apply:os.getcwd is not known"),
+        ("n: !mine 1", "tag !mine is not known"),
+        ("n: " + "9" * 5000, "a number of 5000 characters"),
+        ("n: 0x" + "f" * 5000, "a number of 5002 characters"),
+        ("n: .nan", ".nan is no number that can stand here"),
+        ("n: -.inf", "-.inf is no number that can stand here"),
+        ("n: 1e9999", None),  # text to YAML 1.1; as a number it would be infinite
+        ("n: 1.0e+9999", "1.0e+9999 is no number that can stand here"),
+        ('n: "a\\ud800b"', "half a character"),
+        ('"a\\ud800b": 1', "half a character"),
+        ('n: "\\UFFFFFFFF"', "not readable as YAML"),
+        ("n: a\x1b[31m", "special characters are not allowed"),
+        ("n: {a: 1, a: 2}", "key 'a' is given twice"),
+        ("n: [", "not readable as YAML"),
+        ("n: 1\n---\nm: 2", "not readable as YAML"),
+    ],
+)
+def test_hostile_yaml_is_one_line_at_once(extra, message):
+    """In the free part of a profile too, where no field is checked."""
+    text = example().dumps().replace("provenance:\n", "provenance:\n" + "".join(f"  {x}\n" for x in extra.split("\n")))
+    started = time.perf_counter()
+    if message is None:
+        Profile.loads(text)
+        return
+    with pytest.raises(KascadeError) as error:
+        Profile.loads(text, "p.yaml")
+    assert time.perf_counter() - started < 5
+    assert message in str(error.value)
+    assert str(error.value).startswith("p.yaml: ")
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 400
+    str(error.value).encode()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("decode: [0, 1]", "decode: [false, true]", "layers.1.heads"),
+        ("decode: [0, 1]", "decode: ['0', '1']", "layers.1.heads"),
+        ("decode: [0, 1]", "decode: [0.0, 1.0]", "layers.1.heads"),
+        ("decode: [0, 1]", "decode: [0, 99999999999999999999]", "layers.1.heads"),
+        ("decode: [0, 1]", f"decode: [{', '.join(['0'] * 5000)}]", "layers.1.heads"),
+        ("min_keys: 128", "min_keys: 100000000000000000000", "budget.min_keys"),
+        ("min_keys: 128", "min_keys: '128'", "budget.min_keys"),
+        ("tile: 32", "tile: 0", "budget.tile"),
+        ("ratio: 0.1", "ratio: true", "budget.ratio"),
+        ("layers: 5", "layers: true", "model.layers"),
+        ("name: x", "name: [x]", "model.name"),
+        ("name: x", "name: " + "x" * 5000, "model.name"),
+        ("role: dense", 'role: "dense\\e[31m\\n"', "layers.0.role"),
+        ("budget:", '"bud\\e[31mget\\n":', "line 10: budget : unknown key"),
+        ("sha256:", "v3-sha256:", "model.fingerprint"),
+    ],
+)
+def test_values_of_another_kind_are_not_converted(old, new, message):
+    text = example().dumps()
+    assert old in text
+    with pytest.raises(KascadeError) as error:
+        Profile.loads(text.replace(old, new, 1), "p.yaml")
+    assert message in str(error.value)
+    assert "line " in str(error.value)
+    assert str(error.value).isprintable()
+
+
+def test_both_forms_of_fingerprints():
+    for form in ("sha256:", "v2-sha256:"):
+        card = CARD.model_copy(update={"fingerprint": form + "b" * 64})
+        assert Profile.loads(example(model=card).dumps()).model.fingerprint == card.fingerprint
+
+
+def test_what_cannot_be_read_is_not_written(tmp_path):
+    for number, content in enumerate([{1: "x"}, {"name": "a\ud800"}, {"what": object()}, {"x": "y" * MAX_BYTES}]):
+        path = tmp_path / f"{number}.yaml"
+        with pytest.raises(KascadeError) as error:
+            example(selection=content).save(path)
+        assert len(str(error.value).splitlines()) == 1
+    card = CARD.model_copy(update={"kv_heads": 3})  # pydantic checks no copy
+    with pytest.raises(KascadeError):
+        example().model_copy(update={"model": card}).save(tmp_path / "p.yaml")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_that_are_none_are_written_as_null():
+    text = example(selection={"kl": math.inf, "rows": [math.nan]}).checked_dumps()
+    assert Profile.loads(text).selection == {"kl": None, "rows": [None]}
+
+
+def test_build_refuses_what_is_no_profile_in_one_line():
+    with pytest.raises(KascadeError, match="^no profile can be made: layers.1.heads.decode.1: head 9 is out of range"):
+        example(head_maps=MAPS | {1: {"decode": [0, 9], "prefill": [0, 1]}})
+
+
+def test_files_that_are_too_large_or_no_files(tmp_path):
+    path = tmp_path / "large.yaml"
+    path.write_text(example().dumps() + "#" * MAX_BYTES)
+    with pytest.raises(KascadeError, match=f"more than {MAX_BYTES} bytes"):
+        Profile.load(path)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for strange in (tmp_path / "pipe.yaml", tmp_path, "/dev/zero"):
+        with pytest.raises(KascadeError, match="cannot read profile .*(not a regular file|[Ff]older|directory)"):
+            Profile.load(strange)
+    with pytest.raises(UsageError, match="too long"):
+        Profile.load("x" * 300)
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("profiles/*.yaml")), ids=lambda path: path.name)
+def test_profiles_of_the_repository_read_as_any_yaml_reader_reads_them(path):
+    profile = Profile.load(path)
+    assert profile.dumps() == path.read_text()
+    assert profile.model_dump(by_alias=True, exclude_none=True, mode="json") == yaml.safe_load(path.read_text())

@@ -27,7 +27,7 @@ from export import export_model
 from recipes import RECIPES, Recipe
 from torch import nn
 
-from kascade_cli import console
+from kascade_cli import console, files
 from kascade_cli.errors import KascadeError, UsageError
 
 CHECK_EVERY = 10  # steps between accuracy checks, which may end a stage
@@ -282,7 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
         "torch": torch.__version__,
         "log": state.log,
     }
-    console.atomic_write(options.out / "train.json", json.dumps(record, indent=1) + "\n")
+    files.atomic_write(options.out / "train.json", json.dumps(record, indent=1) + "\n")
     result = options.out / "model"
     console.err.print(f"wrote {result}; score it with: python benchmarks/dense_scores.py {result}", soft_wrap=True)
 

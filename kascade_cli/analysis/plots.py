@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kascade_cli.analysis.anchors import layer_similarity
-from kascade_cli.analysis.selection import Problem, Row
+from kascade_cli.analysis.selection import Row
 from kascade_cli.analysis.similarity import Measured
 from kascade_cli.errors import KascadeError, require_extra
 
@@ -143,7 +143,6 @@ def sparsity(measured: Measured) -> Any:
 def draw_all(
     folder: str | Path,
     measured: Measured,
-    problem: Problem,
     rows: Sequence[Row],
     chosen: Row,
     candidates: Sequence[Any],

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kascade_cli.attention import attach
-from kascade_cli.attention.refresh import Refresh
 from kascade_cli.benchmarking.baselines import BASELINES, Baseline, why_missing
 from kascade_cli.benchmarking.model import Say, failure, timing_fields
 from kascade_cli.benchmarking.report import Row, base_row, strategy_fields
-from kascade_cli.benchmarking.roles import Setting, case_of, make_inputs
+from kascade_cli.benchmarking.roles import Bench, case_of, make_inputs
 from kascade_cli.benchmarking.shapes import Shape, describe_sizes
 from kascade_cli.benchmarking.timing import capture, free_memory, time_calls
 from kascade_cli.errors import KascadeError
-from kascade_cli.models import describe
+from kascade_cli.integrations.transformers import attach
+from kascade_cli.models import attention_implementation, describe
 from kascade_cli.schema import Profile
+from kascade_cli.sparse.strategies.refresh import Memory
 
 DENSE = "kascade-bench-dense"
 
 
-def fastest_dense(shape: Shape, phase: str, batch: int, context: int, setting: Setting) -> Baseline:
+def fastest_dense(shape: Shape, phase: str, batch: int, context: int, setting: Bench) -> Baseline:
     """The fastest dense attention that needs no plan, measured now on one layer of this size."""
     case = case_of(shape, phase, batch, context, setting)
     inputs = make_inputs(case, setting)
@@ -60,15 +60,11 @@ def dense_attention(model: Any, baseline: Baseline) -> Iterator[None]:
 
     AttentionInterface.register(DENSE, attention)
     AttentionMaskInterface.register(DENSE, lambda *args, **kwargs: None)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(DENSE)
-    try:
+    with attention_implementation(model, DENSE):
         yield
-    finally:
-        model.set_attn_implementation(before)
 
 
-def profile_for(model: Any, shape: Shape, setting: Setting) -> Profile:
+def profile_for(model: Any, shape: Shape, setting: Bench) -> Profile:
     """A profile with the shape's anchors and identity head maps: what is chosen does not matter to a clock."""
     info = describe(model, shape.name)
     heads = list(range(info.kv_heads))
@@ -79,10 +75,10 @@ def profile_for(model: Any, shape: Shape, setting: Setting) -> Profile:
     )
 
 
-def filled_cache(model: Any, batch: int, context: int, setting: Setting) -> tuple[Any, Tensor]:
+def filled_cache(model: Any, batch: int, context: int, setting: Bench) -> tuple[Any, Tensor]:
     """A static cache of `context` slots filled with random normal keys and values, and its lengths (int64 [L]).
 
-    Setting the lengths to n makes the next step write slot n. They are views of one tensor, so one kernel sets all.
+    Bench the lengths to n makes the next step write slot n. They are views of one tensor, so one kernel sets all.
     """
     from transformers import StaticCache
 
@@ -99,7 +95,7 @@ def filled_cache(model: Any, batch: int, context: int, setting: Setting) -> tupl
     return cache, lengths
 
 
-def decode_row(model: Any, batch: int, cache: Any, lengths: Tensor, context: int, setting: Setting) -> Row:
+def decode_row(model: Any, batch: int, cache: Any, lengths: Tensor, context: int, setting: Bench) -> Row:
     """One decode step at `context` keys, timed: milliseconds and tokens per second."""
     tokens = torch.randint(5, 200, (batch, 1), device=setting.device)
 
@@ -118,7 +114,7 @@ def _no_graph(error: Exception) -> str:
     return f"no CUDA graph: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
-def _time_step(step: Callable[[], None], setting: Setting) -> Row:
+def _time_step(step: Callable[[], None], setting: Bench) -> Row:
     """A step in a CUDA graph where that works; eager, with the reason, where it does not."""
     device, note = setting.device, ""
     seconds = max(setting.seconds, 0.5)
@@ -137,7 +133,7 @@ def _time_step(step: Callable[[], None], setting: Setting) -> Row:
 
 
 def cycle_row(
-    model: Any, batch: int, cache: Any, lengths: Tensor, context: int, setting: Setting, refresh: Refresh
+    model: Any, batch: int, cache: Any, lengths: Tensor, context: int, setting: Bench, refresh: Memory
 ) -> Row:
     """A cycle of kascade-refresh that ends at `context` keys: the mean of its steps, and the time of both kinds.
 
@@ -190,7 +186,7 @@ def cycle_row(
     return fields | more | kinds | {"tokens_s": round(batch * 1000 / fields["ms_p50"], 1)}
 
 
-def prefill_row(model: Any, batch: int, context: int, setting: Setting) -> Row:
+def prefill_row(model: Any, batch: int, context: int, setting: Bench) -> Row:
     """Time to first token: a whole prefill into a dynamic cache, logits of the last position only."""
     tokens = torch.randint(5, 200, (batch, context), device=setting.device)
 
@@ -208,7 +204,7 @@ def run_e2e(
     shape: Shape,
     phase: str,
     sizes: Sequence[tuple[int, int]],
-    setting: Setting,
+    setting: Bench,
     profile: Profile | None = None,
     say: Say = lambda text: None,
     done: Callable[[list[Row]], None] = lambda rows: None,
@@ -241,7 +237,7 @@ def _one_size(
     phase: str,
     batch: int,
     context: int,
-    setting: Setting,
+    setting: Bench,
     profile: Profile,
     base: Row,
     say: Say,
@@ -267,7 +263,7 @@ def _one_size(
     options = strategy_fields(setting)
     with attach(model, profile, backend=backend, allow_other_weights=True, **options) as attachment:
         if setting.refresh is not None and phase == "decode":
-            cycle = cycle_row(model, batch, cache, lengths, context, setting, attachment.refresh)
+            cycle = cycle_row(model, batch, cache, lengths, context, setting, attachment.memory)
             sparse = base | {"name": "sparse"} | options | cycle
         else:
             sparse = base | {"name": "sparse"} | options | measure()
@@ -277,7 +273,7 @@ def _one_size(
     return [dense | {"speedup": 1.0}, sparse | {"speedup": speedup, "baseline": baseline.name}]
 
 
-def check_memory(shape: Shape, phase: str, batch: int, context: int, setting: Setting) -> None:
+def check_memory(shape: Shape, phase: str, batch: int, context: int, setting: Bench) -> None:
     """Raises KascadeError if the cache alone does not fit the GPU; says how much it needs."""
     if setting.device.type != "cuda":
         return

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kascade_cli.attention.plan import REUSED_NORM
 from kascade_cli.benchmarking.baselines import OWN, Baseline, why_missing
 from kascade_cli.benchmarking.report import Row, base_row, strategy_fields
 from kascade_cli.benchmarking.roles import (
     BETWEEN,
+    REUSED_NORM,
     ROLES,
-    Setting,
+    Bench,
     case_of,
     make_inputs,
     make_sets,
@@ -65,9 +65,7 @@ def timing_fields(timing: Timing) -> dict[str, Any]:
     return {**digits, "repeats": timing.repeats, "method": timing.method, **note}
 
 
-def dense_rows(
-    baselines: Sequence[Baseline], case: Any, setting: Setting, base: Row, say: Say = _nothing
-) -> list[Row]:
+def dense_rows(baselines: Sequence[Baseline], case: Any, setting: Bench, base: Row, say: Say = _nothing) -> list[Row]:
     """One row per baseline; one that cannot run has `skipped` with the reason instead of times."""
     work = work_of(f"{case.phase}_dense", case)
     sets = make_sets(case, setting, case.kv_bytes)
@@ -95,7 +93,7 @@ def best_dense(rows: Sequence[Row]) -> Row | None:
     return min(timed, key=lambda row: row["ms_p50"]) if timed else None
 
 
-def role_rows(case: Any, setting: Setting, base: Row, say: Say = _nothing) -> list[Row]:
+def role_rows(case: Any, setting: Bench, base: Row, say: Say = _nothing) -> list[Row]:
     """Rows `layer0`, `anchor`, `reuse` and `pass` (what every forward pass does once).
 
     With kascade-refresh also those of a decode step that reads kept keys: `layer0_between`, `reuse_between` (anchors
@@ -154,14 +152,14 @@ def whole_model(roles: Sequence[Row], dense: Row | None, shape: Shape, base: Row
     if dense is None:
         return row
     speedup = shape.layers * dense["ms_p50"] / total
-    return row | {"dense_ms": dense["ms_p50"], "baseline": dense["name"], "speedup": round(speedup, 3)}
+    return row | {"dense_ms": dense["ms_p50"], "baseline": dense["name"], "speedup": float(f"{speedup:.4g}")}
 
 
 def run_model(
     shape: Shape,
     phase: str,
     sizes: Sequence[tuple[int, int]],
-    setting: Setting,
+    setting: Bench,
     baselines: Sequence[Baseline],
     say: Say = _nothing,
     done: Callable[[list[Row]], None] = lambda rows: None,

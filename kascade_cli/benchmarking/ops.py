@@ -8,7 +8,7 @@ import torch
 from kascade_cli.benchmarking.baselines import Baseline
 from kascade_cli.benchmarking.model import Say, best_dense, dense_rows, failure, timing_fields
 from kascade_cli.benchmarking.report import Row, base_row
-from kascade_cli.benchmarking.roles import Inputs, Setting, case_of, make_inputs, make_sets
+from kascade_cli.benchmarking.roles import Bench, Inputs, case_of, make_inputs, make_sets
 from kascade_cli.benchmarking.shapes import Shape
 from kascade_cli.benchmarking.timing import Call, free_memory, time_calls
 from kascade_cli.benchmarking.work import Case, Work, work_of
@@ -26,12 +26,12 @@ def _head_map(case: Case, device: torch.device) -> torch.Tensor:
     return torch.arange(case.kv_heads - 1, -1, -1, dtype=torch.int32, device=device)
 
 
-def decode_ops(case: Case, setting: Setting) -> Iterator[_Op]:
+def decode_ops(case: Case, setting: Bench) -> Iterator[_Op]:
     """The four decode ops, dense attention that leaves scores as well, and an anchor's sparse attention."""
     ops = setting.backend
 
     def lengths(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        return inputs.forward.kv_start, inputs.forward.kv_len
+        return inputs.batch.lengths.kv_start, inputs.batch.lengths.kv_len
 
     def dense(inputs: Inputs, scores: bool) -> Call:
         row, where = inputs.q[:, :, 0], lengths(inputs)
@@ -43,12 +43,12 @@ def decode_ops(case: Case, setting: Setting) -> Iterator[_Op]:
 
     def select(inputs: Inputs) -> Call:
         pooled, (start, length) = score(inputs)(), lengths(inputs)
-        rows = (inputs.forward.counts[:, None], start[:, None], length[:, None])
-        return lambda: ops.select_topk(pooled, *rows, max_count=inputs.forward.width)
+        rows = (inputs.batch.counts[:, None], start[:, None], length[:, None])
+        return lambda: ops.select_topk(pooled, *rows, max_count=inputs.batch.width)
 
     def sparse(inputs: Inputs, known: bool) -> Call:
-        chosen, row, forward = select(inputs)(), inputs.q[:, :, 0], inputs.forward
-        where = (chosen, forward.counts, _head_map(case, setting.device))
+        chosen, row = select(inputs)(), inputs.q[:, :, 0]
+        where = (chosen, inputs.batch.counts, _head_map(case, setting.device))
         logits = None
         if known:
             _, logits = ops.decode_score(row, inputs.k, *lengths(inputs), scale=inputs.scale, logits=True)
@@ -64,7 +64,7 @@ def decode_ops(case: Case, setting: Setting) -> Iterator[_Op]:
     yield "decode_sparse+logits", work_of("decode_sparse+logits", case), lambda inputs: sparse(inputs, True)
 
 
-def prefill_ops(case: Case, setting: Setting) -> Iterator[_Op]:
+def prefill_ops(case: Case, setting: Bench) -> Iterator[_Op]:
     """The prefill ops, the log-sum-exp pass, and Top-k over the last block of tiles."""
     ops = setting.backend
     tile = setting.budget.tile
@@ -73,8 +73,7 @@ def prefill_ops(case: Case, setting: Setting) -> Iterator[_Op]:
     last = tiles - block
 
     def lengths(inputs: Inputs) -> list[torch.Tensor]:
-        forward = inputs.forward
-        return [forward.query_start, forward.kv_start, forward.kv_len]
+        return list(inputs.batch.lengths)
 
     def dense(inputs: Inputs, values: bool) -> Call:
         where, v = lengths(inputs), inputs.v if values else None
@@ -94,22 +93,22 @@ def prefill_ops(case: Case, setting: Setting) -> Iterator[_Op]:
         return run
 
     def rows(inputs: Inputs, here: slice) -> list[torch.Tensor]:
-        forward = inputs.forward
-        return [forward.counts[:, None, here], forward.kv_start[:, None, None], forward.before[:, None, here]]
+        batch = inputs.batch
+        return [batch.counts[:, None, here], batch.lengths.kv_start[:, None, None], batch.before[:, None, here]]
 
     def select(inputs: Inputs) -> Call:
         pooled = scores(inputs, dense(inputs, False)()[1], last, block)
-        return lambda: ops.select_topk(pooled, *rows(inputs, slice(last, None)), max_count=inputs.forward.width)
+        return lambda: ops.select_topk(pooled, *rows(inputs, slice(last, None)), max_count=inputs.batch.width)
 
     def selection(inputs: Inputs) -> tuple[torch.Tensor, ...]:
         _, lse = dense(inputs, False)()
-        forward, parts = inputs.forward, []
+        batch, parts = inputs.batch, []
         for first in range(0, tiles, block):
             count = min(block, tiles - first)
             pooled = scores(inputs, lse, first, count)
             here = rows(inputs, slice(first, first + count))
-            parts.append(ops.select_topk(pooled, *here, max_count=forward.width))
-        return torch.cat(parts, 2), forward.counts, _head_map(case, setting.device), *lengths(inputs)
+            parts.append(ops.select_topk(pooled, *here, max_count=batch.width))
+        return torch.cat(parts, 2), batch.counts, _head_map(case, setting.device), *lengths(inputs)
 
     def sparse(inputs: Inputs) -> Call:
         where = selection(inputs)
@@ -134,7 +133,7 @@ def run_ops(
     shape: Shape,
     phase: str,
     sizes: Sequence[tuple[int, int]],
-    setting: Setting,
+    setting: Bench,
     baselines: Sequence[Baseline],
     say: Say = lambda text: None,
     done: Callable[[list[Row]], None] = lambda rows: None,
@@ -165,7 +164,7 @@ def run_ops(
     return rows
 
 
-def _op_rows(case: Case, setting: Setting, base: Row, say: Say) -> list[Row]:
+def _op_rows(case: Case, setting: Bench, base: Row, say: Say) -> list[Row]:
     rows = []
     sets = [make_inputs(case, setting)]
     listed: Iterator[Any] = (decode_ops if case.phase == "decode" else prefill_ops)(case, setting)

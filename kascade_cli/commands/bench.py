@@ -8,14 +8,13 @@ import typer
 
 from kascade_cli.commands import options as shared
 from kascade_cli.console import (
-    atomic_write,
-    check_output,
     err,
     out,
     parse_sizes,
     print_json,
 )
 from kascade_cli.errors import UsageError, require_extra
+from kascade_cli.files import atomic_write, check_output
 
 bench = typer.Typer(
     name="bench",
@@ -243,7 +242,7 @@ class _Job:
     ) -> _Run:
         """Shape, device, backend and budget. Raises UsageError for options that exclude each other."""
         from kascade_cli.benchmarking import shapes
-        from kascade_cli.benchmarking.roles import Setting, with_strategy
+        from kascade_cli.benchmarking.roles import Bench, with_strategy
         from kascade_cli.kernels import get_backend
         from kascade_cli.models import resolve_device, resolve_dtype
         from kascade_cli.schema import Budget, Profile
@@ -274,7 +273,7 @@ class _Job:
         element = resolve_dtype(dtype or ("bfloat16" if gpu else "float32"))
         if isinstance(element, str):
             raise UsageError("dtype auto means nothing without a checkpoint: use bfloat16, float16 or float32")
-        setting = Setting(get_backend(backend, where), where, element, budget, seconds if gpu else min(seconds, 0.2))
+        setting = Bench(get_backend(backend, where), where, element, budget, seconds if gpu else min(seconds, 0.2))
         weights = model or ("demo" if whole and chosen.name == "demo" else None)
         if whole and loaded and not (weights or shape):
             raise UsageError("e2e with --profile needs the weights (--model) or a named --shape")

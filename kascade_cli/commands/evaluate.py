@@ -6,10 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import check_output, err, format_size, out, parse_floats, parse_sizes, print_json, progress
+from kascade_cli.console import compiling, err, format_size, out, parse_floats, parse_sizes, print_json, progress
 from kascade_cli.errors import KascadeError, TargetMissed, UsageError, require_extra
+from kascade_cli.files import check_output
+from kascade_cli.strategy_list import strategy_names
 
-DEFAULT_PROMPTS = 16
 DEFAULT_LENGTH = 1024
 _WIDTH = 120
 
@@ -28,16 +29,12 @@ def evaluate(
     ] = None,
     strategies: Annotated[
         str,
-        typer.Option(
-            help="Comma-separated: dense, kascade, kascade-pooled, kascade-no-remap, kascade-decode-only, "
-            "kascade-reused-norm, kascade-refresh, oracle, streaming-llm."
-        ),
+        typer.Option(help=f"Comma-separated, options after colons (streaming-llm:ratio=0.3): {strategy_names()}."),
     ] = "dense,kascade,streaming-llm",
     ratio: Annotated[
         str | None, typer.Option(help="Shares of the keys to read, such as 0.05,0.1,0.2. Default: the profile's.")
     ] = None,
     min_keys: shared.MinKeys = None,
-    refresh: shared.Refresh = None,
     max_length: Annotated[
         str | None,
         typer.Option(
@@ -81,7 +78,6 @@ def evaluate(
         require_extra("matplotlib", "plot")
     lengths = parse_sizes(max_length, "--max-length") if max_length is not None else []
     ratios = parse_floats(ratio) if ratio is not None else [None]
-    names = [name.strip() for name in strategies.split(",")]
 
     from kascade_cli.schema import Profile
 
@@ -89,9 +85,13 @@ def evaluate(
 
     from kascade_cli.demo import DEMO_TASKS
     from kascade_cli.evaluation.anchors import parse_anchors
-    from kascade_cli.evaluation.cases import split_sources
+    from kascade_cli.evaluation.cases import gather_cases, split_sources
+    from kascade_cli.evaluation.plan import anchors_label, check_strategies, parse_strategies, plan_runs
     from kascade_cli.evaluation.require import parse_requirement
-    from kascade_cli.kernels.backend import check_backend
+    from kascade_cli.evaluation.run import run_table
+    from kascade_cli.integrations.transformers import compile_ahead
+    from kascade_cli.models import describe, load_model
+    from kascade_cli.sparse import Setting
 
     demo_task = DEMO_TASKS.get(model)
     asked = [part.strip() for entry in task or [demo_task or "hops"] for part in entry.split(",")]
@@ -99,29 +99,34 @@ def evaluate(
     # A file has the lengths it has; built-in texts are made to one.
     lengths = lengths or [DEFAULT_LENGTH if sources[0] else None]
     sets = {text: parse_anchors(text) for text in anchors or []}
-    _check(names, ratios, lengths, loaded_profile, sets, capture, chat, sources)
-    refresh = _check_refresh(names, refresh)
-    check_backend(backend)
-    labels = names + list(dict.fromkeys(_label(chosen) for chosen in sets.values()))
+    base = Setting(profile=loaded_profile, min_keys=min_keys, backend=backend, allow_other_weights=allow_other_weights)
+    named = parse_strategies(strategies, base)
+    check_strategies(named, ratios)
+    _check(ratios, lengths, loaded_profile, sets, capture, chat, sources)
+    labels = [label for label, _ in named] + list(dict.fromkeys(anchors_label(chosen) for chosen in sets.values()))
     kinds = [*sources[0], *(path.stem for path in sources[2])]
     targets = [parse_requirement(text, labels, kinds) for text in require or []]
-
-    from kascade_cli.attention import compile_ahead
-    from kascade_cli.models import describe, load_model
 
     loaded, tokenizer = load_model(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
     info = describe(loaded, model)
     asked_for = {"num_prompts": num_prompts, "questions": questions, "seed": seed, "chat": chat}
-    found = [(length, _cases(sources, tokenizer, info, length, **asked_for)) for length in lengths]
+    found = [(length, gather_cases(sources, tokenizer, info, length, **asked_for, note=_note)) for length in lengths]
     cases = {length or max(case.tokens for case in part): part for length, part in found}
-    runs, maps = _runs(names, ratios, loaded_profile, sets, capture, info, seed, refresh)
+    runs, maps = plan_runs(named, ratios, sets, capture, info, base, seed)
 
-    if set(names) != {"dense"} or sets:
-        compile_ahead(loaded, loaded_profile, backend=backend)
-    options = {"min_keys": min_keys, "backend": backend, "allow_other_weights": allow_other_weights}
-    rows = _evaluate(loaded, tokenizer, cases, runs, options)
+    if any(run.strategy != "dense" for run in runs):
+        compile_ahead(loaded, loaded_profile, backend=backend, progress=compiling)
+    passes = sum(len(run.settings) for run in runs)
+    # Time grows with the tokens read, so they are what the bar counts.
+    total = sum(case.tokens for part in cases.values() for case in part) * passes
+    with progress("evaluating", total=total) as bar:
+
+        def show(what: str, tokens: int) -> None:
+            bar.update(bar.first, description=what, advance=tokens)
+
+        rows = run_table(loaded, tokenizer, cases, runs, show)
     verdicts = [verdict for target in targets for verdict in target.check(rows)]
     document = {
         "model": model,
@@ -141,13 +146,16 @@ def evaluate(
         from kascade_cli.evaluation.plot import draw
 
         draw(document, plot)
-        err.print(f"wrote {plot}", markup=False, soft_wrap=True)
+        _note(f"wrote {plot}")
     print_json(document) if as_json else _render(document)
     _judge(verdicts)
 
 
+def _note(line: str) -> None:
+    err.print(line, markup=False, soft_wrap=True)
+
+
 def _check(
-    names: list[str],
     ratios: list[float | None],
     lengths: list[int | None],
     profile: Any,
@@ -157,13 +165,6 @@ def _check(
     sources: Any,
 ) -> None:
     """Refuses what cannot work before a model is loaded."""
-    from kascade_cli.attention.plan import check_strategy
-
-    for name in names:
-        for value in ratios:
-            check_strategy(name, profile, value)
-    if len(set(names)) < len(names):
-        raise UsageError(f"--strategies {','.join(names)} names a strategy twice")
     for option, values in (("--ratio", ratios), ("--max-length", lengths)):
         if len(set(values)) < len(values):
             raise UsageError(f"{option} names {next(v for v in values if values.count(v) > 1)} twice")
@@ -180,118 +181,6 @@ def _check(
         from kascade_cli.capture.store import open_capture
 
         open_capture(capture).close()
-
-
-def _check_refresh(names: list[str], refresh: int | None) -> int | None:
-    """How often kascade-refresh chooses keys, or None without that strategy."""
-    from kascade_cli.attention.plan import REFRESH, check_refresh
-
-    return check_refresh(REFRESH if REFRESH in names else ", ".join(names), refresh)
-
-
-def _label(chosen: int | list[int]) -> str:
-    return "random" if isinstance(chosen, int) else f"kascade[{','.join(map(str, chosen))}]"
-
-
-def _cases(
-    sources: Any,
-    tokenizer: Any,
-    info: Any,
-    length: int | None,
-    *,
-    num_prompts: int | None,
-    questions: int,
-    seed: int,
-    chat: bool,
-) -> list[Any]:
-    from kascade_cli.evaluation.cases import built_in_cases, file_cases
-
-    kinds, layout, files = sources
-    cases = []
-    if kinds:
-        cases += built_in_cases(
-            kinds,
-            layout,
-            tokenizer,
-            length=length,
-            num_prompts=num_prompts or DEFAULT_PROMPTS,
-            questions=questions,
-            seed=seed,
-        )
-        longest = max(case.positions for case in cases)
-        if info.max_positions and longest > info.max_positions:
-            raise KascadeError(
-                f"prompts of {format_size(length)} tokens take {longest} positions with question and answer, and "
-                f"{info.name} has {info.max_positions}: lower --max-length"
-            )
-    for path in files:
-        found, dropped = file_cases(
-            path, tokenizer, max_length=length, limit=num_prompts, chat=chat, room=info.max_positions
-        )
-        if dropped:
-            bound = min(bound for bound in (length, info.max_positions) if bound)
-            err.print(
-                f"{path}: {dropped} prompts longer than {format_size(bound)} left out", markup=False, soft_wrap=True
-            )
-        cases += found
-    return cases
-
-
-def _runs(
-    names: list[str],
-    ratios: list[float | None],
-    profile: Any,
-    sets: dict[str, Any],
-    capture: Path | None,
-    info: Any,
-    seed: int,
-    refresh: int | None,
-) -> tuple[list[Any], str]:
-    """(what to run for each length, how the head maps of other anchors were made)."""
-    from kascade_cli.attention.plan import REFRESH
-    from kascade_cli.evaluation.anchors import HeadMaps, random_sets, with_anchors
-    from kascade_cli.evaluation.run import Run
-
-    # dense has no budget: one row is enough, and the others are compared with it.
-    runs = [Run("dense", "dense", None, (profile,))] if "dense" in names else []
-    maps = HeadMaps(info, capture if sets else None)
-    for value in ratios:
-        for name in names:
-            if name != "dense":
-                runs.append(Run(name, name, value, (profile,), refresh=refresh if name == REFRESH else None))
-        for chosen in sets.values():
-            drawn = random_sets(info, profile.anchors, chosen, seed) if isinstance(chosen, int) else [chosen]
-            profiles = tuple(with_anchors(profile, info, layers, maps) for layers in drawn)
-            runs.append(Run(_label(chosen), "kascade", value, profiles, draws=isinstance(chosen, int)))
-    return runs, "capture" if maps.sims else "identity"
-
-
-def _evaluate(
-    model: Any, tokenizer: Any, cases: dict[int, list[Any]], runs: list[Any], options: dict[str, Any]
-) -> list[dict[str, Any]]:
-    from kascade_cli.evaluation.run import run_cases, summarise
-
-    passes = sum(len(run.profiles) for run in runs)
-    # Time grows with the tokens read, so they are what the bar counts.
-    total = sum(case.tokens for part in cases.values() for case in part) * passes
-    rows = []
-    with progress("evaluating", total=total) as bar:
-        for length, part in cases.items():
-            dense = None
-            for run in runs:
-                bar.update(bar.first, description=f"{run.label} at {format_size(length)}")
-                outcome = run_cases(
-                    model,
-                    tokenizer,
-                    part,
-                    run,
-                    advance=lambda tokens: bar.advance(bar.first, tokens),
-                    **options,
-                )
-                if run.strategy == "dense":
-                    dense = outcome
-                rows.append({"length": length} | summarise(outcome, part, dense))
-    return rows
 
 
 def _render(document: dict[str, Any]) -> None:

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from kascade_cli.console import atomic_write, check_output, err
+from kascade_cli.console import err
 from kascade_cli.errors import KascadeError
+from kascade_cli.files import atomic_write, check_output
 
 _LETTERS = {"dense": "F", "anchor": "F", "reuse": "S", "passthrough": "F"}
 

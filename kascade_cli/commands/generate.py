@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import err, out, parse_size, print_json
+from kascade_cli.console import compiling, err, out, parse_size, print_json
 from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.strategy_list import strategy_names
 
 DEFAULT_NEW_TOKENS = 64
 DEFAULT_LENGTH = "1k"
@@ -33,17 +34,12 @@ def generate(
     ] = None,
     strategy: Annotated[
         str,
-        typer.Option(
-            help="kascade, kascade-pooled, kascade-no-remap, kascade-decode-only, kascade-reused-norm, "
-            "kascade-refresh, oracle, "
-            "streaming-llm or dense."
-        ),
+        typer.Option(help=f"With options after colons, such as streaming-llm:ratio=0.3. One of: {strategy_names()}."),
     ] = "kascade",
     ratio: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of the keys to read. Default: the profile's.")
     ] = None,
     min_keys: shared.MinKeys = None,
-    refresh: shared.Refresh = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens to write. Default: 64; with --task the length of the answer.")
     ] = None,
@@ -73,24 +69,20 @@ def generate(
     loaded_profile = Profile.load(profile) if profile else None
 
     from kascade_cli import generation
-    from kascade_cli.attention.plan import REFRESH
+    from kascade_cli.integrations.transformers import compile_ahead
     from kascade_cli.models import describe, load_model
+    from kascade_cli.sparse import Setting
     from kascade_cli.tasks import TASKS
+    from kascade_cli.tasks.chat import encode_request
 
-    names = ([compare] if compare else []) + [strategy]
-    settings = [
-        generation.Setting(
-            name,
-            loaded_profile,
-            ratio,
-            min_keys,
-            backend,
-            allow_other_weights,
-            # One of two strategies may have no use for it; if neither has, the last one's check says so.
-            refresh if name == REFRESH or REFRESH not in names else None,
-        )
-        for name in names
-    ]
+    given = {
+        "profile": loaded_profile,
+        "min_keys": min_keys,
+        "backend": backend,
+        "allow_other_weights": allow_other_weights,
+    }
+    settings = [Setting.parse(name, **given) for name in ([compare] if compare else []) + [strategy]]
+    settings = [one if one.ratio is not None else one.override(ratio=ratio) for one in settings]
     for setting in settings:
         setting.check()
     if task is not None and task not in TASKS:
@@ -104,10 +96,11 @@ def generate(
         ids, expected, answer_tokens = _question(model, tokenizer, task, length, seed)
         max_new_tokens = max_new_tokens or answer_tokens
     else:
-        ids = generation.encode_prompt(tokenizer, text, chat=chat)
+        ids = encode_request(tokenizer, text, chat=chat)
     max_new_tokens = max_new_tokens or DEFAULT_NEW_TOKENS
     generation.check_room(info, len(ids), max_new_tokens)
 
+    compile_ahead(loaded, loaded_profile, backend=backend, progress=compiling)
     sampling = generation.Sampling(temperature, seed)
     if compare:
         for setting in settings:

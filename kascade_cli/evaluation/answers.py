@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from kascade_cli.models import logits_at
+
 # Bytes of repeated cache held at a time, by device type.
 _CACHE_BYTES = {"cpu": 256 * 1024**2, "cuda": 4 * 1024**3}
 
@@ -47,7 +49,7 @@ class _Repeated:
     copied every time.
     """
 
-    def __init__(self, cache: DynamicCache, rows: int, extra: int):
+    def __init__(self, cache: Any, rows: int, extra: int):
         self.cache, self.filled = cache, cache.get_seq_length()
         self.slots = [self._allocate(layer, rows, extra) for layer in cache.layers]
 
@@ -62,27 +64,32 @@ class _Repeated:
             pair.append(wide)
         return pair[0], pair[1]
 
-    def take(self, rows: int) -> DynamicCache:
+    def take(self, rows: int) -> Any:
         """A cache of `rows` rows, valid until the next call."""
         taken = copy.copy(self.cache)
         taken.layers = []
         for layer, slots in zip(self.cache.layers, self.slots, strict=True):
             if slots is None:
                 layer = copy.deepcopy(layer)
-                if layer.is_initialized:
-                    layer.batch_repeat_interleave(rows)
+                # Selects the first row again and again; only full-attention layers have a method for repeating.
+                layer.reorder_cache(torch.zeros(rows, dtype=torch.long))
             else:
                 layer = _SlotsLayer(slots[0][:rows], slots[1][:rows], self.filled)
             taken.layers.append(layer)
         return taken
 
 
-def _row_bytes(cache: DynamicCache, extra: int) -> int:
+def _repeatable(cache: Any) -> bool:
+    """Whether its layers can be repeated; a cache class of the model's own may keep its state elsewhere."""
+    return type(cache) is DynamicCache
+
+
+def _row_bytes(cache: Any, extra: int) -> int:
     """Bytes of one row of the cache with `extra` more tokens."""
     total = 0
     for layer in cache.layers:
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if tensor is not None and tensor.dim() == 4:
+            if isinstance(tensor, Tensor) and tensor.dim() == 4:
                 total += tensor.numel() // max(tensor.shape[2], 1) * (tensor.shape[2] + extra) * tensor.element_size()
     return total
 
@@ -114,11 +121,10 @@ def greedy_answers(
     batch share the question's length; `max_bytes` bounds the repeated cache (default: 256 MB, 4 GB on a GPU).
     """
     shared = shared_tokens(len(context), min(map(len, questions)), tile)
-    rest = list(context[shared:])
-    cache = DynamicCache(config=model.config)
+    rest, cache = list(context[shared:]), None
     if shared:
         ids = torch.tensor([list(context[:shared])], device=model.device)
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = logits_at(model, ids, use_cache=True)[1].past_key_values  # of the model's own kind
     by_length: dict[int, list[int]] = {}
     for index, question in enumerate(questions):
         by_length.setdefault(len(question), []).append(index)
@@ -126,13 +132,15 @@ def greedy_answers(
     answers: list[list[int]] = [[] for _ in questions]
     for length, members in by_length.items():
         extra = len(rest) + length + max(new_tokens[index] for index in members)
-        batch = len(members)
-        if shared:
+        batch, repeated = len(members), None
+        if cache is not None and _repeatable(cache):
             batch = max(1, min(batch, limit // max(_row_bytes(cache, extra), 1)))
             repeated = _Repeated(cache, batch, extra)
+        elif cache is not None:
+            batch = 1
         for begin in range(0, len(members), batch):
             part = members[begin : begin + batch]
-            rows = repeated.take(len(part)) if shared else DynamicCache(config=model.config)
+            rows = repeated.take(len(part)) if repeated else copy.deepcopy(cache)
             chunk = torch.tensor([rest + list(questions[index]) for index in part], device=model.device)
             written = _decode(model, rows, chunk, max(new_tokens[index] for index in part))
             for index, tokens in zip(part, written.tolist(), strict=True):
@@ -140,12 +148,12 @@ def greedy_answers(
     return answers
 
 
-def _decode(model: nn.Module, cache: DynamicCache, chunk: Tensor, steps: int) -> Tensor:
-    """Prefills chunk [B, T] behind the cache and decodes greedily: int64 [B, steps]."""
+def _decode(model: nn.Module, cache: Any, chunk: Tensor, steps: int) -> Tensor:
+    """Prefills chunk [B, T] behind the cache (None: a new one) and decodes greedily: int64 [B, steps]."""
     tokens = []
     for _ in range(steps):
-        logits = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        chunk = logits.argmax(-1, keepdim=True)
+        logits, output = logits_at(model, chunk, past_key_values=cache, use_cache=True)
+        cache, chunk = output.past_key_values, logits[:, -1].argmax(-1, keepdim=True)
         tokens.append(chunk)
     return torch.cat(tokens, 1)
 

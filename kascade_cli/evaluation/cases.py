@@ -1,15 +1,19 @@
 """What is asked: contexts with questions, from the built-in tasks' test split or from the user's own .jsonl file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kascade_cli.console import format_size
 from kascade_cli.errors import KascadeError, UsageError
-from kascade_cli.generation import encode_prompt
+from kascade_cli.models import ModelInfo
 from kascade_cli.tasks import TASKS, check_words, exact_match, get_task, make_prompt, member_tasks, prompt_rng
+from kascade_cli.tasks.chat import encode_request
 from kascade_cli.tasks.encoding import encode_more, encode_text
+
+DEFAULT_PROMPTS = 16
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def file_cases(
     for number, row in _rows(path):
         if limit is not None and len(cases) == limit:
             break
-        ids = encode_prompt(tokenizer, row["prompt"], chat=chat, place=f"{path}, line {number}")
+        ids = encode_request(tokenizer, row["prompt"], chat=chat, place=f"{path}, line {number}")
         answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"] if chat else None
         answer = encode_more(tokenizer, row["answer"]) if answer is None else answer
         if (max_length and len(ids) > max_length) or (room and len(ids) + len(answer) > room):
@@ -127,6 +131,46 @@ def file_cases(
         reason = f"all {dropped} prompts are longer than {limit} tokens" if dropped else "it has no rows"
         raise KascadeError(f"no prompts left of {path}: {reason}")
     return cases, dropped
+
+
+def gather_cases(
+    sources: tuple[Sequence[str], str | None, Sequence[Path]],
+    tokenizer: Any,
+    info: ModelInfo,
+    length: int | None,
+    *,
+    num_prompts: int | None,
+    questions: int,
+    seed: int,
+    chat: bool,
+    note: Callable[[str], None] = lambda text: None,
+) -> list[Case]:
+    """The cases of all `sources` (split_sources) at one length. `note` gets one line where a file's rows are left out.
+
+    Raises KascadeError for texts that do not fit into the model's positions.
+    """
+    kinds, layout, files = sources
+    cases: list[Case] = []
+    if kinds:
+        count = num_prompts or DEFAULT_PROMPTS
+        cases += built_in_cases(
+            kinds, layout, tokenizer, length=length, num_prompts=count, questions=questions, seed=seed
+        )
+        longest = max(case.positions for case in cases)
+        if info.max_positions and longest > info.max_positions:
+            raise KascadeError(
+                f"prompts of {format_size(length)} tokens take {longest} positions with question and answer, and "
+                f"{info.name} has {info.max_positions}: lower --max-length"
+            )
+    for path in files:
+        found, dropped = file_cases(
+            path, tokenizer, max_length=length, limit=num_prompts, chat=chat, room=info.max_positions
+        )
+        if dropped:
+            bound = min(bound for bound in (length, info.max_positions) if bound)
+            note(f"{path}: {dropped} prompts longer than {format_size(bound)} left out")
+        cases += found
+    return cases
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:

@@ -1,16 +1,18 @@
 """Scores of strategies on the same questions, with intervals that know that questions of a prompt belong together."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from kascade_cli.attention import attach
+from kascade_cli.console import format_size
 from kascade_cli.evaluation.answers import greedy_answers
 from kascade_cli.evaluation.cases import Case, is_right
-from kascade_cli.schema import Profile
+from kascade_cli.integrations.transformers import attach_setting
+from kascade_cli.sparse import Setting
+from kascade_cli.sparse.strategy import strategy_class
 from kascade_cli.tasks import Interval, cluster_interval, paired_interval
 
 MEAN = "mean"  # the unweighted mean over tasks
@@ -18,17 +20,19 @@ MEAN = "mean"  # the unweighted mean over tasks
 
 @dataclass(frozen=True)
 class Run:
-    """One row of the table: a strategy at a ratio. Several `profiles` are draws that it is averaged over.
-
-    refresh: of kascade-refresh, the decode steps from one choice of keys to the next.
-    """
+    """One row of the table: how attention runs. Several settings are draws that it is averaged over."""
 
     label: str
-    strategy: str
-    ratio: float | None
-    profiles: tuple[Profile | None, ...]
+    settings: tuple[Setting, ...]
     draws: bool = False
-    refresh: int | None = None
+
+    @property
+    def strategy(self) -> str:
+        return self.settings[0].strategy
+
+    @property
+    def needs_profile(self) -> bool:
+        return strategy_class(self.strategy).needs_profile
 
 
 @dataclass
@@ -55,34 +59,21 @@ def run_cases(
     cases: Sequence[Case],
     run: Run,
     *,
-    min_keys: int | None = None,
-    backend: str = "auto",
-    allow_other_weights: bool = False,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Outcome:
     """Answers every question of every case under `run`. `advance(tokens)` is called after each case and draw."""
     began = time.perf_counter()
     right, densities = [], []
-    for profile in run.profiles:
-        attachment = attach(
-            model,
-            profile,
-            strategy=run.strategy,
-            ratio=run.ratio,
-            min_keys=min_keys,
-            refresh=run.refresh,
-            backend=backend,
-            allow_other_weights=allow_other_weights,
-        )
+    for setting in run.settings:
         row: list[bool] = []
-        with attachment:
+        with attach_setting(model, setting) as attachment:
             for case in cases:
                 answers = greedy_answers(
                     model,
                     case.context,
                     [question.ids for question in case.questions],
                     [question.answer_tokens for question in case.questions],
-                    tile=attachment.plan.budget.tile,
+                    tile=attachment.budget.tile,
                 )
                 pairs = zip(answers, case.questions, strict=True)
                 row += [is_right(tokenizer, tokens, question) for tokens, question in pairs]
@@ -100,6 +91,30 @@ def run_cases(
         time.perf_counter() - began,
         report["fallbacks"],
     )
+
+
+def run_table(
+    model: Any,
+    tokenizer: Any,
+    cases: Mapping[int, Sequence[Case]],
+    runs: Sequence[Run],
+    progress: Callable[[str, int], None] = lambda what, tokens: None,
+) -> list[dict[str, Any]]:
+    """One JSON row (`summarise`) per length and run; the first dense run is what the others are compared with.
+
+    `progress(what runs, tokens read since the last call)`.
+    """
+    rows = []
+    for length, part in cases.items():
+        dense = None
+        for run in runs:
+            what = f"{run.label} at {format_size(length)}"
+            progress(what, 0)
+            outcome = run_cases(model, tokenizer, part, run, advance=lambda tokens, what=what: progress(what, tokens))
+            if run.strategy == "dense":
+                dense = dense or outcome
+            rows.append({"length": length} | summarise(outcome, part, dense))
+    return rows
 
 
 def draws_interval(
@@ -154,11 +169,11 @@ def summarise(outcome: Outcome, cases: Sequence[Case], baseline: Outcome | None)
         "seconds": round(outcome.seconds, 2),
         "backend": outcome.backend,
     }
-    if run.strategy.startswith("kascade"):
-        anchors = [profile.anchors for profile in run.profiles]
+    if run.needs_profile:
+        anchors = [setting.profile.anchors for setting in run.settings]
         row["anchors"] = anchors if run.draws else anchors[0]
-    if run.refresh is not None:
-        row["refresh"] = run.refresh
+    if options := strategy_class(run.strategy).read_options(run.settings[0].options):
+        row["options"] = options
     if run.draws:
         row["draws"] = [round(100 * float((right * weights).mean()), 2) for right in outcome.right]
     return row

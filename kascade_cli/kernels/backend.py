@@ -1,43 +1,44 @@
 """Which implementation of the attention ops runs. TileLang ops fall back one by one, and say so once."""
 
-import importlib
+import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.kernels import reference
+from kascade_cli.kernels.contract import OPS, Progress, Unsupported
 
-OPS = (
-    "decode_dense",
-    "decode_score",
-    "select_topk",
-    "decode_sparse",
-    "prefill_dense",
-    "prefill_score",
-    "prefill_sparse",
-    "prefill_sparse_lse",
-)
 BACKENDS = ("auto", "torch", "tilelang")
 
 log = logging.getLogger("kascade")
 
 
-class Unsupported(KascadeError):
-    """This op cannot run these arguments; the message says why. With `auto` the reference takes over."""
+@dataclass(frozen=True)
+class _Registered:
+    ops: dict[str, Callable[..., Any]]
+    why_not: Callable[[torch.device], str | None] | None
+
+
+_registered: dict[str, _Registered] = {}
 
 
 class Backend:
-    """The ops as attributes. `name` is `torch` or `tilelang`.
+    """The ops as attributes. `name` is `torch`, `tilelang` or one that `register_backend` knows.
 
-    With `strict`, a TileLang op that cannot run raises; otherwise the reference runs and one warning names the reason.
+    With `strict`, an op that cannot run raises; otherwise the reference runs and one warning names the reason.
+    `fused`: its dense attention leaves a log-sum-exp at no cost and `prefill_score` is faster with one; the reference
+    computes its own.
     """
 
     def __init__(self, name: str, *, strict: bool = False):
         self.name = name
         self.strict = strict
+        self.fused = name != "torch"
         self.fallbacks: dict[str, str] = {}
         for op in OPS:
             setattr(self, op, self._op(op))
@@ -46,7 +47,10 @@ class Backend:
         plain = getattr(reference, op)
         if self.name == "torch":
             return plain
-        fast = getattr(importlib.import_module(f"kascade_cli.kernels.tilelang.{op}"), op)
+        if self.name in _registered:
+            fast = _registered[self.name].ops[op]
+        else:
+            fast = getattr(importlib.import_module(f"kascade_cli.kernels.tilelang.{op}"), op)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -61,17 +65,44 @@ class Backend:
 
         return call
 
-    def compile_ahead(self, group: int, head_dim: int, dtype: torch.dtype, tile: int) -> None:
-        """Compiles the kernels of a shape that are not cached yet, in parallel and with a progress bar.
+    def compile_ahead(
+        self, group: int, head_dim: int, dtype: torch.dtype, tile: int, progress: Progress | None = None
+    ) -> None:
+        """Compiles the kernels of a shape that are not cached yet, in parallel; `progress` is told of each.
 
         Without this every kernel is compiled when it is first called, one after the other.
         """
         if self.name == "tilelang":
             ahead = importlib.import_module("kascade_cli.kernels.tilelang.ahead")
-            ahead.compile_ahead(ahead.shape_specs(group, head_dim, dtype, tile))
+            ahead.compile_ahead(ahead.shape_specs(group, head_dim, dtype, tile), progress)
 
     def __repr__(self) -> str:
         return f"Backend({self.name})"
+
+
+def register_backend(
+    name: str,
+    ops: Mapping[str, Callable[..., Any]] | ModuleType,
+    why_not: Callable[[torch.device], str | None] | None = None,
+) -> None:
+    """Makes `get_backend(name, ...)` run `ops`: all of `OPS`, by name or as attributes; a second call replaces them.
+
+    why_not(device) gives the reason why they cannot run there, or None. An op may raise `Unsupported` for arguments
+    that it does not take: nothing takes over for a backend that was asked for by name. Raises UsageError for a name
+    that is taken and for missing ops.
+    """
+    if name in BACKENDS:
+        raise UsageError(f"backend '{name}' is built in; register yours under another name")
+    found = {op: ops.get(op) if isinstance(ops, Mapping) else getattr(ops, op, None) for op in OPS}
+    missing = [op for op, function in found.items() if not callable(function)]
+    if missing:
+        raise UsageError(f"backend '{name}' lacks {', '.join(missing)}")
+    _registered[name] = _Registered(found, why_not)
+
+
+def backend_names() -> tuple[str, ...]:
+    """Every name that `get_backend` takes."""
+    return (*BACKENDS, *_registered)
 
 
 def _why_not_tilelang(device: torch.device) -> str | None:
@@ -88,19 +119,24 @@ def _why_not_tilelang(device: torch.device) -> str | None:
 
 def check_backend(name: str) -> None:
     """Raises UsageError for a name that is no backend's."""
-    if name not in BACKENDS:
-        raise UsageError(f"backend '{name}' is not known; use one of {', '.join(BACKENDS)}")
+    if name not in backend_names():
+        raise UsageError(f"backend '{name}' is not known; use one of {', '.join(backend_names())}")
 
 
 def get_backend(name: str, device: torch.device | str) -> Backend:
-    """The backend called `name` (`auto`, `torch`, `tilelang`) for tensors on `device`.
+    """The backend called `name` (`auto`, `torch`, `tilelang` or a registered one) for tensors on `device`.
 
-    `auto` is TileLang where it can run and PyTorch elsewhere. Raises UsageError for another name, KascadeError if
-    `tilelang` was asked for by name and cannot run.
+    `auto` is TileLang where it can run and PyTorch elsewhere. Raises UsageError for another name, KascadeError if a
+    backend was asked for by name and cannot run.
     """
     check_backend(name)
     if name == "torch":
         return Backend("torch")
+    if name in _registered:
+        why_not = _registered[name].why_not
+        if why_not and (reason := why_not(torch.device(device))):
+            raise KascadeError(f"the {name} backend cannot run here: {reason}")
+        return Backend(name, strict=True)
     reason = _why_not_tilelang(torch.device(device))
     if reason and name == "tilelang":
         raise KascadeError(f"the TileLang kernels cannot run here: {reason}")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kascade_cli.benchmarking.roles import Setting
+from kascade_cli.benchmarking.roles import Bench
 from kascade_cli.benchmarking.shapes import Shape
 from kascade_cli.kernels import get_backend
 from kascade_cli.schema import Budget
@@ -27,4 +27,4 @@ def shape():
 @pytest.fixture
 def setting():
     cpu = torch.device("cpu")
-    return Setting(get_backend("torch", cpu), cpu, torch.float32, Budget(ratio=0.2, min_keys=8, tile=16), 0.001)
+    return Bench(get_backend("torch", cpu), cpu, torch.float32, Budget(ratio=0.2, min_keys=8, tile=16), 0.001)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kascade_cli.benchmarking import e2e, timing
-from kascade_cli.benchmarking.roles import Setting
+from kascade_cli.benchmarking.roles import Bench
 from kascade_cli.kernels import get_backend
 from kascade_cli.schema import Budget
 
@@ -129,7 +129,7 @@ def test_input_sets_outgrow_the_cache_and_leave_memory(cuda):
 @pytest.mark.parametrize("refuse", [False, True])
 def test_a_decode_step_is_one_graph_or_says_why_not(cuda, refuse):
     cuda.refuse = refuse
-    setting = Setting(get_backend("torch", "cpu"), CUDA, torch.bfloat16, Budget(), 0.1)
+    setting = Bench(get_backend("torch", "cpu"), CUDA, torch.bfloat16, Budget(), 0.1)
     row = e2e._time_step(cuda.call(20.0), setting)
     assert row["ms_p50"] == pytest.approx(20.0)
     assert row["method"] == ("events" if refuse else "graph")

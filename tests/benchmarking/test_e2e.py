@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kascade_cli.attention import attach
+from kascade_cli import attach
 from kascade_cli.benchmarking import e2e
 from kascade_cli.benchmarking.baselines import BASELINES
 from kascade_cli.benchmarking.roles import with_strategy
@@ -84,7 +84,7 @@ def test_a_cycle_of_refresh_runs_to_the_end_of_the_cache(every, model, shape, se
     cache, lengths = e2e.filled_cache(model, 2, 64, setting)
     profile = e2e.profile_for(model, shape, setting)
     with attach(model, profile, strategy="kascade-refresh", refresh=every, backend="torch") as attachment:
-        e2e.cycle_row(model, 2, cache, lengths, 64, setting, attachment.refresh)
+        e2e.cycle_row(model, 2, cache, lengths, 64, setting, attachment.memory)
         counts = attachment.report()["refresh"]
     assert lengths.tolist() == [60] * 4  # the refreshes that are timed alone came last
     assert counts["between"] % 4 == 0

@@ -28,9 +28,7 @@ def test_layer_0_is_dense_attention(phase, shape, setting):
 def test_reuse_reads_the_anchors_keys_through_the_head_map(shape, setting):
     inputs = make_inputs(case_of(shape, "decode", 2, 200, setting), setting)
     prepare("reuse", inputs)
-    scores = reference.decode_score(
-        inputs.q[:, :, 0], inputs.k, inputs.forward.kv_start, inputs.forward.kv_len, scale=inputs.scale
-    )
+    scores = reference.decode_score(inputs.q[:, :, 0], inputs.k, *inputs.batch.lengths[1:], scale=inputs.scale)
     chosen = scores.topk(40, -1).indices.flip(1).int()  # the map of two heads swaps them
     count = torch.tensor([40, 40], dtype=torch.int32)
     same = torch.arange(2, dtype=torch.int32)
@@ -45,25 +43,24 @@ def test_an_anchor_with_a_reused_norm_reads_the_keys_of_layer_0(shape, setting):
     with pytest.raises(KascadeError, match="layer 0, which has not run"):
         role_call("anchor", inputs)()
     prepare("anchor", inputs)
-    forward = inputs.forward
-    lengths = (forward.query_start, forward.kv_start, forward.kv_len)
+    keys, lengths = inputs.state.keys, inputs.batch.lengths
     same = torch.arange(2, dtype=torch.int32)
     lse = reference.prefill_sparse_lse(
-        inputs.q, inputs.k, forward.indices[0], forward.counts, same, *lengths, scale=inputs.scale, tile=16
+        inputs.q, inputs.k, keys[0].indices, keys[0].counts, same, *lengths, scale=inputs.scale, tile=16
     )
     scores = reference.prefill_score(inputs.q, inputs.k, lse, *lengths, scale=inputs.scale, tile=16, tiles=13)
     role_call("anchor", inputs)()
     # 192 keys before the last tile, 39 of them chosen.
-    assert set(forward.indices[1][0, 0, -1, :39].tolist()) == set(scores[0, 0, -1, :192].topk(39).indices.tolist())
+    assert set(keys[1].indices[0, 0, -1, :39].tolist()) == set(scores[0, 0, -1, :192].topk(39).indices.tolist())
     # The pass that normalises is the sparse one instead of the dense one.
     saved = role_work("anchor", case).flops - role_work("anchor", case, "kascade-reused-norm").flops
     assert saved == 2 * 4 * 8 * (case.dense_pairs() - case.sparse_pairs())
     # Reuse needs both, and the exact strategy nothing of layer 0.
     prepare("reuse", inputs)
-    assert set(forward.indices) == {0, 1}
+    assert set(keys) == {0, 1}
     exact = make_inputs(case, setting)
     prepare("reuse", exact)
-    assert set(exact.forward.indices) == {1}
+    assert set(exact.state.keys) == {1}
 
 
 def test_whole_model_reproduces_the_papers_table():

@@ -2,7 +2,7 @@ import pytest
 
 from kascade_cli.app import main
 from kascade_cli.models import describe, load_model
-from tests.attention.naive import some_profile
+from tests.integrations.transformers.naive import some_profile
 
 
 @pytest.fixture

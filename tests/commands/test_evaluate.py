@@ -46,14 +46,15 @@ def test_json(run_kascade, profile, small):
 
 def test_refresh(run_kascade, profile):
     """With 1 the rows of kascade; a longer cycle reads a few keys more."""
-    options = ["--profile", profile, "--ratio", "0.1", "--strategies", "kascade,kascade-refresh", "--json"]
-    found = {}
-    for every in (None, 1, 3):
-        code, out, _ = run_kascade(*SMALL, *FAST, *options, *(["--refresh", every] if every else []))
-        assert code == 0
-        kascade, found[every] = json.loads(out)["rows"]
-        assert "refresh" not in kascade
-    assert [found[every]["refresh"] for every in (None, 1, 3)] == [8, 1, 3]
+    names = "kascade,kascade-refresh,kascade-refresh:refresh=1,kascade-refresh:refresh=3"
+    options = ["--profile", profile, "--ratio", "0.1", "--strategies", names, "--json"]
+    code, out, _ = run_kascade(*SMALL, *FAST, *options)
+    assert code == 0
+    kascade, *rows = json.loads(out)["rows"]
+    assert "options" not in kascade
+    assert [row["options"]["refresh"] for row in rows] == [8, 1, 3]
+    assert [row["strategy"] for row in rows] == names.split(",")[1:]
+    found = {row["options"]["refresh"]: row for row in rows}
     assert (found[1]["scores"], found[1]["density"]) == (kascade["scores"], kascade["density"])
     assert found[3]["density"]["decode"] > kascade["density"]["decode"]
     assert found[3]["density"]["prefill"] == kascade["density"]["prefill"]
@@ -138,12 +139,12 @@ def test_a_file_of_one_s_own(run_kascade, tmp_path):
         (["--strategies", "dense", "--anchors", "random:2"], 2, "pass --profile"),
         (["--strategies", "dense", "--capture", "c.h5"], 2, "pass --anchors too"),
         (
-            ["--strategies", "dense,oracle", "--refresh", "4"],
+            ["--strategies", "dense,oracle:refresh=4"],
             2,
-            "--refresh is for strategy kascade-refresh, not dense, ",
+            "strategy oracle has no option 'refresh': it has none",
         ),
         (["--strategies", "kascade-refresh"], 2, "strategy kascade-refresh needs a profile"),
-        (["--strategies", "dense", "--refresh", "0"], 2, "'--refresh'"),
+        (["--strategies", "kascade-refresh:refresh=0"], 2, "kascade-refresh: refresh 0 must be 1 or more"),
         (["--strategies", "dense", "--chat"], 2, "--chat is for prompts of a file"),
         (["--strategies", "dense", "--require", "kascade >= 1"], 2, "is not understood"),
         (

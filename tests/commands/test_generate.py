@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from kascade_cli.attention import attach
+from kascade_cli import attach
 from kascade_cli.demo import DEMO_MODELS
 from kascade_cli.models import describe
 from kascade_cli.schema import Budget, Profile
-from tests.attention.naive import some_profile
 from tests.conftest import tiny_model
+from tests.integrations.transformers.naive import some_profile
 
 SMALL = ["generate", "demo-small", "--device", "cpu", "--dtype", "float32"]
 
@@ -94,9 +94,9 @@ def test_prompt_from_file_and_stdin(run_kascade, tmp_path, monkeypatch):
 def test_refresh(run_kascade, profile):
     """Only the strategy that it is for gets it; with 1 the text is kascade's."""
     options = [*SMALL, "--task", "single-hop", "--max-length", "512", "--max-new-tokens", "9", "--profile", profile]
-    sparse = ["--strategy", "kascade-refresh", "--compare", "kascade", "--json", "--refresh"]
+    sparse = ["--compare", "kascade", "--json", "--strategy"]
     for every in (1, 4):
-        code, out, _ = run_kascade(*options, *sparse, every)
+        code, out, _ = run_kascade(*options, *sparse, f"kascade-refresh:refresh={every}")
         assert code == 0
         document = json.loads(out)
         kascade, refresh = (run["report"] for run in document["runs"])
@@ -128,8 +128,8 @@ def test_unknown_words_are_mentioned(run_kascade):
         (["--prompt", "a", "--strategy", "oracle", "--ratio", "0"], 2, "ratio 0 is outside"),
         (["--prompt", "a", "--strategy", "dense", "--backend", "nope"], 2, "backend 'nope' is not known"),
         (["--prompt", "a", "--strategy", "oracle", "--ratio", "2"], 2, "'--ratio'"),
-        (["--prompt", "a", "--strategy", "oracle", "--refresh", "4"], 2, "--refresh is for strategy kascade-refresh"),
-        (["--prompt", "a", "--strategy", "oracle", "--refresh", "0"], 2, "'--refresh'"),
+        (["--prompt", "a", "--strategy", "oracle:refresh=4"], 2, "strategy oracle has no option 'refresh'"),
+        (["--prompt", "a", "--strategy", "oracle:ratio=x"], 2, "ratio x is not a number"),
         (["--prompt", "a", "--strategy", "dense", "--chat"], 2, "has no chat template"),
         (["--prompt", "a", "--strategy", "dense", "--backend", "tilelang"], 1, "need a CUDA GPU"),
         (["--task", "nope", "--strategy", "dense"], 2, "no task is called 'nope'"),

@@ -1,5 +1,9 @@
 """Compiling ahead: what a shape needs is compiled once, in one go, and not again until sources change."""
 
+import contextlib
+import threading
+import time
+
 import pytest
 import torch
 
@@ -19,6 +23,7 @@ def compiled(tmp_path, monkeypatch) -> list[list[str]]:
 
     def prebuild(specs: list[Spec], *, done):
         calls.append([str(spec) for spec in specs])
+        time.sleep(0.01)  # another thread may run
         failed = {str(spec): "rejected" for spec in specs if spec.name == "merge"}
         for spec in specs:
             done(spec, 0.1, failed.get(str(spec), ""))
@@ -51,6 +56,32 @@ def test_another_shape_compiles_only_what_it_does_not_share(compiled):
     ahead.compile_ahead(ahead.shape_specs(4, 128, torch.bfloat16, 64))
     assert 0 < len(compiled[1]) < 6
     assert all("tile=64" in text for text in compiled[1] if "merge" not in text)
+
+
+def test_progress_is_told_the_total_and_every_kernel(compiled):
+    told = []
+
+    @contextlib.contextmanager
+    def progress(total):
+        told.append(total)
+        yield lambda: told.append("one")
+        told.append("end")
+
+    backend = Backend("tilelang")
+    backend.compile_ahead(*SHAPE, progress=progress)
+    assert told == [len(compiled[0]), *["one"] * len(compiled[0]), "end"]
+    backend.compile_ahead(*SHAPE, progress=progress)
+    assert told[-1] == "end"
+    assert len(told) == 2 + len(compiled[0])  # nothing to compile shows nothing
+
+
+def test_two_threads_compile_a_shape_once(compiled):
+    threads = [threading.Thread(target=ahead.compile_ahead, args=(ahead.shape_specs(*SHAPE),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(compiled) == 1
 
 
 def test_changed_sources_compile_again(compiled, monkeypatch):

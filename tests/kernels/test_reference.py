@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kascade_cli.kernels import reference as ops
+from kascade_cli.kernels.reference import common
 
 # batch, query heads, KV heads, head dim, [(kv_start, kv_len)], key slots
 SHAPES = [
@@ -171,7 +172,7 @@ PREFILL = [
 @pytest.mark.parametrize(("rows", "slots", "queries", "starts", "tile"), PREFILL)
 @pytest.mark.parametrize("with_lse", [True, False])
 def test_prefill(rows, slots, queries, starts, tile, with_lse, monkeypatch):
-    monkeypatch.setattr(ops, "_BLOCK_ELEMENTS", 20_000)  # several blocks even at this size
+    monkeypatch.setattr(common, "BLOCK_ELEMENTS", 6_000)  # several blocks even at this size
     heads, groups = 4, 2
     q, k, v, start, length = make(len(rows), heads, groups, 16, rows, slots, queries, seed=4)
     at = torch.tensor(starts, dtype=torch.int32)
@@ -225,8 +226,11 @@ def test_prefill(rows, slots, queries, starts, tile, with_lse, monkeypatch):
                 logits = [float(q[b, head, i] @ k[b, head // (heads // groups), s]) * scale for s in seen]
                 assert float(sparse_lse[b, head, i]) == pytest.approx(math.log(sum(map(math.exp, logits))))
     torch.testing.assert_close(scores, want_scores)
-    part = ops.prefill_score(q, k, lse, at, start, length, scale=scale, tile=tile, first=tiles - 1, tiles=1)
-    torch.testing.assert_close(part, want_scores[:, :, -1:])
+    for skipped, size in ((tiles - 1, 1), (1, None), (tiles // 2, None), (1, tiles - 2)):
+        if size is None or size > 0:
+            given = {"scale": scale, "tile": tile, "first": skipped, "tiles": size}
+            part = ops.prefill_score(q, k, lse if with_lse else None, at, start, length, **given)
+            torch.testing.assert_close(part, want_scores[:, :, skipped:][:, :, :size])
 
 
 def test_scores_under_a_norm_that_is_far_too_low_are_infinite_and_selected():

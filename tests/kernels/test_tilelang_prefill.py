@@ -1,6 +1,5 @@
-"""The prefill half of the TileLang backend: what compiles, what is refused, and, on a GPU, the numerics."""
+"""The prefill half of the TileLang backend: what is refused and, on a GPU, the numerics."""
 
-import shutil
 from typing import Any
 
 import pytest
@@ -9,49 +8,19 @@ import torch
 pytest.importorskip("tilelang")
 
 from kascade_cli.errors import KascadeError
-from kascade_cli.kernels import check_prefill, get_backend, reference
-from kascade_cli.kernels.backend import Unsupported
+from kascade_cli.kernels import get_backend, reference
+from kascade_cli.kernels.contract import Unsupported
+from kascade_cli.kernels.testing import prefill
 from kascade_cli.kernels.tilelang import prefill_common
-from kascade_cli.kernels.tilelang.compile import Report, Spec, prebuild
 from kascade_cli.kernels.tilelang.prefill_dense import prefill_dense
 from kascade_cli.kernels.tilelang.prefill_score import prefill_score, score_plan
 from kascade_cli.kernels.tilelang.prefill_sparse import prefill_sparse, sparse_heads
 from kascade_cli.kernels.tilelang.prefill_sparse_lse import prefill_sparse_lse
-from kascade_cli.kernels.tilelang.prefill_specs import prefill_specs
 
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
-SHARED = 227 << 10  # bytes a CTA may have on sm_90
 BF16, FP16 = torch.bfloat16, torch.float16
-
-
-def reports(found: list[Spec]) -> list[tuple[Spec, Report]]:
-    """Compile in two processes (kept on disk beside TileLang's cache), then read the reports."""
-    failed = prebuild(found, jobs=2, task="report")
-    assert not failed
-    return [(spec, spec.kernel.report(**spec.config)) for spec in found]
-
-
-@needs_nvcc
-def test_prefill_kernels_compile_without_spills():
-    # The benchmark's shape; one consumer warpgroup (group 1); heads in chunks that a second launch adds up (group 16).
-    found = prefill_specs(4, 128, "bfloat16")
-    found += [*prefill_specs(1, 64, "float16")[-2:], prefill_specs(16, 64, "bfloat16")[-3]]
-    for spec, report in reports(found):
-        print(report.row())
-        assert report.spills == 0, str(spec)
-        assert not report.warnings, str(spec)  # WGMMAs that ptxas serialises
-        assert all(r.static_shared + r.dynamic_shared <= SHARED for r in report.resources), str(spec)
-        assert report.marks["wgmma"], str(spec)
-        assert report.marks["mma"] == 0, str(spec)
-        if spec.name.startswith("sparse"):
-            # The gather must stay asynchronous, and the tensor cores must see what it wrote.
-            assert report.marks["cp_async"] > (2 * 8 if spec.name == "sparse_kernel" else 4), str(spec)
-            assert report.marks["fence"], str(spec)
-        else:
-            assert report.marks["tma_load"], str(spec)
 
 
 @pytest.mark.parametrize("tile", [8, 16, 32, 64, 128])
@@ -166,15 +135,15 @@ def test_views_avoid_copies():
 @pytest.mark.parametrize(
     "case",
     [
-        check_prefill.ragged(BF16, 2, 64, 70),
-        check_prefill.single(FP16, 1, 64, 33),
-        check_prefill.late(BF16, 3, 64, 150, 40),
+        prefill.ragged(BF16, 2, 64, 70),
+        prefill.single(FP16, 1, 64, 33),
+        prefill.late(BF16, 3, 64, 150, 40),
     ],
     ids=str,
 )
-def test_the_check_accepts_the_reference(case: check_prefill.Case):
-    rows = check_prefill.check(reference, case, device="cpu")
-    assert [row["op"] for row in rows] == list(check_prefill.NAMES)
+def test_the_check_accepts_the_reference(case: prefill.PrefillCase):
+    rows = prefill.check(reference, case, device="cpu")
+    assert [row["op"] for row in rows] == list(prefill.NAMES)
     assert all(row["ok"] for row in rows), rows
 
 
@@ -192,27 +161,27 @@ def test_the_check_rejects_a_wrong_op():
             scores = reference.prefill_score(*args, **kwargs)
             return scores.roll(1, dims=2)  # each tile gets its neighbour's scores
 
-    rows = check_prefill.check(Wrong, check_prefill.single(BF16, 2, 64, 100), device="cpu")
+    rows = prefill.check(Wrong, prefill.single(BF16, 2, 64, 100), device="cpu")
     assert {row["op"] for row in rows if not row["ok"]} == {"prefill_score", "prefill_sparse_lse"}
 
 
 CASES = [
-    *(check_prefill.single(BF16, 4, 128, length) for length in (1, 31, 32, 33, 127, 129, 4097)),
-    *(check_prefill.single(FP16, group, 64, 517) for group in (1, 3, 8, 16)),
-    *(check_prefill.ragged(BF16, group, 128, 300) for group in (1, 4, 5)),
-    check_prefill.late(BF16, 4, 128, 32768 + 17, 64),
-    check_prefill.single(BF16, 2, 64, 300, tile=64),
+    *(prefill.single(BF16, 4, 128, length) for length in (1, 31, 32, 33, 127, 129, 4097)),
+    *(prefill.single(FP16, group, 64, 517) for group in (1, 3, 8, 16)),
+    *(prefill.ragged(BF16, group, 128, 300) for group in (1, 4, 5)),
+    prefill.late(BF16, 4, 128, 32768 + 17, 64),
+    prefill.single(BF16, 2, 64, 300, tile=64),
 ]
 
 
 @needs_gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_numerics_within_the_rule(case: check_prefill.Case):
-    rows = check_prefill.check(get_backend("tilelang", "cuda"), case)
+def test_numerics_within_the_rule(case: prefill.PrefillCase):
+    rows = prefill.check(get_backend("tilelang", "cuda"), case)
     assert all(row["ok"] for row in rows), [row for row in rows if not row["ok"]]
 
 
 @needs_gpu
 def test_no_races_over_seeds():
-    found = check_prefill.stress(get_backend("tilelang", "cuda"), check_prefill.single(BF16, 4, 128, 1100), 8)
+    found = prefill.stress(get_backend("tilelang", "cuda"), prefill.single(BF16, 4, 128, 1100), 8)
     assert not any(found["changed"].values()), found

@@ -1,4 +1,4 @@
-"""Compile the kernels of a model's shape before its first call: all at once in parallel, with a progress bar.
+"""Compile the kernels of a model's shape before its first call: all at once in parallel.
 
 What has been compiled is noted beside TileLang's cache, so that the next start costs nothing and loads from there.
 """
@@ -9,20 +9,22 @@ import hashlib
 import logging
 import platform
 import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
 import tilelang
 import torch
 
-from kascade_cli.kernels.tilelang.arguments import DTYPES, HEAD_DIMS, MAX_GROUP
+from kascade_cli.kernels.contract import HEAD_DIMS, MAX_GROUP, TILES, Progress
+from kascade_cli.kernels.tilelang.arguments import DTYPES
 from kascade_cli.kernels.tilelang.compile import Spec, cache_dir, prebuild
-from kascade_cli.kernels.tilelang.prefill_common import TILES
 from kascade_cli.kernels.tilelang.prefill_specs import prefill_specs
 from kascade_cli.kernels.tilelang.specs import decode_specs, select_specs
 
 log = logging.getLogger("kascade")
 _tried: set[str] = set()  # once a process: the call that needs one that failed says why
+_lock = threading.Lock()  # a second thread waits for the kernels of the first
 
 
 def shape_specs(group: int, head_dim: int, dtype: torch.dtype, tile: int) -> list[Spec]:
@@ -46,23 +48,23 @@ def note(spec: Spec) -> None:
         path.touch()
 
 
-def compile_ahead(found: Iterable[Spec]) -> None:
+def compile_ahead(found: Iterable[Spec], progress: Progress | None = None) -> None:
     """Compiles what is missing, in parallel processes. One that fails is left to the call that needs it."""
-    from kascade_cli.console import progress
+    with _lock:
+        waiting = [spec for spec in missing(found) if str(spec) not in _tried]
+        if not waiting or not tilelang.env.is_cache_enabled():  # nothing would remain of it
+            return
+        _tried.update(map(str, waiting))
+        log.info("compiling %d kernels for this shape into %s", len(waiting), cache_dir())
+        with progress(len(waiting)) if progress else contextlib.nullcontext() as advance:
 
-    waiting = [spec for spec in missing(found) if str(spec) not in _tried]
-    if not waiting or not tilelang.env.is_cache_enabled():  # nothing would remain of it
-        return
-    _tried.update(map(str, waiting))
-    log.info("compiling %d kernels for this shape into %s", len(waiting), cache_dir())
-    with progress("compiling kernels, once for this shape", total=len(waiting)) as bar:
+            def done(spec: Spec, seconds: float, error: str) -> None:
+                if not error:
+                    note(spec)
+                if advance:
+                    advance()
 
-        def done(spec: Spec, seconds: float, error: str) -> None:
-            if not error:
-                note(spec)
-            bar.advance(bar.first)
-
-        prebuild(waiting, done=done)
+            prebuild(waiting, done=done)
 
 
 @functools.cache

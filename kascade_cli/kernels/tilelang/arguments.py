@@ -1,4 +1,4 @@
-"""What every decode op checks and derives before it launches: shapes, dtypes, layouts, splits and counters."""
+"""What every decode op checks and derives before it launches: shapes, dtypes, layouts and splits."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kascade_cli.kernels.backend import Unsupported
+from kascade_cli.kernels.contract import HEAD_DIMS, MAX_GROUP, Unsupported
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-HEAD_DIMS = (64, 128)
-MAX_GROUP = 16
-LOG2E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -157,49 +154,6 @@ def split_count(rows: int, blocks: int, sms: int, *, thin: float = 1.0, most: in
     choices = range(1, max(1, min(most, blocks)) + 1)
     least = min(map(cost, choices))
     return next(splits for splits in choices if cost(splits) <= 1.03 * least)
-
-
-class Ring:
-    """Zeroed int32 counters that kernels leave at zero: each call gets a stretch that no recent call shares.
-
-    A kernel's CTAs count arrivals and the last one resets, so no memset is launched. Calls captured in a CUDA graph
-    keep theirs for good (a graph may be replayed beside anything), eager calls share a ring that wraps.
-    """
-
-    SIZE = 1 << 20
-
-    def __init__(self, device: torch.device):
-        self.eager = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
-        self.captured = torch.zeros(self.SIZE, dtype=torch.int32, device=device)
-        self.next_eager = self.next_captured = 0
-        torch.cuda.current_stream(device).synchronize()  # once: other streams may use it next
-
-    def take(self, count: int) -> Tensor:
-        """`count` counters or a few more, all zero, on a 256-byte boundary."""
-        count = -(-count // 64) * 64
-        if count > self.SIZE:
-            return torch.zeros(count, dtype=torch.int32, device=self.eager.device)
-        if torch.cuda.is_current_stream_capturing():
-            begin = self.next_captured
-            if begin + count > self.SIZE:
-                return torch.zeros(count, dtype=torch.int32, device=self.eager.device)
-            self.next_captured += count
-            return self.captured[begin : begin + count]
-        begin = self.next_eager if self.next_eager + count <= self.SIZE else 0
-        self.next_eager = begin + count
-        return self.eager[begin : begin + count]
-
-
-_RINGS: dict[torch.device, Ring] = {}
-
-
-def counters(count: int, device: torch.device) -> Tensor:
-    """`count` zeroed int32 counters on `device` for one call of a kernel that resets them."""
-    if device not in _RINGS:
-        if torch.cuda.is_current_stream_capturing():  # a ring made here would belong to the graph
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        _RINGS[device] = Ring(device)
-    return _RINGS[device].take(count)
 
 
 def _name(tensor: Tensor) -> str:

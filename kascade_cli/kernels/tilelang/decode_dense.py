@@ -8,7 +8,8 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from kascade_cli.kernels.tilelang.arguments import LOG2E, check_decode, even_split_count
+from kascade_cli.kernels.contract import LOG2E
+from kascade_cli.kernels.tilelang.arguments import check_decode, even_split_count
 from kascade_cli.kernels.tilelang.compile import ONE_WARP_WAITS, kernel, require_hopper
 from kascade_cli.kernels.tilelang.decode_macros import block_loader, online_softmax
 from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pooled_scores, workspace

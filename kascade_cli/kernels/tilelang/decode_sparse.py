@@ -10,9 +10,10 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from kascade_cli.kernels.backend import Unsupported
-from kascade_cli.kernels.tilelang.arguments import LOG2E, Decode, check_decode, counters, split_count
+from kascade_cli.kernels.contract import LOG2E, Unsupported
+from kascade_cli.kernels.tilelang.arguments import Decode, check_decode, split_count
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
+from kascade_cli.kernels.tilelang.counters import counters
 from kascade_cli.kernels.tilelang.decode_macros import online_softmax
 from kascade_cli.kernels.tilelang.pool import LOGIT_BYTES, LOGITS, pad
 

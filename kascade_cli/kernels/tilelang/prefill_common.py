@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from kascade_cli.errors import KascadeError
-from kascade_cli.kernels.backend import Unsupported
+from kascade_cli.kernels.contract import HEAD_DIMS, MAX_GROUP, TILES, Unsupported
 from kascade_cli.kernels.tilelang import arguments
-from kascade_cli.kernels.tilelang.arguments import DTYPES, HEAD_DIMS, MAX_GROUP
-
-TILES = (8, 16, 32, 64, 128)
+from kascade_cli.kernels.tilelang.arguments import DTYPES
 
 
 @dataclass(frozen=True)

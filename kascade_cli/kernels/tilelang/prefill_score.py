@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kascade_cli.errors import KascadeError
-from kascade_cli.kernels.tilelang.arguments import LOG2E
+from kascade_cli.kernels.contract import LOG2E, tile_count
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
 from kascade_cli.kernels.tilelang.prefill_common import allocate, cache_view, check, queries_view, require
 from kascade_cli.kernels.tilelang.prefill_dense import prefill_dense
@@ -220,7 +220,7 @@ def prefill_score(
     shape = check("prefill_score", q, k, None, (query_start, kv_start, kv_len), tile)
     if lse is not None:
         require("prefill_score", "lse", lse, (shape.batch, shape.heads, shape.queries), q.device, torch.float32)
-    tiles = -(-shape.queries // tile) + 1 - first if tiles is None else tiles
+    tiles = tile_count(shape.queries, tile) - first if tiles is None else tiles
     if first < 0 or tiles < 0:
         raise KascadeError(f"prefill_score: no tiles [{first}, {first + tiles})")
     require_hopper(q.device)

@@ -6,7 +6,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from kascade_cli.kernels.tilelang.arguments import LOG2E
+from kascade_cli.kernels.contract import LOG2E
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
 from kascade_cli.kernels.tilelang.prefill_common import cache_view, check, check_selection, queries_view
 from kascade_cli.kernels.tilelang.prefill_gather import tile_macros

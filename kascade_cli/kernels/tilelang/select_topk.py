@@ -12,7 +12,7 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from kascade_cli.kernels.backend import Unsupported
+from kascade_cli.kernels.contract import Unsupported
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
 from kascade_cli.kernels.tilelang.rows import VEC, row_view, spread
 

@@ -1,0 +1,1 @@
+"""The engines that sparse attention runs in."""

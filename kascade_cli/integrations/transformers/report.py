@@ -1,0 +1,76 @@
+"""What really ran while a model was attached: passes, keys read and visible."""
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kascade_cli.errors import KascadeError
+from kascade_cli.schema import PHASES
+from kascade_cli.sparse import Pass
+
+
+class Tally:
+    """Counts of all passes, of all threads. Sums stay on the device, so that replays of a CUDA graph count too."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._memories: list[Any] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what has run so far."""
+        with self._lock:
+            self._totals: dict[str, Tensor | None] = dict.fromkeys(PHASES)
+            self._forwards = self._passes = 0
+            for memory in self._memories:
+                memory.reset()
+
+    def add_memory(self, memory: Any) -> None:
+        """What a strategy carries from pass to pass: it has `reset()` and `report(memories)`."""
+        if memory is not None:
+            with self._lock:
+                self._memories.append(memory)
+
+    def forward(self) -> None:
+        """The model has run, whatever its attention was."""
+        with self._lock:
+            self._forwards += 1
+
+    def add(self, state: Pass) -> None:
+        """A pass has run through."""
+        with self._lock:
+            self._passes += 1
+            total = self._totals[state.batch.phase]
+            if total is None:
+                # Not an inference tensor, which a later pass outside inference mode could not add to.
+                with torch.inference_mode(False):
+                    total = torch.zeros(2, dtype=torch.float64, device=state.batch.device)
+                self._totals[state.batch.phase] = total
+            total += state.totals()
+
+    def check(self) -> dict[str, Any]:
+        """Raises KascadeError if what ran was not what was asked for; what the strategy's memories report."""
+        with self._lock:
+            if self._forwards and not self._passes:
+                raise KascadeError(
+                    f"the model ran {self._forwards} times, but none of its attention went through kascade; "
+                    "its attention implementation was changed while attached"
+                )
+            return type(self._memories[0]).report(self._memories) if self._memories else {}
+
+    def report(self) -> dict[str, Any]:
+        """Passes, and keys read and visible, per phase and in all."""
+        more = self.check()
+        phases: dict[str, dict[str, float]] = {}
+        for phase, total in self._totals.items():
+            if total is not None:
+                read, visible = total.tolist()
+                phases[phase] = _counted(read, visible)
+        read, visible = (sum(entry[name] for entry in phases.values()) for name in ("keys_read", "keys_visible"))
+        return more | {"forward_passes": self._passes, "phases": phases} | _counted(read, visible)
+
+
+def _counted(read: float, visible: float) -> dict[str, float]:
+    return {"keys_read": read, "keys_visible": visible, "density": read / visible if visible else float("nan")}

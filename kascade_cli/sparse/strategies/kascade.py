@@ -1,0 +1,100 @@
+"""Kascade (arXiv 2512.16391): anchors choose keys, the layers between read them through a head map."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kascade_cli.schema import Phase
+from kascade_cli.sparse.layer import Keys, Layer
+from kascade_cli.sparse.strategy import Strategy
+
+
+class Kascade(Strategy):
+    """Paper, section 3: layer 0 is dense and an anchor; anchors attend to their own Top-k; reuse layers to theirs."""
+
+    name, summary, rank = "kascade", "anchors choose keys, reuse layers read them through the head map", 1
+    needs_profile, pooled = True, False
+
+    def attend(self, layer: Layer) -> Tensor:
+        role = self.role(layer.index)
+        if role == "dense":
+            out, hint = layer.dense_and_hint()
+            self.keep(layer, layer.choose(hint, self.pooled))
+            return out
+        if role == "anchor":
+            keys = layer.choose(self.norm(layer), self.pooled)
+            self.keep(layer, keys)
+            return layer.attend(keys)
+        return layer.attend(self.reused(layer))
+
+    def role(self, layer: int) -> str:
+        return self.profile.layers[layer].role
+
+    def norm(self, layer: Layer) -> Tensor | None:
+        """The log-sum-exp that an anchor's prefill scores are normalised with; None: the exact one."""
+        return None
+
+    def sources(self, layer: int, phase: Phase) -> list[tuple[int, int]]:
+        """Per KV head of a reuse layer, (anchor layer, anchor head)."""
+        return self.profile.head_map(layer, phase)
+
+    def reads(self, layer: int, phase: Phase) -> Iterable[int]:
+        return {anchor for anchor, _ in self.sources(layer, phase)} if self.role(layer) == "reuse" else ()
+
+    def reused(self, layer: Layer) -> Keys:
+        """What a reuse layer reads."""
+        device = layer.query.device
+        sources = self.sources(layer.index, layer.phase)
+        chosen = {a: layer.state.kept(a, layer.index).to(device) for a in sorted({a for a, _ in sources})}
+        if len(chosen) == 1:
+            return replace(chosen.popitem()[1], heads=self.head_map(layer))
+        # Free assignment: heads of one layer read keys of several anchors.
+        mine = sources[layer.first_group : layer.first_group + layer.groups]
+        indices = torch.stack([chosen[anchor].indices[:, head] for anchor, head in mine], 1)
+        return Keys(indices, next(iter(chosen.values())).counts, heads=self.identity(layer))
+
+    def head_map(self, layer: Layer) -> Tensor:
+        """Anchor head of each KV head of this process, int32 [G].
+
+        Made once per device: a copy from the host in every step would keep decoding out of CUDA graphs.
+        """
+        key = (layer.index, layer.phase, layer.first_group, layer.query.device)
+        if key not in self._derived:
+            heads = [head for _, head in self.sources(layer.index, layer.phase)]
+            mine = heads[layer.first_group : layer.first_group + layer.groups]
+            self._derived[key] = torch.tensor(mine, dtype=torch.int32, device=layer.query.device)
+        return self._derived[key]
+
+    def identity(self, layer: Layer) -> Tensor:
+        """Every KV head of this process its own set, int32 [G]."""
+        return torch.arange(layer.groups, dtype=torch.int32, device=layer.query.device)
+
+
+class Pooled(Kascade):
+    """The paper's all-heads-pooled variant (method: section 4)."""
+
+    name, summary, rank = "kascade-pooled", "one key set per anchor and tile, pooled over all heads", 2
+    pooled = True
+
+    def sources(self, layer: int, phase: Phase) -> list[tuple[int, int]]:
+        return [(self.profile.layers[layer].anchor, 0) for _ in super().sources(layer, phase)]
+
+
+class NoRemap(Kascade):
+    """The ablation of the paper's figure 6: the identity head map."""
+
+    name, summary, rank = "kascade-no-remap", "reuse layers read the keys of the anchor head with their own number", 3
+
+    def sources(self, layer: int, phase: Phase) -> list[tuple[int, int]]:
+        return [(anchor, head) for head, (anchor, _) in enumerate(super().sources(layer, phase))]
+
+
+class DecodeOnly(Kascade):
+    """Dense prefill, so that only decoding is approximated."""
+
+    name, summary, rank = "kascade-decode-only", "dense prefill, kascade decode", 4
+
+    def attend(self, layer: Layer) -> Tensor:
+        return layer.dense() if layer.phase == "prefill" else super().attend(layer)
