@@ -9,6 +9,7 @@
 Options without a heading come last, under "Other". Imports nothing but Typer.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,6 +23,8 @@ PROMPTS = "Prompts"
 BUDGET = "Budget"
 RUNNING = "Running it"
 _REST = "Other"
+# A bound that only stops typing mistakes tells the reader nothing.
+_LIMIT = re.compile(r"(?:; |\[)(?:\d+<=)?x<=\d{4,}\]?(?=\]|$)")
 _WIDEST = 30  # characters of the left column; a longer option has its text on the next line
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -48,6 +51,7 @@ class Command(TyperCommand):
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is None:
                 continue
+            record = (record[0], _LIMIT.sub("", record[1]))
             heading = getattr(parameter, "rich_help_panel", None)
             if parameter.param_type_name == "argument":
                 groups["Arguments"].append(record)
