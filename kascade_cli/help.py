@@ -23,6 +23,8 @@ PROMPTS = "Prompts"
 BUDGET = "Budget"
 RUNNING = "Running it"
 _REST = "Other"
+# A bound that only stops typing mistakes tells the reader nothing.
+_LIMIT = re.compile(r"(?:; |\[)(?:\d+<=)?x<=\d{4,}\]?(?=\]|$)")
 _WIDEST = 30  # characters of the left column; a longer option has its text on the next line
 
 _HUGE = re.compile(r"(\d<=x)<=\d{7,}")
@@ -51,6 +53,7 @@ class Command(TyperCommand):
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is None:
                 continue
+            record = (record[0], _LIMIT.sub("", record[1]))
             heading = getattr(parameter, "rich_help_panel", None)
             if parameter.param_type_name == "argument":
                 groups["Arguments"].append(record)
