@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from kascade_cli import __version__
 from kascade_cli.errors import KascadeError, plain
+from kascade_cli.version import __version__
 
 # name -> (module:function, one line of help). Listed in the order of use.
 COMMANDS: dict[str, tuple[str, str]] = {

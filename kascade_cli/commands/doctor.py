@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from kascade_cli import __version__
 from kascade_cli.commands import options as shared
 from kascade_cli.console import note, out, print_json, progress, say
 from kascade_cli.errors import KascadeError, UsageError, plain, require_extra
 from kascade_cli.help import examples
 from kascade_cli.provenance import version
+from kascade_cli.version import __version__
 
 # package -> (import name, what it is for, how to get it); None: a dependency that must be there
 _PACKAGES: dict[str, tuple[str, str, str | None]] = {

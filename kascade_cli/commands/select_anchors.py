@@ -186,8 +186,8 @@ def select_anchors(
     from kascade_cli.analysis import record, similarity
     from kascade_cli.capture.store import open_capture
     from kascade_cli.commands import selection_report as report
-    from kascade_cli.verification import Verification
-    from kascade_cli.verification import verify as measure_candidates
+    from kascade_cli.evaluation.verification import Verification
+    from kascade_cli.evaluation.verification import verify as measure_candidates
 
     settings = deciding.Settings(
         phase=phase,
