@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kascade_cli.documents import Document, open_documents, source_kind
 from kascade_cli.errors import KascadeError, UsageError, require_extra
 from kascade_cli.tasks.encoding import EncodedPrompt, check_words, encode_prompt, encode_text
 from kascade_cli.tasks.haystack import LAYOUTS
@@ -25,9 +24,8 @@ from kascade_cli.tasks.questions import TASKS, make_prompt, member_tasks, prompt
 # The similarity of two layers compares their top 64 keys: a shorter prompt leaves nothing to choose.
 MIN_TOKENS = 64
 HELD_OUT_EVERY = 4
-TEXT_FIELDS = ("text", "prompt", "messages", "conversations", "content", "input", "context", "question")
-
-Document = str | list[dict[str, Any]]
+MAX_TOKENS = 16 << 20  # of a prompt: beyond any model
+_MAX_TASK_TOKENS = 256 << 20  # of all prompts of a built-in task, which are built as long as asked for
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def check_source(source: str, text_field: str | None = None, chat_template: bool
 
     Raises KascadeError or UsageError, as `load_devset` does after its model.
     """
-    kind = _kind(source)
+    kind = source_kind(source)
     if kind == "hub":
         require_extra("datasets", "hub")
     elif kind == "parquet":
@@ -86,25 +84,6 @@ def check_source(source: str, text_field: str | None = None, chat_template: bool
         raise UsageError(f"{what} is plain text without fields: leave --text-field out")
     if chat_template and kind == "task":
         raise UsageError(f"{what} is plain text: leave --chat-template out")
-
-
-def _kind(source: str) -> str:
-    """`task`, `folder`, `jsonl`, `parquet` or `hub`. Raises KascadeError for what is none of them."""
-    path = Path(source)
-    if source in TASKS:
-        return "task"
-    if source and path.is_dir():
-        return "folder"
-    if kind := {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(path.suffix):
-        if not path.exists():
-            raise KascadeError(f"cannot read {source}: No such file or directory")
-        return kind
-    if source and path.exists():
-        raise KascadeError(f"{source}: a dev set is a .jsonl or .parquet file or a folder of .txt files")
-    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return "hub"
-    tasks = ", ".join(TASKS)
-    raise KascadeError(f"no dev set {source!r}: not a file, a folder, a built-in task ({tasks}) or a hub id org/name")
 
 
 def load_devset(
@@ -117,20 +96,31 @@ def load_devset(
     text_field: str | None = None,
     chat_template: bool | None = None,
     held_out: bool = False,
+    positions: int | None = None,
 ) -> DevSet:
     """Chooses and encodes `num_prompts` prompts of at most `max_length` tokens (fewer if there are no more).
 
     source: a built-in task (`hops`, `pairs`, `single-hop` ...), a .jsonl or .parquet file, a folder of .txt
     files, or a dataset id `org/name[:config]:split`. text_field: which field of a record (default: the first
     known one). chat_template: True wraps plain text into one user turn; False joins the messages of a chat;
-    None uses the template for chats only. Raises KascadeError or UsageError with one line for anything
-    unusable.
+    None uses the template for chats only. positions: how many tokens the model takes; a built-in task, whose prompts
+    are as long as asked for, is refused beyond that before it is built. Raises KascadeError or UsageError with one
+    line for anything unusable.
     """
     if num_prompts < 1:
         raise UsageError(f"a dev set needs at least one prompt, got {num_prompts}")
     if max_length < 1:
         raise UsageError(f"the maximum length must be positive, got {max_length}")
+    if max_length > MAX_TOKENS:
+        raise UsageError(f"a maximum length of {max_length} tokens is beyond any model: take at most {MAX_TOKENS}")
     if source in TASKS:
+        if positions is not None and max_length > positions:
+            raise UsageError(f"the model takes {positions} tokens, not {max_length}: pass --max-length {positions}")
+        if num_prompts * max_length > _MAX_TASK_TOKENS:
+            most = _MAX_TASK_TOKENS // max_length
+            raise UsageError(
+                f"{num_prompts} prompts of {max_length} tokens do not fit in memory: take at most {most} of them"
+            )
         if chat_template:
             raise UsageError(f"the built-in task {source!r} is plain text: leave the chat template off")
         return _task_devset(source, tokenizer, num_prompts, max_length, seed, held_out)
@@ -183,7 +173,7 @@ def _document_devset(
     chat_template: bool | None,
     held_out: bool,
 ) -> DevSet:
-    documents = _open(source, text_field)
+    documents = open_documents(source, text_field)
     if not len(documents):
         raise KascadeError(f"{source} holds no documents")
     shortest = min(MIN_TOKENS, max_length)
@@ -226,105 +216,3 @@ def _encode(tokenizer: Any, document: Document, chat_template: bool | None) -> l
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
     # The template writes the BOS token where the model wants one: adding special tokens would double it.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-class _Records(Sequence[Document]):
-    """Documents out of records (dict-like), one field of each."""
-
-    def __init__(self, records: Any, source: str, text_field: str | None) -> None:
-        self.records, self.source, self.text_field = records, source, text_field
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: Any) -> Document:
-        record = self.records[index]
-        place = f"{self.source}, record {index + 1}"
-        if isinstance(record, str):
-            return record
-        if not isinstance(record, dict):
-            raise KascadeError(f"{place}: expected an object with a text field, got {type(record).__name__}")
-        name = self.text_field or next((f for f in TEXT_FIELDS if f in record), None)
-        if name is None or name not in record:
-            wanted = f"no field {name!r}" if name else "no known text field"
-            fields = ", ".join(map(str, record))
-            raise KascadeError(f"{place}: {wanted}, choose one with --text-field: {fields}")
-        value = record[name]
-        if isinstance(value, str):
-            return value
-        if isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
-            return [_message(m, f"{place}, field {name!r}") for m in value]
-        raise KascadeError(f"{place}: field {name!r} is neither text nor a list of chat messages")
-
-
-def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
-    """A chat message with `role` and `content`; ShareGPT's `from` and `value` are understood."""
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise KascadeError(f"{place}: a chat message needs `role` and `content`")
-    return {"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content}
-
-
-def _open(source: str, text_field: str | None) -> Sequence[Document]:
-    path, kind = Path(source), _kind(source)
-    try:
-        if kind == "folder":
-            return _read_folder(path)
-        if kind == "jsonl":
-            return _Records(list(_read_jsonl(path)), source, text_field)
-        if kind == "parquet":
-            return _Records(_read_parquet(path), source, text_field)
-    except OSError as error:
-        raise KascadeError(f"cannot read {source}: {error.strerror or error}") from error
-    return _Records(_read_hub(source), source, text_field)
-
-
-def _read_folder(path: Path) -> list[str]:
-    files = sorted(path.rglob("*.txt"))
-    if not files:
-        raise KascadeError(f"{path} holds no .txt files")
-    return [file.read_text(encoding="utf-8", errors="replace") for file in files]
-
-
-def _read_jsonl(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise KascadeError(f"{path}, line {number}: not JSON ({error.msg})") from error
-
-
-class _ParquetRows:
-    """Rows of a pyarrow table as dicts, made one at a time."""
-
-    def __init__(self, table: Any) -> None:
-        self.table = table
-
-    def __len__(self) -> int:
-        return self.table.num_rows
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.table.slice(index, 1).to_pylist()[0]
-
-
-def _read_parquet(path: Path) -> _ParquetRows:
-    parquet = require_extra("pyarrow.parquet", "parquet")
-    arrow = require_extra("pyarrow", "parquet")
-    try:
-        return _ParquetRows(parquet.read_table(path))
-    except arrow.ArrowInvalid as error:
-        raise KascadeError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from error
-
-
-def _read_hub(source: str) -> Any:
-    datasets = require_extra("datasets", "hub")
-    name, *rest = source.split(":")
-    split = rest[-1] if rest else "train"
-    try:
-        return datasets.load_dataset(name, *(rest[:-1]), split=split)
-    except Exception as error:  # the hub's client raises many unrelated types
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise KascadeError(f"cannot load {split!r} of the dataset {name}: {line}") from error

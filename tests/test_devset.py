@@ -315,3 +315,69 @@ def test_a_length_too_short_for_a_task_names_the_least_that_works(request, sourc
         assert len(prompt) <= least
     with pytest.raises(KascadeError, match=f"take at least {least}$"):
         load(source, tokenizer, max_length=least - 1, num_prompts=3)
+
+
+def test_files_that_are_not_utf8_are_refused_where_they_go_wrong(tmp_path, tokenizer):
+    """As `--prompt-file` is; a replacement character in a capture would never be seen again."""
+    lines = [json.dumps({"text": text(i)}).encode() for i in range(5)]
+    lines[3] = lines[3].replace(b"t30", b"t3\xe9")  # Latin-1
+    at = lines[3].index(b"\xe9") + 1
+    (tmp_path / "d.jsonl").write_bytes(b"\n".join(lines))
+    with pytest.raises(KascadeError) as error:
+        load(str(tmp_path / "d.jsonl"), tokenizer)
+    assert str(error.value) == f"{tmp_path}/d.jsonl, line 4: not UTF-8 at byte {at} (0xe9)"
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text(text(1))
+    (folder / "b.txt").write_bytes(text(2).encode("utf-16"))
+    with pytest.raises(KascadeError, match=r"texts/b\.txt: not UTF-8 at byte 1 \(0xff\)$"):
+        load(str(folder), tokenizer)
+    broken = pa.array([text(i).encode() for i in range(3)] + [b"t1 \xe9 t2"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": broken}), tmp_path / "d.parquet")
+    with pytest.raises(KascadeError, match=r"d\.parquet, record 4: not UTF-8 at byte 4$"):
+        load(str(tmp_path / "d.parquet"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a \\ud800 b"}', r"record 1, field 'text': holds half of a surrogate pair"),
+        ('"a \\udfff b"', r"record 1: holds half of a surrogate pair"),
+        ('{"text": [{"role": "user", "content": "\\ud9ab"}]}', r"field 'text': holds half of a surrogate pair"),
+        ('{"text": ' + "9" * 5000 + "}", r"line 1: not JSON \(too deep, or too long a number\)"),
+        ("[" * 200_000, r"line 1: not JSON \(too deep, or too long a number\)"),
+    ],
+)
+def test_json_that_python_reads_and_no_tokenizer_can(tmp_path, tokenizer, line, message):
+    (tmp_path / "d.jsonl").write_text(line)
+    with pytest.raises(KascadeError, match=message) as error:
+        load(str(tmp_path / "d.jsonl"), tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"text": "' + text(1) + ' \\ud83d\\ude00"}')
+    assert len(load(str(tmp_path / "d.jsonl"), make_tokenizer()).prompts) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 999_000_000}, "999000000 tokens is beyond any model: take at most 16777216"),
+        ({"max_length": 10**20}, "is beyond any model"),
+        ({"max_length": 1 << 24, "num_prompts": 17}, "17 prompts of 16777216 tokens do not fit in memory.*most 16"),
+        ({"max_length": 4096, "num_prompts": 10**9}, "do not fit in memory"),
+        ({"max_length": 4097, "positions": 4096}, "the model takes 4096 tokens, not 4097: pass --max-length 4096"),
+    ],
+)
+def test_absurd_lengths_are_refused_before_anything_is_built(demo_tokenizer, monkeypatch, options, message):
+    import kascade_cli.devset as devset
+
+    monkeypatch.setattr(devset, "make_prompt", lambda *_, **__: pytest.fail("a prompt was built"))
+    with pytest.raises(UsageError, match=message):
+        load("hops", demo_tokenizer, **options)
+
+
+def test_documents_may_be_shorter_than_asked_for(jsonl, tokenizer):
+    """A file's prompts are as long as they are: the model's positions bound them when they are captured."""
+    assert load(jsonl, tokenizer, max_length=1 << 24, positions=512).prompts

@@ -173,7 +173,41 @@ class Choice:
     why: str
 
 
-def check_rules(anchors: int | None, min_recovered: float | None, target_speedup: float | None) -> None:
+def check_set(anchors: Sequence[int]) -> None:
+    """Raises UsageError unless the layers rise, each given once."""
+    if list(anchors) != sorted(set(anchors)):
+        proper = ",".join(map(str, sorted(set(anchors))))
+        raise UsageError(f"--anchors names layers in rising order, each once: {proper}")
+
+
+def positions(anchors: Sequence[int], layers: Sequence[int]) -> tuple[int, ...]:
+    """Positions of absolute layers within the profiled `layers`.
+
+    Raises UsageError for a layer that was not profiled, or if the first one, which is always an anchor, is missing.
+    """
+    check_set(anchors)
+    place = {layer: position for position, layer in enumerate(layers)}
+    if unknown := [layer for layer in anchors if layer not in place]:
+        raise UsageError(
+            f"--anchors: layer {unknown[0]} is not a full-attention layer of the capture; these are: {ranges(layers)}"
+        )
+    if not anchors or anchors[0] != layers[0]:
+        raise UsageError(f"--anchors: the first full-attention layer, {layers[0]}, is always an anchor: put it first")
+    return tuple(place[layer] for layer in anchors)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> `0-2 5`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return " ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def check_rules(anchors: Any, min_recovered: float | None, target_speedup: float | None) -> None:
     """Raises UsageError unless at most one rule is given, with a number that can make sense."""
     rules = {"--anchors": anchors, "--min-recovered": min_recovered, "--target-speedup": target_speedup}
     given = [name for name, value in rules.items() if value is not None]
@@ -302,15 +336,13 @@ def decide(measured: Sequence[Candidate], size: int | None, tolerance: float = K
     return best, f"{reason} ({best.score:.4f}; the best is {overall.score:.4f} with {len(overall.anchors)} anchors)"
 
 
-def candidate_row(
-    problem: Problem, entry: Candidate, weights: str, assignment: str, cost: CostTable, context: int
-) -> Row:
-    """The row of a verified candidate, its objective under `weights`."""
+def any_set(problem: Problem, anchors: tuple[int, ...], weights: str, assignment: str) -> search.AnchorSet:
+    """Any set (positions) with its objective under `weights`."""
     if assignment == "free":
-        value = search.free_value(problem.client_gains(weights), entry.anchors)
+        value = search.free_value(problem.client_gains(weights), anchors)
     else:
-        value = search.nearest_value(problem.gains(weights), entry.anchors)
-    return make_row(problem, search.AnchorSet(entry.anchors, value), assignment, cost, context)
+        value = search.nearest_value(problem.gains(weights), anchors)
+    return search.AnchorSet(anchors, value)
 
 
 def recovered_dict(problem: Problem, row: Row) -> dict[str, Any]:

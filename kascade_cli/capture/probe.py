@@ -2,11 +2,12 @@
 
 The probe is a transformers attention implementation whose output is the model's own SDPA output; beside it,
 the post-RoPE queries of the sampled tiles are scored against the keys. Definitions: pooling as in section 3.3
-of the Kascade paper (arXiv 2512.16391), importance w = 1 - mean cos(x, x + attention output) over the tokens.
+of the Kascade paper (arXiv 2512.16391), importance as in `residual`.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kascade_cli.capture.mass import pooled_mass, round_mass, top_mass
+from kascade_cli.capture.residual import Residual
 from kascade_cli.errors import KascadeError
 from kascade_cli.models import ModelInfo, attention_implementation, attention_modules, decoder_layers, logits_at
 from kascade_cli.partition import Partition, partition_of, sharded
@@ -26,7 +28,6 @@ IMPLEMENTATION = "kascade-capture"
 _HANDLE = "kascade_probe"  # on the attention modules that are measured
 TOP_MASS_KEYS = ["64", "256", "5%", "10%", "20%"]
 _RESULT_BYTES = 64 << 20
-_TOKEN_BLOCK = 2048  # tokens whose float32 copies exist at once when cosines are taken
 
 # (position of the layer, index of the first tile, mass f16 [t, G, n]) -> None
 Sink = Callable[[int, int, np.ndarray], None]
@@ -72,8 +73,10 @@ class Probe:
         self._position = {layer: position for position, layer in enumerate(info.profiled_layers)}
         self._exit = contextlib.ExitStack()
         self._partition: Partition | None = None
-        self._residual: dict[int, torch.Tensor] = {}
-        self._added: dict[int, torch.Tensor] = {}
+        self._residuals = [
+            Residual(layer, self._measuring, functools.partial(self._keep_importance, position))
+            for layer, position in self._position.items()
+        ]
         self._sink: Sink | None = None
 
     def __enter__(self) -> "Probe":
@@ -87,7 +90,7 @@ class Probe:
                     raise KascadeError("a probe measures this model already; leave it first")
                 setattr(attention[index], _HANDLE, self)
                 stack.callback(delattr, attention[index], _HANDLE)
-                for handle in self._follow_residual(layers[index], attention[index], position):
+                for handle in self._residuals[position].follow(layers[index], attention[index]):
                     stack.callback(handle.remove)
             self._exit = stack.pop_all()
         return self
@@ -97,8 +100,15 @@ class Probe:
 
     def _forget(self) -> None:
         self._sink = None
-        self._residual.clear()
-        self._added.clear()
+        for residual in self._residuals:
+            residual.forget()
+
+    def _measuring(self) -> bool:
+        """Importance is that of the prompt's own tokens."""
+        return self._sink is not None and not self._decoding
+
+    def _keep_importance(self, position: int, importance: torch.Tensor) -> None:
+        self._importance[position] = importance
 
     def _check_partition(self, attention: dict[int, nn.Module]) -> Partition | None:
         """How the profiled layers' heads are split over processes. Every process refuses what cannot be gathered."""
@@ -125,38 +135,6 @@ class Probe:
     def _gather(self, local: torch.Tensor, dim: int) -> torch.Tensor:
         """The heads of all processes."""
         return local if self._partition is None else self._partition.gather(local, dim)
-
-    # --- importance ---
-
-    def _follow_residual(self, layer: nn.Module, attention: nn.Module, position: int) -> Iterator[Any]:
-        """Hooks that see a decoder layer's input and what its attention block adds to it.
-
-        Between the attention and the residual add, some models have a norm or a dropout (Gemma, OLMo 2): any
-        child of the layer that is fed with exactly what would be added replaces it by its output.
-        """
-        scale = getattr(layer, "residual_multiplier", 1.0)  # Granite
-
-        def enter(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._residual[position] = args[0] if args else kwargs["hidden_states"]
-
-        def attended(_: nn.Module, __: tuple, output: Any) -> None:
-            self._added[position] = output[0] if isinstance(output, tuple) else output
-
-        def passed(_: nn.Module, args: tuple, output: Any) -> None:
-            if args and args[0] is self._added.get(position):
-                self._added[position] = output
-
-        def leave(_: nn.Module, __: tuple, ___: Any) -> None:
-            residual, added = self._residual.pop(position), self._added.pop(position)
-            if self._sink is not None and not self._decoding:
-                self._importance[position] = _turn(residual[0], added[0], scale)
-
-        yield layer.register_forward_pre_hook(enter, with_kwargs=True)
-        yield attention.register_forward_hook(attended)
-        for child in layer.children():
-            if child is not attention:
-                yield child.register_forward_hook(passed)
-        yield layer.register_forward_hook(leave)
 
     # --- mass ---
 
@@ -272,13 +250,3 @@ class Probe:
                 return KascadeError(f"{what} is not a number: weight {name} holds NaN or infinity")
         dtype = str(self.model.dtype).removeprefix("torch.")
         return KascadeError(f"{what} is not a number although the weights are finite; {dtype} overflows? try --dtype")
-
-
-def _turn(residual: torch.Tensor, added: torch.Tensor, scale: float) -> torch.Tensor:
-    """1 - mean over tokens of cos(x, x + added): a scalar; residual and added [N, hidden]."""
-    total = torch.zeros((), dtype=torch.float32, device=residual.device)
-    for start in range(0, len(residual), _TOKEN_BLOCK):
-        before = residual[start : start + _TOKEN_BLOCK].float()
-        after = before + scale * added[start : start + _TOKEN_BLOCK].float()
-        total += nn.functional.cosine_similarity(before, after, dim=-1).sum()
-    return 1 - total / len(residual)

@@ -1,19 +1,63 @@
-"""Options that several commands have, with one wording."""
+"""Options that several commands have, with one wording, under one heading of the help (kascade_cli.help)."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-MinKeys = Annotated[int | None, typer.Option(min=1, help="Read at least this many keys. Default: the profile's.")]
-Refresh = Annotated[
-    int | None, typer.Option(min=1, help="kascade-refresh chooses keys every so many decode steps. Default: 8.")
+from kascade_cli.errors import UsageError
+from kascade_cli.help import BUDGET, MODEL, OUTPUT
+
+# What fits an int64 of a capture's attributes; counts beyond are typing mistakes, refused before anything is built.
+LARGEST_SEED = 2**63 - 1
+MOST_PROMPTS = 1_000_000
+
+
+def check_device(device: str) -> str:
+    """`meta` is a device to torch, and holds no data. Raises UsageError."""
+    if device.split(":")[0].strip().lower() == "meta":
+        raise UsageError("device 'meta' holds no data: use --device cpu, cuda or auto")
+    return device
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo / demo-small.")]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile",
+        metavar="FILE",
+        help="Profile of this model. Not needed for dense, oracle, streaming-llm ...",
+        rich_help_panel="How attention runs",
+    ),
 ]
-Backend = Annotated[str, typer.Option(help="auto, torch or tilelang.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the hub.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
+MinKeys = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=2**31 - 1,
+        metavar="N",
+        help="Read at least this many keys. Default: the profile's.",
+        rich_help_panel=BUDGET,
+    ),
+]
+Backend = Annotated[str, typer.Option(metavar="NAME", help="auto, torch or tilelang.", rich_help_panel=MODEL)]
+Dtype = Annotated[str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)]
+Device = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=MODEL, callback=check_device),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="REV", help="Branch, tag or commit of the model on the hub.", rich_help_panel=MODEL),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the model's own code.", rich_help_panel=MODEL)
+]
 AllowOtherWeights = Annotated[
-    bool, typer.Option("--allow-other-weights", help="Accept a profile of a model of the same shape.")
+    bool,
+    typer.Option(
+        "--allow-other-weights", help="Accept a profile of a model of the same shape.", rich_help_panel=MODEL
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=OUTPUT)]

@@ -1,64 +1,110 @@
 """`kascade profile`: capture the pooled attention of a dev set into an HDF5 file."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import err, format_bytes, out, parse_size, print_json, progress
-from kascade_cli.errors import KascadeError, UsageError
-from kascade_cli.files import check_output
+from kascade_cli.console import MAX_SIZE, cell, format_bytes, note, out, parse_size, print_json, progress, say
+from kascade_cli.errors import KascadeError, UsageError, plain
+from kascade_cli.files import check_name, check_output
+from kascade_cli.help import OUTPUT, PROMPTS, examples
 
 DEFAULT_LENGTH = 8192
+LARGEST_TILE = 4096  # queries; the kernels' is 32
+_MEASURED = "What is measured"
 
 
+@examples(
+    "kascade profile demo -o capture.h5 --num-prompts 16 --max-length 2k",
+    "kascade profile org/model --dev-set prompts.jsonl --max-length 32k --dtype bfloat16",
+    "kascade profile org/model --dev-set prompts.jsonl --max-length 32k --resume",
+)
 def profile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo / demo-small.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The HDF5 file to write.")] = Path(
-        "capture.h5"
-    ),
     dev_set: Annotated[
         str | None,
         typer.Option(
             metavar="SET",
             help="Built-in task, hub id (org/name[[:config]:split]), .jsonl, .parquet, folder of .txt. "
             "Default: what a built-in model was trained on; hops for others.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    num_prompts: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, max=shared.MOST_PROMPTS, help="How many prompts to capture.", rich_help_panel=PROMPTS
+        ),
+    ] = 16,
+    max_length: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Longest prompt in tokens, such as 32k. Default: 8k, or what the model takes.",
+            rich_help_panel=PROMPTS,
         ),
     ] = None,
     text_field: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Field of a record that holds the text or the chat.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Field of a record that holds the text or the chat.", rich_help_panel=PROMPTS
+        ),
     ] = None,
     chat_template: Annotated[
         bool | None,
         typer.Option(
             "--chat-template/--no-chat-template",
             help="Wrap text in the model's chat template, or never use it. Default: for chats only.",
+            rich_help_panel=PROMPTS,
         ),
     ] = None,
-    num_prompts: Annotated[int, typer.Option(metavar="N", min=1, help="How many prompts to capture.")] = 16,
-    max_length: Annotated[
-        str | None,
-        typer.Option(metavar="N", help="Longest prompt in tokens, such as 32k. Default: 8k, or what the model takes."),
-    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            max=shared.LARGEST_SEED,
+            help="Chooses the prompts and the tiles.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = 0,
     tiles_per_prompt: Annotated[
         str,
-        typer.Option(metavar="N", help="Query tiles per prompt: half prefill tiles, half decode rows; or 'all'."),
+        typer.Option(
+            metavar="N",
+            help="Query tiles per prompt: half prefill tiles, half decode rows; or 'all'.",
+            rich_help_panel=_MEASURED,
+        ),
     ] = "32",
-    tile: Annotated[int, typer.Option(metavar="N", help="Queries per prefill tile.")] = 32,
+    tile: Annotated[
+        int,
+        typer.Option(metavar="N", max=LARGEST_TILE, help="Queries per prefill tile.", rich_help_panel=_MEASURED),
+    ] = 32,
     decode_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Also generate this many tokens, and record each as a decode row.")
+        int,
+        typer.Option(
+            metavar="N",
+            max=MAX_SIZE,
+            help="Also generate this many tokens, and record each as a decode row.",
+            rich_help_panel=_MEASURED,
+        ),
     ] = 0,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Chooses the prompts and the tiles.")] = 0,
-    dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="Branch, tag or commit of the model on the hub.")
-    ] = None,
+    dtype: shared.Dtype = "auto",
+    device: shared.Device = "auto",
+    revision: shared.Revision = None,
     trust_remote_code: shared.TrustRemoteCode = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished capture.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The HDF5 file to write.", rich_help_panel=OUTPUT)
+    ] = Path("capture.h5"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an unfinished capture.", rich_help_panel=OUTPUT)
+    ] = False,
+    overwrite: shared.Overwrite = False,
     as_json: shared.AsJson = False,
 ) -> None:
     """Capture what a model attends to over a dev set: the input of `kascade select-anchors`.
@@ -67,8 +113,11 @@ def profile(
     """
     count = _tile_count(tiles_per_prompt)
     length = parse_size(max_length, "--max-length") if max_length is not None else None
+    check_name(model, "MODEL")
+    check_name(dev_set or "", "--dev-set")
     _check_target(output, resume, overwrite)
 
+    from kascade_cli.analysis.summary import captured
     from kascade_cli.capture.run import CaptureOptions, plan_capture, run_capture
     from kascade_cli.demo import DEMO_TASKS
     from kascade_cli.devset import check_source, load_devset
@@ -89,66 +138,49 @@ def profile(
     CaptureOptions(max_length=1, **options)  # refuse bad values before a model is loaded
     if resume and output.exists():
         _check_resumed(output, options | ({"max_length": length} if length else {}), dev_set, dtype, device)
-    loaded, tokenizer = load_model(
-        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
-    )
-    info = describe(loaded, model)
-    if length is None:
-        length = min(DEFAULT_LENGTH, (info.max_positions or DEFAULT_LENGTH) - decode_tokens)
-        if length < 1:
-            raise UsageError(
-                f"--decode-tokens {decode_tokens} leaves no room: {model} takes {info.max_positions} tokens"
-            )
-    chosen = CaptureOptions(max_length=length, **options)
-    devset = load_devset(
-        dev_set,
-        tokenizer,
-        num_prompts=num_prompts,
-        max_length=length,
-        seed=seed,
-        text_field=text_field,
-        chat_template=chat_template,
-    )
-    for note in devset.notes():
-        err.print(f"{dev_set}: {note}", markup=False, soft_wrap=True)
-    if len(devset.prompts) < num_prompts:
-        err.print(
-            f"{dev_set}: {len(devset.prompts)} prompts, fewer than the {num_prompts} asked for",
-            markup=False,
-            soft_wrap=True,
+    with _interruptible(output, begun=resume):
+        loaded, tokenizer = load_model(
+            model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
         )
-    plan = plan_capture(info, devset, chosen)
-    _announce(output, plan, devset, info, resume)
+        info = describe(loaded, model)
+        length = _length(model, info.max_positions, length, decode_tokens)
+        chosen = CaptureOptions(max_length=length, **options)
+        devset = load_devset(
+            dev_set,
+            tokenizer,
+            num_prompts=num_prompts,
+            max_length=length,
+            seed=seed,
+            text_field=text_field,
+            chat_template=chat_template,
+        )
+        for line in devset.notes():
+            note(f"{dev_set}: {line}")
+        if len(devset.prompts) < num_prompts:
+            note(f"{dev_set}: {len(devset.prompts)} prompts, fewer than the {num_prompts} asked for")
+        plan = plan_capture(info, devset, chosen)
+        _announce(output, plan, devset, info, resume)
 
     started = time.perf_counter()
-    with progress("capturing", total=devset.tokens) as bar:
-        try:
-            result = run_capture(
-                loaded,
-                info,
-                devset,
-                output,
-                chosen,
-                plan=plan,
-                resume=resume,
-                overwrite=overwrite,
-                on_progress=lambda done, _: bar.update(bar.first, completed=done),
-            )
-        except KeyboardInterrupt:
-            if output.exists():
-                err.print(
-                    f"stopped; the finished prompts are in {output}: go on with --resume", markup=False, soft_wrap=True
-                )
-            raise
+    with progress("capturing", total=devset.tokens) as bar, _interruptible(output, begun=True):
+        result = run_capture(
+            loaded,
+            info,
+            devset,
+            output,
+            chosen,
+            plan=plan,
+            resume=resume,
+            overwrite=overwrite,
+            on_progress=lambda done, _: bar.update(bar.first, completed=done),
+        )
     seconds = time.perf_counter() - started
     if not result.joined:
-        err.print(
+        note(
             f"no room to join the parts: {output} reads from {output}.parts, keep them together; "
-            "make room and run again with --resume to make one file",
-            markup=False,
-            soft_wrap=True,
+            "make room and run again with --resume to make one file"
         )
-    document = _summary(output) | {"captured_now": result.captured, "seconds": round(seconds, 3)}
+    document = captured(output) | {"captured_now": result.captured, "seconds": round(seconds, 3)}
     print_json(document) if as_json else _render(document)
 
 
@@ -156,15 +188,46 @@ def _tile_count(text: str) -> int | None:
     if text.strip().lower() == "all":
         return None
     try:
-        return int(text)
+        count = int(text)
     except ValueError as error:
-        raise UsageError(f"--tiles-per-prompt is a number or 'all', not '{text}'") from error
+        raise UsageError(f"--tiles-per-prompt is a number or 'all', not '{plain(text, 40)}'") from error
+    if count > MAX_SIZE:
+        raise UsageError(f"--tiles-per-prompt {plain(text, 40)} is too many: pass 'all' for every tile")
+    return count
+
+
+def _length(model: str, limit: int | None, length: int | None, decode_tokens: int) -> int:
+    """The longest prompt, bounded by what the model takes before any prompt is made. Raises UsageError."""
+    room = limit - decode_tokens if limit else None
+    if room is not None and room < 1:
+        raise UsageError(f"--decode-tokens {decode_tokens} leaves no room: {model} takes {limit} tokens")
+    if length is None:
+        return min(DEFAULT_LENGTH, room or DEFAULT_LENGTH)
+    if room is not None and length > room:
+        generated = f", and {decode_tokens} of them are to be generated" if decode_tokens else ""
+        raise UsageError(f"{model} takes {limit} tokens{generated}: pass --max-length {room} or less")
+    return length
+
+
+@contextlib.contextmanager
+def _interruptible(output: Path, *, begun: bool) -> Iterator[None]:
+    """After Ctrl-C, says what is kept and how to go on. `begun`: an output that is there is this capture's."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if begun and output.exists():
+            note(f"stopped; the finished prompts are in {output}: go on with --resume")
+        elif begun:
+            note("stopped before the first prompt was finished: nothing was written")
+        raise
 
 
 def _check_target(output: Path, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise UsageError("--resume goes on with a capture and --overwrite replaces it: pass one of them")
     check_output(output, overwrite=True)  # a folder, or in a folder that does not exist
+    if output.is_symlink() and not output.exists():
+        check_output(output, overwrite)
     if not (resume or overwrite) and output.exists():
         from kascade_cli.capture.store import describe_existing
 
@@ -197,12 +260,10 @@ def _announce(output: Path, plan: Any, devset: Any, info: Any, resume: bool) -> 
     from kascade_cli.capture.store import disk_free, stored_bytes
 
     tiles = sum(len(tiles) for tiles in plan.tiles)
-    err.print(
+    note(
         f"{len(devset.prompts)} prompts of '{devset.name}', {devset.tokens} tokens, {tiles} tiles, "
         f"{len(info.profiled_layers)} of {info.layers} layers: {output} will take about "
-        f"{format_bytes(plan.expected_bytes)} ({format_bytes(plan.raw_bytes)} before compression)",
-        markup=False,
-        soft_wrap=True,
+        f"{format_bytes(plan.expected_bytes)} ({format_bytes(plan.raw_bytes)} before compression)"
     )
     free = disk_free(output)
     needed = plan.expected_bytes - (stored_bytes(output) if resume else 0)
@@ -211,40 +272,6 @@ def _announce(output: Path, plan: Any, devset: Any, info: Any, resume: bool) -> 
             f"{output} needs about {format_bytes(needed)} more, and the disk has {format_bytes(free)} left: "
             "make room, or lower --num-prompts or --tiles-per-prompt"
         )
-
-
-def _summary(output: Path) -> dict[str, Any]:
-    """What a capture holds, as one JSON document: totals, and the mean over prompts per layer."""
-    import numpy as np
-
-    from kascade_cli.capture.store import open_capture, stored_bytes
-
-    with open_capture(output) as capture:
-        prompts = list(capture)
-        tiles = np.concatenate([prompt.tiles for prompt in prompts])
-        importance = np.mean([prompt.importance for prompt in prompts], axis=0)
-        top = np.mean([prompt.top_mass for prompt in prompts], axis=0)  # [Lp, H, K]
-        keys = capture.meta["top_mass_keys"]
-        layers = [
-            {
-                "layer": layer,
-                "importance": round(float(importance[position]), 6),
-                "top_mass": {key: round(float(top[position, :, k].mean()), 4) for k, key in enumerate(keys)},
-                "worst_head": {key: round(float(top[position, :, k].min()), 4) for k, key in enumerate(keys)},
-            }
-            for position, layer in enumerate(capture.profiled_layers)
-        ]
-        meta = capture.meta
-    return {
-        "output": str(output),
-        "model": {name: meta[f"model_{name}"] for name in ("name", "fingerprint")} | {"layers": meta["layers"]},
-        "dev_set": {"name": meta["dev_set_name"], "sha256": meta["dev_set_sha256"]},
-        "prompts": len(prompts),
-        "tokens": sum(prompt.n_tokens for prompt in prompts),
-        "tiles": {"prefill": int((tiles[:, 1] > 1).sum()), "decode": int((tiles[:, 1] == 1).sum())},
-        "bytes": stored_bytes(output),
-        "layers": layers,
-    }
 
 
 def _render(document: dict[str, Any]) -> None:
@@ -256,16 +283,13 @@ def _render(document: dict[str, Any]) -> None:
     for row in document["layers"]:
         mass = row["top_mass"]
         values = (mass["64"], mass["5%"], mass["10%"], row["worst_head"]["10%"])
-        table.add_row(str(row["layer"]), f"{row['importance']:.4f}", *(f"{value:.3f}" for value in values))
+        table.add_row(cell(row["layer"]), f"{row['importance']:.4f}", *(f"{value:.3f}" for value in values))
     out.print(table)
-    legend = "importance: 1 - cos(x, x + attention); the rest: share of attention on the largest keys, decode rows"
-    out.print(legend, soft_wrap=True)
+    say("importance: 1 - cos(x, x + attention); the rest: share of attention on the largest keys, decode rows")
     tiles, kept = document["tiles"], document["prompts"] - document["captured_now"]
     earlier = f" ({kept} of them earlier)" if kept else ""
-    out.print(
+    say(
         f"{document['output']}: {document['prompts']} prompts{earlier}, {document['tokens']} tokens, "
         f"{tiles['prefill']} prefill tiles, {tiles['decode']} decode rows, {format_bytes(document['bytes'])}, "
-        f"{document['seconds']:.1f} s",
-        markup=False,
-        soft_wrap=True,
+        f"{document['seconds']:.1f} s"
     )

@@ -4,117 +4,217 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.text import Text
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import err, out, parse_size, print_json, progress
-from kascade_cli.errors import KascadeError, UsageError, require_extra
-from kascade_cli.files import check_output, check_output_folder
+from kascade_cli.console import note, out, parse_ints, parse_size, print_json, progress
+from kascade_cli.errors import UsageError, require_extra
+from kascade_cli.files import check_name, check_output, check_output_folder
+from kascade_cli.help import BUDGET, OUTPUT, examples
+
+_CHOICE = "How many anchors (one rule, or the default)"
+_SEARCH = "What makes anchors good"
+_VERIFY = "Measure on the model"
+_SPEED = "Predicted speed-up"
 
 
+@examples(
+    "kascade select-anchors capture.h5 -o profile.yaml --verify 2 --max-anchors 5",
+    "kascade select-anchors capture.h5 --anchors 5 --plots figures",
+    "kascade select-anchors capture.h5 --anchors 0,2,8,13,14   # these layers",
+)
 def select_anchors(
     capture: Annotated[Path, typer.Argument(metavar="CAPTURE", help="The HDF5 file that `kascade profile` wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The YAML profile to write.")] = Path("profile.yaml"),
-    phase: Annotated[
-        Literal["decode", "prefill", "both"], typer.Option(help="Choose anchors for this phase, or the mean of both.")
-    ] = "both",
-    anchors: Annotated[int | None, typer.Option(help="This many anchors, the dense first layer included.")] = None,
+    anchors: Annotated[
+        str | None,
+        typer.Option(
+            metavar="M|LAYERS",
+            help="This many anchors, the dense first layer included; or which layers, such as 0,2,8,13,14.",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None,
     min_recovered: Annotated[
-        float | None, typer.Option(help="The fewest anchors that recover this share of the mass, such as 0.98.")
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="The fewest anchors that recover this share of the mass, such as 0.98.",
+            rich_help_panel=_CHOICE,
+        ),
     ] = None,
     target_speedup: Annotated[
-        float | None, typer.Option(help="The most anchors that are predicted to be this much faster than dense.")
+        float | None,
+        typer.Option(
+            metavar="TIMES",
+            help="The most anchors that are predicted to be this much faster than dense.",
+            rich_help_panel=_CHOICE,
+        ),
     ] = None,
     max_anchors: Annotated[
-        int | None, typer.Option(help="The largest number of anchors to look at. Default: half of the layers.")
+        int | None,
+        typer.Option(
+            metavar="M",
+            help="The largest number of anchors to look at. Default: half of the layers.",
+            rich_help_panel=_CHOICE,
+        ),
     ] = None,
+    verify: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            max=1000,
+            help="Measure the N best sets of every size on held-out prompts; needs the model. 0: do not.",
+            rich_help_panel=_VERIFY,
+        ),
+    ] = 0,
+    verify_prompts: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, max=shared.MOST_PROMPTS, help="Held-out prompts to verify on.", rich_help_panel=_VERIFY
+        ),
+    ] = 4,
+    verify_length: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Longest held-out prompt, such as 2k. Default: the capture's longest.",
+            rich_help_panel=_VERIFY,
+        ),
+    ] = None,
+    verify_dev_set: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SET",
+            help="Where held-out prompts come from, as for `kascade profile`. Default: as there.",
+            rich_help_panel=_VERIFY,
+        ),
+    ] = None,
+    kl_tolerance: Annotated[
+        float,
+        typer.Option(
+            metavar="NATS", min=0, help="Without a rule: KL above the best that is as good.", rich_help_panel=_VERIFY
+        ),
+    ] = 0.02,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The model to verify with. Default: the capture's.", rich_help_panel=_VERIFY
+        ),
+    ] = None,
+    dtype: shared.Dtype = "auto",
+    device: shared.Device = "auto",
+    backend: shared.Backend = "auto",
+    revision: shared.Revision = None,
+    trust_remote_code: shared.TrustRemoteCode = False,
+    phase: Annotated[
+        Literal["decode", "prefill", "both"],
+        typer.Option(help="Choose anchors for this phase, or the mean of both.", rich_help_panel=_SEARCH),
+    ] = "both",
     weights: Annotated[
-        Literal["importance", "uniform"], typer.Option(help="Weight of a layer in the objective.")
+        Literal["importance", "uniform"],
+        typer.Option(help="Weight of a layer in the objective.", rich_help_panel=_SEARCH),
     ] = "importance",
     assignment: Annotated[
         Literal["nearest", "free"],
-        typer.Option(help="Reuse heads read the nearest anchor before them, or whichever anchor serves them best."),
+        typer.Option(
+            help="Reuse heads read the nearest anchor before them, or whichever anchor serves them best.",
+            rich_help_panel=_SEARCH,
+        ),
     ] = "nearest",
-    verify: Annotated[
-        int, typer.Option(min=0, help="Measure the N best sets of every size on held-out prompts; needs the model.")
-    ] = 0,
-    model: Annotated[str | None, typer.Option(help="The model to verify with. Default: the capture's.")] = None,
-    verify_dev_set: Annotated[
-        str | None, typer.Option(help="Where held-out prompts come from, as for `kascade profile`. Default: as there.")
-    ] = None,
-    verify_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to verify on.")] = 4,
-    verify_length: Annotated[
-        str | None, typer.Option(help="Longest held-out prompt, such as 2k. Default: the capture's longest.")
-    ] = None,
-    kl_tolerance: Annotated[
-        float, typer.Option(min=0, help="With --verify and no other rule: nats above the best that are as good.")
-    ] = 0.02,
-    ratio: Annotated[float, typer.Option(help="Budget of the profile: share of the visible keys.")] = 0.10,
-    min_keys: Annotated[int, typer.Option(help="Budget of the profile: at least this many keys.")] = 128,
-    top_k: Annotated[int, typer.Option(min=1, help="Keys that similarity compares.")] = 64,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, max=2**31 - 1, help="Keys that similarity compares.", rich_help_panel=_SEARCH
+        ),
+    ] = 64,
     over_tiles: Annotated[
-        Literal["min", "mean"], typer.Option(help="A prompt's similarity is its worst tile's, or the mean.")
+        Literal["min", "mean"],
+        typer.Option(help="A prompt's similarity is its worst tile's, or the mean.", rich_help_panel=_SEARCH),
     ] = "min",
-    cost: Annotated[
-        Path | None, typer.Option(help="JSON of `kascade bench`. Default: the paper's H100 figures.")
-    ] = None,
-    context: Annotated[str, typer.Option(help="Context length that speed-ups are predicted for.")] = "128k",
     bootstrap: Annotated[
-        int, typer.Option(min=0, help="Resamples for the stability figures; 0 leaves them out.")
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            max=100_000,
+            help="Resamples for the stability figures; 0 leaves them out.",
+            rich_help_panel=_SEARCH,
+        ),
     ] = 200,
-    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Also draw the figures as PNG here.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that read the capture.")] = None,
-    dtype: Annotated[str, typer.Option(help="To verify in: auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="To verify on: auto, cpu, cuda ...")] = "auto",
-    backend: Annotated[str, typer.Option(help="To verify with: auto, torch or tilelang.")] = "auto",
-    revision: shared.Revision = None,
-    trust_remote_code: shared.TrustRemoteCode = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing profile.")] = False,
+    ratio: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of the visible keys to read.", rich_help_panel=BUDGET)
+    ] = 0.10,
+    min_keys: Annotated[
+        int, typer.Option(metavar="N", help="Read at least this many keys.", rich_help_panel=BUDGET)
+    ] = 128,
+    cost: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="JSON of `kascade bench`. Default: the paper's H100 figures.", rich_help_panel=_SPEED
+        ),
+    ] = None,
+    context: Annotated[
+        str,
+        typer.Option(metavar="N", help="Context length that speed-ups are predicted for.", rich_help_panel=_SPEED),
+    ] = "128k",
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="The YAML profile to write.", rich_help_panel=OUTPUT),
+    ] = Path("profile.yaml"),
+    overwrite: shared.Overwrite = False,
+    plots: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also draw the figures as PNG here.", rich_help_panel=OUTPUT),
+    ] = None,
     as_json: shared.AsJson = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=1024, help="Processes that read the capture.", rich_help_panel=OUTPUT),
+    ] = None,
 ) -> None:
-    """Choose anchor layers and head maps from a capture, and write the profile that attention runs."""
+    """Choose anchor layers and head maps from a capture, and write the profile that attention runs.
+
+    An anchor is a layer that chooses keys; the other layers read, head by head, what an anchor chose.
+    """
+    check_name(capture, "CAPTURE")
     check_output(output, overwrite)
-    rules = {"anchors": anchors, "min_recovered": min_recovered, "target_speedup": target_speedup}
     length = parse_size(context, "--context")
     held_out_length = parse_size(verify_length, "--verify-length") if verify_length is not None else None
 
     from kascade_cli.analysis import cost as costs
-    from kascade_cli.analysis import selection, similarity, stability
+    from kascade_cli.analysis import decision as deciding
+    from kascade_cli.analysis import record, similarity
     from kascade_cli.capture.store import open_capture
     from kascade_cli.commands import selection_report as report
-    from kascade_cli.schema import Budget, Profile
+    from kascade_cli.evaluation.verification import Verification
+    from kascade_cli.evaluation.verification import verify as measure_candidates
 
-    selection.check_rules(**rules)
-    if verify:
-        from kascade_cli.kernels.backend import check_backend
-        from kascade_cli.models import check_revision, resolve_device, resolve_dtype
-
-        # What verification needs is refused before the capture is read, which takes longer.
-        check_backend(backend)
-        resolve_dtype(dtype)
-        resolve_device(device)
-    else:
-        given = {
-            "--model": model,
-            "--verify-dev-set": verify_dev_set,
-            "--verify-length": verify_length,
-            "--revision": revision,
-        }
-        if unused := [name for name, value in given.items() if value is not None]:
-            raise UsageError(f"{unused[0]} is for verification: pass --verify N too")
+    settings = deciding.Settings(
+        phase=phase,
+        weights=weights,
+        assignment=assignment,
+        anchors=_anchors(anchors),
+        min_recovered=min_recovered,
+        target_speedup=target_speedup,
+        max_anchors=max_anchors,
+        kl_tolerance=kl_tolerance,
+    )
+    verification = Verification(
+        model, verify_dev_set, verify_prompts, held_out_length, dtype, device, backend, revision, trust_remote_code
+    )
+    _check_verification(verify, verification)
     if plots is not None:
-        check_output_folder(plots)
-        require_extra("matplotlib", "plot")
-    budget = _budget(Budget, ratio, min_keys)
+        _check_plots(plots, overwrite)
+    deciding.capture_budget({"tile": 1}, ratio, min_keys)  # refused before the capture is read, which takes longer
     table = costs.load(cost) if cost else costs.published()
     with open_capture(capture) as file:
-        meta, layers = file.meta, len(file.profiled_layers)
+        settings.limit(file.profiled_layers)
+        budget = deciding.capture_budget(file.meta, ratio, min_keys)
+        record.model_card(file.meta)
         if verify:
-            check_revision(model or meta["model_name"], revision)
-        budget = budget.model_copy(update={"tile": meta["tile"]})
+            verification.check_capture(file.meta)
         if not file.complete:
-            line = f"{capture}: {len(file)} of {meta['num_prompts']} prompts are captured; using these"
-            err.print(line, markup=False, soft_wrap=True)
-    limit = _limit(layers, anchors, max_anchors)
+            note(f"{capture}: {len(file)} of {file.meta['num_prompts']} prompts are captured; using these")
 
     with progress("reading the capture") as bar:
         measured = similarity.measure(
@@ -124,164 +224,70 @@ def select_anchors(
             workers=workers,
             advance=lambda done, total: bar.update(bar.first, completed=done, total=total),
         )
-    problem = selection.make_problem(measured, phase)
-    for note in problem.notes:
-        err.print(note, markup=False, soft_wrap=True)
-    sets = selection.search_sets(problem, weights, limit, assignment)
-    rows = [selection.make_row(problem, found, assignment, table, length) for found in sets]
-    nearest = None
-    if assignment == "free":
-        nearest = [entry.objective for entry in selection.search_sets(problem, weights, limit, "nearest")]
-
-    candidates: list[Any] = []
-    verified: dict[str, Any] = {}
+    search = deciding.Search(measured, settings, cost=table, context=length)
+    for line in search.problem.notes:
+        note(line)
+    candidates, verified = [], {}
     if verify:
-        fixed = (
-            None
-            if not any(value is not None for value in rules.values())
-            else selection.choose(rows, phase=phase, **rules)
-        )
-        sizes = [fixed.row.size] if fixed else range(1, limit + 1)
-        candidates = selection.candidates(problem, sizes, verify, assignment)
-        options = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code}
-        verified = _verify(
-            meta,
-            problem,
-            candidates,
-            assignment,
-            budget,
-            phase,
-            model,
-            options,
-            backend,
-            verify_dev_set or meta["dev_set_name"],
-            verify_prompts,
-            held_out_length,
-        )
-        best, why = selection.decide(candidates, fixed.row.size if fixed else None, kl_tolerance)
-        row = selection.candidate_row(problem, best, weights, assignment, table, length)
-        choice = selection.Choice(
-            row, fixed.rule if fixed else "verify", f"{fixed.why}; of these {why}" if fixed else why
-        )
-    else:
-        choice = selection.choose(rows, phase=phase, **rules)
+        candidates = search.candidates(verify)
+        with progress("verifying") as bar:
+            verified = measure_candidates(
+                search,
+                candidates,
+                budget,
+                verification,
+                begin=lambda total: bar.update(bar.first, total=total),
+                advance=lambda: bar.update(bar.first, advance=1),
+            )
+    decision = search.decide(candidates, verified)
+    search.bootstrap(decision, bootstrap)
+    origin = record.provenance_document(capture, measured, table, length)
+    profile = search.profile(decision, budget, provenance=origin)
 
-    chosen = choice.row
-    stable = None
-    if bootstrap:
-        stable = stability.bootstrap(measured, phase, weights, chosen.anchors, assignment, bootstrap)
-    settings = {
-        "method": "verify" if verify else "milp" if assignment == "free" else "dp",
-        "phase": phase,
-        "weights": weights,
-        "assignment": assignment,
-        "over_tiles": over_tiles,
-        "top_k": top_k,
-    }
-    profile = Profile.build(
-        model=report.model_card(meta),
-        anchors=problem.absolute(chosen.anchors),
-        profiled_layers=problem.layers,
-        head_maps=selection.head_maps(problem, chosen.anchors, assignment),
-        budget=budget,
-        selection=report.selection_document(settings, problem, choice, rows, stable, candidates, verified),
-        provenance=report.provenance(capture, meta, measured, table, length),
-    )
-    drawn = []
+    drawn: list[Path] = []
     if plots:
         from kascade_cli.analysis.plots import draw_all
 
-        drawn = draw_all(plots, measured, problem, rows, chosen, candidates)
+        drawn = draw_all(plots, measured, search.rows, decision.choice.row, decision.candidates)
+    document = report.result_document(output, search, decision, drawn)
+    shown = [] if as_json else report.renderables(document)
     profile.save(output, overwrite=overwrite)
-    document = report.result_document(
-        output, problem, choice, rows, nearest, table, length, stable, candidates, verified
-    )
-    document["notes"], document["plots"] = problem.notes, [str(path) for path in drawn]
-    print_json(document) if as_json else report.render(document, out)
+    if as_json:
+        print_json(document)
+    for part in shown:
+        out.print(part, soft_wrap=isinstance(part, Text))
 
 
-def _budget(kind: Any, ratio: float, min_keys: int) -> Any:
-    if not 0 < ratio <= 1:
-        raise UsageError(f"--ratio {ratio} is outside (0, 1]")
-    if min_keys < 1:
-        raise UsageError(f"--min-keys {min_keys} must be 1 or more")
-    return kind(ratio=ratio, min_keys=min_keys)
+def _anchors(text: str | None) -> int | tuple[int, ...] | None:
+    """`5` -> how many; `0,2,8` -> which layers."""
+    if text is None:
+        return None
+    try:
+        numbers = parse_ints(text.strip().removesuffix(","))
+    except UsageError as error:
+        raise UsageError(f"--anchors: {error}, nor how many there shall be, such as 5") from error
+    return tuple(numbers) if "," in text else numbers[0]
 
 
-def _limit(layers: int, anchors: int | None, max_anchors: int | None) -> int:
-    """The largest number of anchors to look at. Raises UsageError for numbers that the model cannot have."""
-    from kascade_cli.analysis.selection import default_max_anchors
+def _check_plots(folder: Path, overwrite: bool) -> None:
+    from kascade_cli.analysis.plots import FILES
 
-    for name, value in (("--anchors", anchors), ("--max-anchors", max_anchors)):
-        if value is not None and not 1 <= value <= layers:
-            raise UsageError(f"{name} {value} is outside 1..{layers}: the capture has {layers} full-attention layers")
-    if anchors is not None and max_anchors is not None and anchors > max_anchors:
-        raise UsageError(f"--anchors {anchors} is more than --max-anchors {max_anchors}")
-    return max_anchors or max(default_max_anchors(layers), anchors or 0)
+    check_output_folder(folder)
+    for name in FILES if folder.exists() else ():
+        check_output(folder / name, overwrite)
+    require_extra("matplotlib", "plot")
 
 
-def _verify(
-    meta: dict[str, Any],
-    problem: Any,
-    candidates: list[Any],
-    assignment: str,
-    budget: Any,
-    phase: str,
-    name: str | None,
-    options: dict[str, Any],
-    backend: str,
-    source: str,
-    num_prompts: int,
-    max_length: int | None,
-) -> dict[str, Any]:
-    """Fills in the candidates' KL; returns what the profile records about the verification."""
-    from kascade_cli.analysis.selection import head_maps
-    from kascade_cli.commands.selection_report import model_card
-    from kascade_cli.evaluation.kl import held_out_prompts, measure_kl
-    from kascade_cli.integrations.transformers import compile_ahead
-    from kascade_cli.models import describe, load_model
-    from kascade_cli.schema import PHASES, Profile
-
-    name = name or meta["model_name"]
-    model, tokenizer = load_model(name, **options)
-    info = describe(model, name)
-    if info.fingerprint != meta["model_fingerprint"]:
-        raise KascadeError(f"the capture was made from {meta['model_name']}, whose weights are not those of {name}")
-    max_length = max_length or meta["max_length"]
-    if info.max_positions and max_length > info.max_positions:
-        raise UsageError(f"--verify-length {max_length} is more than the {info.max_positions} positions of {name}")
-    devset = held_out_prompts(meta, tokenizer, source, num_prompts=num_prompts, max_length=max_length)
-    profiles = [
-        Profile.build(
-            model=model_card(meta),
-            anchors=problem.absolute(entry.anchors),
-            profiled_layers=problem.layers,
-            head_maps=head_maps(problem, entry.anchors, assignment),
-            budget=budget,
-        )
-        for entry in candidates
-    ]
-    phases = list(PHASES) if phase == "both" else [phase]
-    compile_ahead(model, profiles[0], backend=backend)
-    with progress("verifying", total=len(profiles) * len(devset.prompts)) as bar:
-        results = measure_kl(
-            model,
-            profiles,
-            devset.prompts,
-            devset.answer_positions,
-            phases,
-            backend=backend,
-            advance=lambda: bar.update(bar.first, advance=1),
-        )
-    for entry, result in zip(candidates, results, strict=True):
-        entry.kl, entry.prompts = result.kl, result.prompts
-    return {
-        "model": name,
-        "dev_set": devset.name,
-        "dev_set_sha256": devset.sha256,
-        "prompts": len(devset.prompts),
-        "max_length": devset.max_length,
-        "positions": "answers" if any(devset.answer_positions) else "last",
-        "phases": phases,
-        "dtype": str(model.dtype).removeprefix("torch."),
+def _check_verification(count: int, verification: Any) -> None:
+    """Refuses what verification cannot use, or options of it without --verify. Raises UsageError."""
+    if count:
+        verification.check()
+        return
+    given = {
+        "--model": verification.model,
+        "--verify-dev-set": verification.dev_set,
+        "--verify-length": verification.max_length,
+        "--revision": verification.revision,
     }
+    if unused := [name for name, value in given.items() if value is not None]:
+        raise UsageError(f"{unused[0]} is for verification: pass --verify N too")

@@ -5,24 +5,33 @@ from typing import Annotated, Any
 
 import typer
 
-from kascade_cli.console import format_bytes, out, print_json
+from kascade_cli.commands import options as shared
+from kascade_cli.console import cell, format_bytes, out, plain_table, print_json
 from kascade_cli.errors import KascadeError
+from kascade_cli.files import check_name
+from kascade_cli.help import examples
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
+@examples("kascade show profile.yaml", "kascade show capture.h5 --json")
 def show(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A capture (.h5) or a profile (.yaml).")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Print what a capture or a profile holds."""
+    check_name(file, "FILE")
+    if file.exists() and not file.is_file():  # a pipe would block, a device may never end
+        raise KascadeError(f"cannot read {file}: it is {'a folder' if file.is_dir() else 'not a regular file'}")
     try:
         with file.open("rb") as handle:
             head = handle.read(len(_HDF5))
     except OSError as error:
         raise KascadeError(f"cannot read {file}: {error.strerror}") from error
     if head == _HDF5 or file.suffix in (".h5", ".hdf5"):
-        document = capture_document(file)
+        from kascade_cli.analysis.summary import describe_capture
+
+        document = describe_capture(file)
         print_json(document) if as_json else _render_capture(document)
     else:
         from kascade_cli.schema import Profile
@@ -34,72 +43,15 @@ def show(
             _render_profile(file, profile)
 
 
-def capture_document(path: Path) -> dict[str, Any]:
-    """A capture as one JSON document: description, prompts, and means over prompts per layer."""
-    import numpy as np
-
-    from kascade_cli.capture.store import open_capture
-
-    with open_capture(path) as capture:
-        prompts = list(capture)
-        keys = capture.meta["top_mass_keys"]
-        layers: list[dict[str, Any]] = [{"layer": layer} for layer in capture.profiled_layers]
-        if prompts:
-            importance = np.mean([prompt.importance for prompt in prompts], axis=0, dtype=np.float64)
-            top = np.mean([prompt.top_mass for prompt in prompts], axis=0, dtype=np.float64)
-            for position, row in enumerate(layers):
-                row["importance"] = round(float(importance[position]), 6)
-                row["top_mass"] = {
-                    key: round(float(top[position, :, index].mean()), 4) for index, key in enumerate(keys)
-                }
-                row["worst_head"] = {
-                    key: round(float(top[position, :, index].min()), 4) for index, key in enumerate(keys)
-                }
-        rows = [
-            {
-                "id": prompt.id,
-                "tokens": prompt.n_tokens,
-                "prompt_tokens": prompt.n_prompt_tokens,
-                "prefill_tiles": int((prompt.tiles[:, 1] != 1).sum()),
-                "decode_rows": int((prompt.tiles[:, 1] == 1).sum()),
-                "token_ids_sha256": prompt.token_ids_sha256,
-            }
-            for prompt in prompts
-        ]
-        return {
-            "kind": "capture",
-            "file": str(path),
-            "bytes": path.stat().st_size,
-            "complete": capture.complete,
-            "meta": capture.meta,
-            "profiled_layers": capture.profiled_layers,
-            "prompts": rows,
-            "layers": layers,
-        }
-
-
-def _plain(title: str) -> Any:
+def _facts(rows: list[tuple[str, str]]) -> Any:
     from rich.table import Table
 
-    return Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-
-
-def _facts(rows: list[tuple[str, str]]) -> Any:
-    table = _plain("")
-    table.title = None
-    table.show_header = False
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, _literal(value))
+        table.add_row(cell(name), cell(value))
     return table
-
-
-def _literal(text: str) -> Any:
-    """Text that rich does not read as markup."""
-    from rich.text import Text
-
-    return Text(text)
 
 
 def _span(values: list[int]) -> str:
@@ -107,20 +59,11 @@ def _span(values: list[int]) -> str:
     return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
 
 
-def ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> `0-2 5`."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return " ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
-
-
 def _render_capture(document: dict[str, Any]) -> None:
+    from kascade_cli.analysis.selection import ranges
+
     meta, prompts = document["meta"], document["prompts"]
-    tiles = sum(row["prefill_tiles"] for row in prompts), sum(row["decode_rows"] for row in prompts)
+    tiles = document["tiles"]
     state = "complete" if document["complete"] else "unfinished: go on with `kascade profile ... --resume`"
     facts = [
         ("capture", f"{document['file']} ({format_bytes(document['bytes'])}, {state})"),
@@ -134,7 +77,7 @@ def _render_capture(document: dict[str, Any]) -> None:
         tokens = [row["tokens"] for row in prompts]
         facts += [
             ("tokens", f"{sum(tokens)} in all, {_span(tokens)} per prompt"),
-            ("tiles", f"{tiles[0]} prefill tiles of {meta['tile']} queries, {tiles[1]} decode rows"),
+            ("tiles", f"{tiles['prefill']} prefill tiles of {meta['tile']} queries, {tiles['decode']} decode rows"),
         ]
     facts += [
         ("made", f"{meta['dtype']} on {meta['device']}, kascade {meta['tool_version']}"),
@@ -145,9 +88,9 @@ def _render_capture(document: dict[str, Any]) -> None:
         return
     out.print()
     keys = meta["top_mass_keys"]
-    table = _plain("Per layer, means over prompts: importance w, share of attention on the top keys")
-    for name in ("layer", "w", *(f"top {key}" for key in keys), *([f"worst head, {keys[-1]}"] if keys else [])):
-        table.add_column(name, justify="right")
+    names = ["layer", "w", *(f"top {key}" for key in keys), *([f"worst head, {keys[-1]}"] if keys else [])]
+    title = "Per layer, means over prompts: importance w, share of attention on the top keys"
+    table = plain_table(names, title=title, right=names)
     for row in document["layers"]:
         values = [f"{row['top_mass'][key]:.3f}" for key in keys]
         worst = [f"{row['worst_head'][keys[-1]]:.3f}"] if keys else []
@@ -181,21 +124,22 @@ def _render_profile(path: Path, profile: Any) -> None:
     ]
     out.print(_facts(facts))
     out.print()
-    table = _plain("Roles; heads: per KV head, the anchor head whose keys it reads (= its own number)")
-    for name in ("layer", "role", "reads", "decode heads", "prefill heads"):
-        table.add_column(name, justify="right" if name in ("layer", "reads") else "left")
+    title = "Roles; heads: per KV head, the anchor head whose keys it reads (= its own number)"
+    table = plain_table(
+        ["layer", "role", "reads", "decode heads", "prefill heads"], title=title, right=["layer", "reads"]
+    )
     for index, layer in enumerate(profile.layers):
         if layer.role == "reuse":
             maps = [compact_map(profile.head_map(index, phase), layer.anchor) for phase in ("decode", "prefill")]
             table.add_row(str(index), "reuse", str(layer.anchor), *maps)
         else:
-            name = f"[bold]{layer.role}[/bold]" if layer.role in ("dense", "anchor") else layer.role
-            table.add_row(str(index), name, "", "", "")
+            style = "bold" if layer.role in ("dense", "anchor") else ""
+            table.add_row(str(index), cell(layer.role, style), "", "", "")
     out.print(table)
     for title, section in (("Selection", selection), ("Provenance", origin)):
         if section:
             out.print()
-            out.print(f"[bold]{title}[/bold]")
+            out.print(cell(title, "bold"))
             out.print(_facts(list(_flatten(section))))
 
 

@@ -26,7 +26,7 @@ def read(path):
 def test_four_figures_with_something_in_them(parts, tmp_path):
     measured, problem, rows = parts
     candidates = [selection.Candidate(row.anchors, {}, {"decode": 0.1 / row.size}, 2) for row in rows]
-    paths = plots.draw_all(tmp_path / "new" / "folder", measured, problem, rows, rows[1], candidates)
+    paths = plots.draw_all(tmp_path / "new" / "folder", measured, rows, rows[1], candidates)
     assert sorted(path.name for path in paths) == ["importance.png", "pareto.png", "similarity.png", "sparsity.png"]
     for path in paths:
         image = read(path)
@@ -51,11 +51,21 @@ def test_the_figures_show_the_numbers(parts):
     np.testing.assert_allclose(heat, measured.top_mass[:, :, 1].T)
 
 
+def test_labels_from_the_capture_are_no_mathematics(parts, tmp_path):
+    measured, _, rows = parts
+    measured.top_mass_keys = ["$x^2", "256", r"$\frac{$", "\x1b[1m5%", "y" * 500]
+    plots.draw_all(tmp_path, measured, rows, rows[0], [])  # matplotlib raises for what it cannot parse
+    labels = [text.get_text() for text in plots.sparsity(measured).axes[1].get_legend().get_texts()]
+    assert labels[0] == r"top \$x^2"
+    assert labels[3] == "top 5%"
+    assert len(labels[4]) < 80
+
+
 def test_folder_that_cannot_be_made(parts, tmp_path):
     (tmp_path / "file").write_text("")
     measured, problem, rows = parts
     with pytest.raises(KascadeError, match="cannot write plots"):
-        plots.draw_all(tmp_path / "file" / "plots", measured, problem, rows, rows[0], [])
+        plots.draw_all(tmp_path / "file" / "plots", measured, rows, rows[0], [])
 
 
 def test_missing_matplotlib_is_one_line(parts, tmp_path, monkeypatch):
@@ -66,5 +76,5 @@ def test_missing_matplotlib_is_one_line(parts, tmp_path, monkeypatch):
     )  # fmt: skip
     measured, problem, rows = parts
     with pytest.raises(KascadeError, match=r"kascade-cli\[plot\]"):
-        plots.draw_all(tmp_path, measured, problem, rows, rows[0], [])
+        plots.draw_all(tmp_path, measured, rows, rows[0], [])
     assert not list(tmp_path.glob("*.png"))

@@ -6,6 +6,7 @@ import torch
 
 from kascade_cli.capture.mass import pooled_mass, round_mass, top_mass
 from kascade_cli.capture.probe import TOP_MASS_KEYS, Probe
+from kascade_cli.capture.residual import Residual
 from kascade_cli.capture.tiles import sample_tiles
 from kascade_cli.errors import KascadeError
 from kascade_cli.models import describe, full_attention_layers
@@ -330,16 +331,16 @@ def hooks(model):
 
 def test_a_probe_that_cannot_enter_leaves_nothing_behind(llama, llama_info, monkeypatch):
     """Whatever fails on the way in: half of the hooks, the implementation and the handles are undone."""
-    follow = Probe._follow_residual
+    follow = Residual.follow
 
-    def failing(self, layer, attention, position):
-        handles = follow(self, layer, attention, position)
+    def failing(self, layer, attention):
+        handles = follow(self, layer, attention)
         yield next(handles)
-        if position == 1:
+        if self.layer == 1:
             raise MemoryError("no more")
         yield from handles
 
-    monkeypatch.setattr(Probe, "_follow_residual", failing)
+    monkeypatch.setattr(Residual, "follow", failing)
     with pytest.raises(MemoryError), Probe(llama, llama_info):
         pass
     assert llama.config._attn_implementation == "sdpa"

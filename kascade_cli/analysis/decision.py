@@ -1,0 +1,232 @@
+"""From a measured capture to a profile, step by step; what `kascade select-anchors` does between reading and printing.
+
+    measured = similarity.measure("capture.h5")
+    search = Search(measured, Settings(anchors=4))
+    decision = search.decide()                      # or, measured on the model: search.decide(candidates)
+    search.profile(decision, Budget(ratio=0.1)).save("profile.yaml")
+
+`kascade_cli.evaluation.verification` measures `search.candidates(n)`; nothing here needs torch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kascade_cli.analysis import cost as costs
+from kascade_cli.analysis import record, selection, stability
+from kascade_cli.analysis.selection import Candidate, Choice, Row
+from kascade_cli.analysis.similarity import Measured
+from kascade_cli.errors import UsageError
+from kascade_cli.schema import PHASES, Budget, ModelCard, Profile
+
+DEFAULT_CONTEXT = 128 * 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How anchors are chosen. Raises UsageError for more than one rule, or numbers that make no sense.
+
+    phase: decode, prefill or both; weights: importance or uniform; assignment: nearest or free. The rules:
+    `anchors` (how many, or which absolute layers), `min_recovered`, `target_speedup`; None of them: the default.
+    max_anchors: the largest number to look at. kl_tolerance, in nats: where candidates were measured.
+    """
+
+    phase: str = "both"
+    weights: str = "importance"
+    assignment: str = "nearest"
+    anchors: int | tuple[int, ...] | None = None
+    min_recovered: float | None = None
+    target_speedup: float | None = None
+    max_anchors: int | None = None
+    kl_tolerance: float = selection.KL_TOLERANCE
+
+    def __post_init__(self) -> None:
+        selection.check_rules(self.anchors, self.min_recovered, self.target_speedup)
+        if not (math.isfinite(self.kl_tolerance) and self.kl_tolerance >= 0):
+            raise UsageError(f"--kl-tolerance {self.kl_tolerance} must be a number, 0 or more")
+        if isinstance(self.anchors, tuple):
+            selection.check_set(self.anchors)
+
+    @property
+    def phases(self) -> list[str]:
+        return list(PHASES) if self.phase == "both" else [self.phase]
+
+    @property
+    def has_rule(self) -> bool:
+        return not (self.anchors is self.min_recovered is self.target_speedup is None)
+
+    def limit(self, layers: Sequence[int]) -> int:
+        """The largest number of anchors to look at in a capture of these (absolute) layers.
+
+        Raises UsageError for numbers and sets that it cannot have.
+        """
+        count = len(layers)
+        given = isinstance(self.anchors, tuple)
+        if given:
+            selection.positions(self.anchors, layers)
+        size = len(self.anchors) if given else self.anchors
+        for name, value in (("--anchors", None if given else size), ("--max-anchors", self.max_anchors)):
+            if value is not None and not 1 <= value <= count:
+                raise UsageError(
+                    f"{name} {value} is outside 1..{count}: the capture has {count} full-attention layers"
+                )
+        if not given and size is not None and self.max_anchors is not None and size > self.max_anchors:
+            raise UsageError(f"--anchors {size} is more than --max-anchors {self.max_anchors}")
+        return self.max_anchors or max(selection.default_max_anchors(count), size or 0)
+
+
+@dataclass
+class Decision:
+    """What was chosen and why. candidates: what was measured for it; verified: on what (for the profile's record)."""
+
+    choice: Choice
+    candidates: list[Candidate] = field(default_factory=list)
+    verified: dict[str, Any] = field(default_factory=dict)
+    stable: stability.Stability | None = None
+
+    @property
+    def anchors(self) -> tuple[int, ...]:
+        """Positions within the profiled layers."""
+        return self.choice.row.anchors
+
+
+class Search:
+    """The best anchor sets of a capture, and everything that follows from choosing one of them.
+
+    problem: what is solved; rows: the best set of every size up to the limit; nearest: under free assignment, the
+    objectives of the dynamic programme beside it; given: the positions of an explicit set, or None.
+    """
+
+    def __init__(
+        self,
+        measured: Measured,
+        settings: Settings | None = None,
+        *,
+        cost: costs.CostTable | None = None,
+        context: int = DEFAULT_CONTEXT,
+    ) -> None:
+        self.measured, self.settings = measured, settings or Settings()
+        self.cost, self.context = cost or costs.published(), context
+        self.problem = selection.make_problem(measured, self.settings.phase)
+        self.limit = self.settings.limit(self.problem.layers)
+        asked = self.settings.anchors
+        self.given = selection.positions(asked, self.problem.layers) if isinstance(asked, tuple) else None
+        weights, assignment = self.settings.weights, self.settings.assignment
+        sets = selection.search_sets(self.problem, weights, self.limit, assignment)
+        self.rows = [selection.make_row(self.problem, found, assignment, self.cost, context) for found in sets]
+        self.nearest: list[float] | None = None
+        if assignment == "free":
+            nearest = selection.search_sets(self.problem, weights, self.limit, "nearest")
+            self.nearest = [entry.objective for entry in nearest]
+
+    def row(self, anchors: tuple[int, ...]) -> Row:
+        """The row of any set of positions, its objective under the settings' weights and assignment."""
+        found = selection.any_set(self.problem, anchors, self.settings.weights, self.settings.assignment)
+        return selection.make_row(self.problem, found, self.settings.assignment, self.cost, self.context)
+
+    def candidates(self, count: int) -> list[Candidate]:
+        """Sets to measure: the `count` best under both weightings, of every size or the rule's; or the given one."""
+        assignment = self.settings.assignment
+        if self.given is not None:
+            objectives = {
+                name: selection.any_set(self.problem, self.given, name, assignment).objective
+                for name in self.problem.weights
+            }
+            return [Candidate(self.given, objectives)]
+        sizes = [self._by_rule().row.size] if self.settings.has_rule else range(1, self.limit + 1)
+        return selection.candidates(self.problem, sizes, count, assignment)
+
+    def decide(self, candidates: Sequence[Candidate] = (), verified: dict[str, Any] | None = None) -> Decision:
+        """Applies the rule, or with measured `candidates` their KL within what the rule leaves open.
+
+        Raises TargetMissed if no set meets a target, UsageError for an impossible rule.
+        """
+        if not candidates:
+            return Decision(self._by_rule())
+        by_rule = self._by_rule() if self.settings.has_rule else None
+        if self.given is not None:
+            score = candidates[0].score
+            choice = Choice(by_rule.row, by_rule.rule, f"{by_rule.why}; their measured KL is {score:.4f} nats")
+        else:
+            size = by_rule.row.size if by_rule else None
+            best, why = selection.decide(candidates, size, self.settings.kl_tolerance)
+            row = self.row(best.anchors)
+            choice = (
+                Choice(row, by_rule.rule, f"{by_rule.why}; of these {why}") if by_rule else Choice(row, "verify", why)
+            )
+        return Decision(choice, list(candidates), verified or {})
+
+    def _by_rule(self) -> Choice:
+        if self.given is not None:
+            return Choice(self.row(self.given), "anchors", "these anchors were asked for")
+        options = self.settings
+        return selection.choose(
+            self.rows,
+            anchors=options.anchors,
+            min_recovered=options.min_recovered,
+            target_speedup=options.target_speedup,
+            phase=options.phase,
+        )
+
+    def bootstrap(self, decision: Decision, resamples: int) -> None:
+        """Adds to `decision` how much of it is the dev set's accident; 0 resamples: nothing."""
+        if resamples:
+            options = self.settings
+            decision.stable = stability.bootstrap(
+                self.measured, options.phase, options.weights, decision.anchors, options.assignment, resamples
+            )
+
+    @property
+    def model(self) -> ModelCard:
+        """Raises KascadeError if the capture's description of its model makes no sense."""
+        return record.model_card(self.measured.meta)
+
+    def layout(self, anchors: tuple[int, ...], budget: Budget) -> Profile:
+        """A profile with these anchors (positions) and nothing about how they were found: to be run."""
+        return Profile.build(
+            model=self.model,
+            anchors=self.problem.absolute(anchors),
+            profiled_layers=self.problem.layers,
+            head_maps=selection.head_maps(self.problem, anchors, self.settings.assignment),
+            budget=budget,
+        )
+
+    def profile(
+        self, decision: Decision, budget: Budget | None = None, *, provenance: dict[str, Any] | None = None
+    ) -> Profile:
+        """The profile of a decision, with its record. `budget` without a tile of its own takes the capture's.
+
+        Raises KascadeError if that is no profile.
+        """
+        budget = capture_budget(self.measured.meta) if budget is None else budget
+        return self.layout(decision.anchors, budget).model_copy(
+            update={"selection": self.record(decision), "provenance": provenance or {}}
+        )
+
+    def record(self, decision: Decision) -> dict[str, Any]:
+        """The profile's `selection`."""
+        options = self.settings
+        method = "milp" if options.assignment == "free" else "dp"
+        if decision.candidates:
+            method = "verify"
+        elif self.given is not None:
+            method = "given"
+        settings = {
+            "method": method,
+            "phase": options.phase,
+            "weights": options.weights,
+            "assignment": options.assignment,
+            "over_tiles": self.measured.reduce,
+            "top_k": self.measured.top_k,
+        }
+        return record.selection_document(settings, self.problem, decision, self.rows)
+
+
+def capture_budget(meta: dict[str, Any], ratio: float = 0.10, min_keys: int = 128) -> Budget:
+    """A budget with the tile of a capture. Raises UsageError for a ratio or floor that cannot be."""
+    if not 0 < ratio <= 1:
+        raise UsageError(f"--ratio {ratio} is outside (0, 1]")
+    if not 1 <= min_keys < 2**31:
+        raise UsageError(f"--min-keys {min_keys} must be 1 or more, and less than 2^31")
+    return record.budget(ratio=ratio, min_keys=min_keys, tile=meta["tile"])
