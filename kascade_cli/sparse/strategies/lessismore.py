@@ -23,7 +23,8 @@ def _share(value: object) -> float:
 class LessIsMore(SharedSelection):
     """A share of the budget (25 %, rounded up) goes to the most recent keys; the rest to the union of every query
     head's own Top-k, filled rank by rank: the best key of every head, then the second best, until it is full
-    (method: section 8). Published layers: 2 and 13 of 32 (Llama-3.1-8B); for Qwen3-8B 2 and 12 of 36.
+    (method: section 8). Of the last rank, where not all fit, those of the lowest slots: the paper leaves it open.
+    Published layers: 2 and 13 of 32 (Llama-3.1-8B); for Qwen3-8B 2 and 12 of 36.
     """
 
     name, rank = "lessismore", 23

@@ -65,7 +65,7 @@ class SharedSelection(Strategy):
 
 class OmniKV(SharedSelection):
     """Keys whose post-softmax attention is highest in any query head (pooled by max), in the published layers 2, 8
-    and 18 of 32 (method: section 8)."""
+    and 18 of 32 (method: section 8). No key is kept for being recent."""
 
     name, rank = "omnikv", 22
     summary = "a few filter layers choose keys for those after them, pooled over all heads by max; decode only"

@@ -159,13 +159,24 @@ def test_a_mask_longer_than_the_tokens(llama, cache, left):
     position = (mask.cumsum(1) - 1).clamp_min(0)
 
     def forward(mask):
-        made = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, 90)
-        with torch.no_grad():
-            return model(ids, attention_mask=mask, position_ids=position, past_key_values=made).logits[0, left:]
+        """A prefill of all tokens but the last, which is a decode step under the same mask."""
+        made, outs = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, 90), []
+        for part in (slice(0, left + 49), slice(left + 49, left + 50)):
+            options = {"position_ids": position[:, part], "past_key_values": made}
+            short = mask if mask.shape[1] > left + 50 else mask[:, : part.stop]
+            with torch.no_grad():
+                outs.append(model(ids[:, part], attention_mask=short, **options).logits[0])
+        return torch.cat(outs)[left:]
 
     with attach(model, profile) as attachment:
         torch.testing.assert_close(forward(longer), forward(mask))
-        torch.testing.assert_close(forward(longer), run(model, ids[0, left:].tolist(), [(0, 50)]))
+        if cache == "dynamic":  # has no slot for what the mask says here
+            gap = torch.cat([mask, torch.zeros_like(mask[:, :9]), torch.ones_like(mask[:, :9])], 1)
+            torch.testing.assert_close(forward(gap), forward(mask))
+            attachment.reset()
+            forward(mask)
+            forward(mask)
+        torch.testing.assert_close(forward(longer), run(model, ids[0, left:].tolist(), [(0, 49), (49, 50)]))
         assert attachment.report()["keys_visible"] == 4 * 4 * 50 * 51 / 2
         with pytest.raises(KascadeError, match="made its mask for"), torch.no_grad():
             model(ids, attention_mask=longer, use_cache=False)  # transformers cannot either
