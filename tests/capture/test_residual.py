@@ -117,7 +117,7 @@ def test_importance_of_prompts_of_any_length(length):
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-3), (torch.bfloat16, 0.02)])
 def test_huge_tokens_do_not_hide_what_is_added(dtype, rtol):
-    """Real models have tokens a thousand times larger than the others; their rounding exceeds what is added to them."""
+    """Real models have tokens a thousand times larger than others; their rounding exceeds what is added to them."""
     model, tokens = build("Granite", dtype), random_tokens(70)
     with torch.no_grad():
         model.model.embed_tokens.weight[tokens[0]] *= 10_000
