@@ -3,19 +3,6 @@
 import numpy as np
 
 _BLOCK = 16  # keys per block of the pre-selection
-_INFINITY = 0x7C00  # smallest uint16 pattern that is not a finite, non-negative float16
-
-
-def as_bits(mass: np.ndarray) -> np.ndarray:
-    """float16 -> uint16, same memory. For values >= 0 the order of the patterns is the order of the
-    numbers.
-    """
-    return mass.view(np.uint16)
-
-
-def is_mass(bits: np.ndarray) -> bool:
-    """Whether every pattern is a finite number >= 0 (no NaN, infinity or sign bit)."""
-    return bits.size == 0 or int(bits.max()) < _INFINITY
 
 
 def to_float32(bits: np.ndarray) -> np.ndarray:
