@@ -109,6 +109,7 @@ def prompt_similarity(prompt: Prompt, top_k: int, reduce: str) -> PromptSimilari
     layers, _, heads, n_tokens = prompt.mass.shape
     tiles = prompt.tiles.astype(np.int64)
     accumulators = {phase: _Accumulator(layers, heads, reduce) for phase in PHASES}
+    narrow, wide = (np.empty(heads * n_tokens, dtype) for dtype in (np.uint16, np.uint32))
     # Layer by layer over a block of tiles, as they lie in the file.
     per_block = max(1, _BLOCK_BYTES // (layers * heads * min(top_k, n_tokens) * 8))
     for first in range(0, len(tiles), per_block):
@@ -116,10 +117,10 @@ def prompt_similarity(prompt: Prompt, top_k: int, reduce: str) -> PromptSimilari
         chosen: list[list[np.ndarray]] = [[] for _ in block]
         for layer in range(layers):
             for position, (start, length) in enumerate(block):
-                bits = np.empty((heads, start + length), np.uint16)
+                bits = narrow[: heads * (start + length)].reshape(heads, start + length)
                 prompt.read_bits(layer, first + position, bits)
                 where = prompt.where(layer, first + position)
-                ratio = _tile_ratio(bits, int(start), int(length), chosen[position], top_k, where)
+                ratio = _tile_ratio(bits, int(start), int(length), chosen[position], top_k, where, wide)
                 accumulators["decode" if length == 1 else "prefill"].add(layer, ratio)
     counts = {"decode": int((tiles[:, 1] == 1).sum()), "prefill": int((tiles[:, 1] != 1).sum())}
     for phase in PHASES:
@@ -134,7 +135,7 @@ def prompt_similarity(prompt: Prompt, top_k: int, reduce: str) -> PromptSimilari
 
 
 def _tile_ratio(
-    bits: np.ndarray, start: int, length: int, chosen: list[np.ndarray], top_k: int, where: str
+    bits: np.ndarray, start: int, length: int, chosen: list[np.ndarray], top_k: int, where: str, scratch: np.ndarray
 ) -> np.ndarray:
     """sim of one tile and layer b against every layer a <= b: float32 [G, (b + 1) * G], column a * G + g'.
 
@@ -143,7 +144,7 @@ def _tile_ratio(
     """
     heads = bits.shape[0]
     candidates = start + 1 if length == 1 else start
-    values = to_float32(bits)
+    values = to_float32(bits, scratch)
     check_rows(values.sum(axis=1), start + length, where)
     diagonal = np.float32(0) if length == 1 else values[:, start:].sum(axis=1, keepdims=True)
     own_choice = top_indices(np.ascontiguousarray(bits[:, :candidates]), top_k)

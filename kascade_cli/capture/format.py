@@ -6,6 +6,7 @@ Imports no torch.
 import hashlib
 import json
 import re
+import zlib
 from typing import Any
 
 import h5py
@@ -46,11 +47,40 @@ def is_prompt_id(name: str) -> bool:
 
 
 def compression() -> dict[str, Any]:
-    """Dataset options of everything stored. Any HDF5 library reads it, and zlib never crashes on bad input.
-
-    Level 1 is 3 % larger than level 4 and inflates a quarter faster.
-    """
+    """Dataset options of everything stored. Any HDF5 library reads it, and zlib never crashes on bad input."""
     return {"compression": "gzip", "compression_opts": 1, "shuffle": True, "fletcher32": True}
+
+
+def mass_chunk(mass: np.ndarray, end: int) -> bytes:
+    """One tile's mass f16 [G, n], zero from key `end` on, as HDF5's shuffle, gzip and Fletcher32 would leave it.
+
+    The low bytes of the visible keys are noise: they go in as they are, which inflates a third faster than level 1
+    over everything and costs 2 % of the size.
+    """
+    low, high = (np.ascontiguousarray(plane) for plane in np.moveaxis(_octets(mass), -1, 0))
+    parts = [b"\x78\x01"]
+    for row in low:
+        for level, data in ((0, row[:end]), (1, row[end:])):
+            packer = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
+            parts += packer.compress(data), packer.flush(zlib.Z_FULL_FLUSH)
+    packer = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
+    parts += packer.compress(high), packer.flush()
+    parts.append(zlib.adler32(high, zlib.adler32(low)).to_bytes(4, "big"))
+    packed = b"".join(parts)
+    return packed + fletcher32(packed).to_bytes(4, "little")
+
+
+def _octets(mass: np.ndarray) -> np.ndarray:
+    """f16 [G, n] -> uint8 [G, n, 2], the low byte first."""
+    return np.ascontiguousarray(mass, "<f2").view(np.uint8).reshape(*mass.shape, 2)
+
+
+def fletcher32(data: bytes) -> int:
+    """HDF5's checksum: 16-bit words, high byte first, summed in ones' complement; an odd byte is a high one."""
+    words = np.frombuffer(data + b"\0" * (len(data) % 2), ">u2").astype(np.uint64)
+    sums = int((words * np.arange(len(words), 0, -1, dtype=np.uint64)).sum()), int(words.sum())
+    second, first = (value and (value - 1) % 0xFFFF + 1 for value in sums)  # zero is 0xFFFF, but for no sum at all
+    return second << 16 | first
 
 
 def clean_text(text: str) -> str:

@@ -61,9 +61,10 @@ class Prompt:
         sums to 1 is left to the caller (`plausible.check_rows`), who needs the numbers as floats anyway.
         """
         where = self.where(layer, tile)
-        low, high = inflate(self.mass, (layer, tile, 0, 0), where).reshape(2, -1, self.n_tokens)
+        planes = inflate(self.mass, (layer, tile, 0, 0), where).reshape(2, -1, self.n_tokens)
+        low, high = planes
         end = out.shape[1]
-        if high[:, end:].any() or low[:, end:].any():
+        if planes[:, :, end:].any():
             raise KascadeError(f"{where}: mass on keys after the tile's last query; capture again")
         np.left_shift(high[:, :end], np.uint16(8), out=out, dtype=np.uint16)
         np.bitwise_or(out, low[:, :end], out=out)

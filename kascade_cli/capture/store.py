@@ -27,6 +27,7 @@ from kascade_cli.capture.format import (
     capture_key,
     clean_text,
     compression,
+    mass_chunk,
     prompt_id,
     prompt_seal,
     put_array,
@@ -95,8 +96,17 @@ class PromptWriter:
         """
         if mass.shape[-1] < self._reserved:
             mass = np.pad(mass, ((0, 0), (0, 0), (0, self._reserved - mass.shape[-1])))
-        self._mass[layer, first_tile : first_tile + len(mass)] = mass
-        self._file.check()
+        for tile, rows in enumerate(mass, first_tile):
+            self._write_tile(self._mass, layer, tile, rows)
+        try:
+            self._file.check()
+        except OSError:
+            self.discard()
+            raise
+
+    def _write_tile(self, stored: h5py.Dataset, layer: int, tile: int, mass: np.ndarray) -> None:
+        packed = mass_chunk(mass, int(self._tiles[tile].sum()))
+        stored.id.write_direct_chunk((layer, tile, 0, 0), packed)
 
     def finish(self, importance: np.ndarray, top_mass: np.ndarray, n_tokens: int | None = None) -> None:
         """Writes the rest, marks the prompt complete and publishes it.
@@ -131,7 +141,7 @@ class PromptWriter:
         mass = self._create_mass("mass", (self._shape[0], count, self._shape[2], n_tokens))
         for layer in range(self._shape[0]):
             for tile in range(count):
-                mass[layer, tile] = reserved[layer, tile, :, :n_tokens]
+                self._write_tile(mass, layer, tile, reserved[layer, tile, :, :n_tokens])
         del self._group["reserved"]
 
     def discard(self) -> None:

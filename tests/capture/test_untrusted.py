@@ -230,7 +230,8 @@ def test_links_to_elsewhere_are_refused_and_not_followed(tmp_path):
         file.create_dataset(MASS, shape, "f2", external=[(str(tmp_path / "raw"), 0, h5py.h5f.UNLIMITED)])
     made.append((path, "mass is not stored in chunks"))
     code = (
-        "import sys\nfrom kascade_cli.analysis.similarity import measure\nfrom kascade_cli.errors import KascadeError\n"
+        "import sys\nfrom kascade_cli.analysis.similarity import measure\n"
+        "from kascade_cli.errors import KascadeError\n"
         "for path in sys.argv[1:]:\n"
         "    try:\n        measure(path)\n    except KascadeError as error:\n        print(error)\n"
     )
