@@ -1,6 +1,6 @@
 # make demo   set up, then capture, choose anchors, evaluate and generate on the built-in model (CPU, minutes)
 # make test   set up, then run the tests
-# make lint   ruff
+# make lint   ruff, and the import contracts of pyproject.toml
 # make bench  kascade bench on this machine (a GPU if there is one)
 
 PYTHON ?= python3
@@ -31,6 +31,7 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
 	$(BIN)/kascade bench ops

@@ -1,7 +1,7 @@
 """Prints the sha256 of every kernel's generated CUDA, to compare two commits: `diff <(at one) <(at the other)`.
 
 No GPU and no nvcc are needed, and no cache is read. One line a kernel, `sha256  name(configuration)`, then the number
-of kernels and the hash of all lines. Takes about eleven minutes of one core (`--group 4`: five).
+of kernels and the hash of all lines. Takes about eleven minutes of one core.
 
     python benchmarks/kernel_sources.py [--out FOLDER] [--group R ...]
 """

@@ -1,6 +1,6 @@
 """Kascade sparse attention: calibrate, inspect and run it for any Hugging Face causal language model."""
 
-__version__ = "0.1.0"
+from kascade_cli.version import __version__
 
 __all__ = ["Profile", "attach", "__version__"]
 

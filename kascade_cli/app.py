@@ -3,13 +3,13 @@
 import importlib
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from kascade_cli import __version__
-from kascade_cli.errors import KascadeError
+from kascade_cli.errors import KascadeError, plain
+from kascade_cli.version import __version__
 
 # name -> (module:function, one line of help). Listed in the order of use.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -39,6 +39,57 @@ COMMANDS: dict[str, tuple[str, str]] = {
 _INTERRUPTED = 130
 
 
+class _Debug:
+    """Whether `--debug` was given, before or after the command's name."""
+
+    on = False
+
+
+def _set_debug(value: bool) -> None:
+    _Debug.on = _Debug.on or value
+
+
+def _import_plugins(names: list[str] | None) -> None:
+    """Imports modules (or .py files) that bring strategies of their own."""
+    if names:
+        from kascade_cli.plugins import import_plugin
+
+        for name in names:
+            import_plugin(name)
+
+
+_HELP = {
+    "debug": "Show a traceback when a command fails.",
+    "plugin": "Import a module or .py file with strategies of your own. Repeatable.",
+}
+
+
+def _add_shared_options(built: Any) -> None:
+    """`--debug` and `--plugin` on every command, so that they may follow its name."""
+    for command in getattr(built, "commands", {}).values():
+        _add_shared_options(command)
+    if getattr(built, "commands", None) is not None:
+        return
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+    @app.command()
+    def shared(
+        plugin: Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="MODULE", help=_HELP["plugin"], callback=_import_plugins, is_eager=True, expose_value=False
+            ),
+        ] = None,
+        debug: Annotated[
+            bool,
+            typer.Option("--debug", help=_HELP["debug"], callback=_set_debug, is_eager=True, expose_value=False),
+        ] = False,
+    ) -> None:
+        """Never runs: its options are what is wanted."""
+
+    built.params.extend(typer.main.get_command(app).params)
+
+
 class _LazyGroup(TyperGroup):
     """Shows every command in the help without importing it; imports one when it is called."""
 
@@ -51,15 +102,11 @@ class _LazyGroup(TyperGroup):
         target, summary = COMMANDS[name]
         if ctx.resilient_parsing or getattr(ctx, "listing", False):
             return TyperCommand(name, help=summary, short_help=summary)
+        from kascade_cli.help import command
+
         module, attribute = target.split(":")
-        command = getattr(importlib.import_module(module), attribute)
-        # A command with subcommands brings its own Typer app.
-        plain = typer.Typer(add_completion=False, rich_markup_mode=None)
-        single = command if isinstance(command, typer.Typer) else plain
-        if command is not single:
-            single.command(name, context_settings={"help_option_names": ["-h", "--help"]})(command)
-        built = typer.main.get_command(single)
-        built.name = name
+        built = command(name, getattr(importlib.import_module(module), attribute))
+        _add_shared_options(built)
         return built
 
     def format_help(self, ctx: typer.Context, formatter: Any) -> None:
@@ -67,6 +114,7 @@ class _LazyGroup(TyperGroup):
         super().format_help(ctx, formatter)
 
 
+_SUMMARY = "Kascade sparse attention for any Hugging Face causal LM: capture, choose anchors, run, measure."
 app = typer.Typer(
     cls=_LazyGroup,
     no_args_is_help=True,
@@ -74,7 +122,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    help="Kascade sparse attention for any Hugging Face causal LM: capture, choose anchors, run, measure.",
+    help=_SUMMARY,
 )
 
 
@@ -84,22 +132,22 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help=_SUMMARY)
 def root(
     version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version."),
-    debug: bool = typer.Option(False, "--debug", help="Show a traceback when a command fails."),
+    plugin: list[str] = typer.Option(
+        None, "--plugin", metavar="MODULE", callback=_import_plugins, is_eager=True, help=_HELP["plugin"]
+    ),
+    debug: bool = typer.Option(False, "--debug", callback=_set_debug, is_eager=True, help=_HELP["debug"]),
 ) -> None:
-    """Kascade sparse attention for any Hugging Face causal LM: capture, choose anchors, run, measure."""
+    """What every command shares."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line and exits. KascadeError becomes one line on stderr and its exit code."""
-    arguments: list[str] = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    # --debug works before or after the command's name.
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    _Debug.on = False
     try:
-        result: Any = app(arguments, standalone_mode=False)
+        result: Any = app(list(sys.argv[1:] if argv is None else argv), standalone_mode=False)
         if result == _INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
         sys.exit(result if isinstance(result, int) else 0)
@@ -107,9 +155,9 @@ def main(argv: list[str] | None = None) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(_INTERRUPTED)
     except KascadeError as error:
-        if debug:
+        if _Debug.on:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of our output went away (`| head`); point stdout at nothing so that exit does not complain.
@@ -120,10 +168,10 @@ def main(argv: list[str] | None = None) -> None:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             if message := error.format_message():
                 # A group called without a command brings its whole help.
-                print(message if message.startswith("Usage:") else f"error: {message}", file=sys.stderr)
+                print(message if message.startswith("Usage:") else f"error: {plain(message)}", file=sys.stderr)
             sys.exit(error.exit_code)
-        if debug:
+        if _Debug.on:
             raise
-        line = " ".join(str(error).split()) or "no message"
+        line = plain(error).strip() or "no message"
         print(f"error: {type(error).__name__}: {line[:500]} (--debug shows the traceback)", file=sys.stderr)
         sys.exit(1)

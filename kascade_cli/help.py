@@ -9,6 +9,7 @@
 Options without a heading come last, under "Other". Imports nothing but Typer.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,7 +23,11 @@ PROMPTS = "Prompts"
 BUDGET = "Budget"
 RUNNING = "Running it"
 _REST = "Other"
+# A bound that only stops typing mistakes tells the reader nothing.
+_LIMIT = re.compile(r"(?:; |\[)(?:\d+<=)?x<=\d{4,}\]?(?=\]|$)")
 _WIDEST = 30  # characters of the left column; a longer option has its text on the next line
+
+_HUGE = re.compile(r"(\d<=x)<=\d{7,}")
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -48,6 +53,7 @@ class Command(TyperCommand):
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is None:
                 continue
+            record = (record[0], _LIMIT.sub("", record[1]))
             heading = getattr(parameter, "rich_help_panel", None)
             if parameter.param_type_name == "argument":
                 groups["Arguments"].append(record)
@@ -55,6 +61,8 @@ class Command(TyperCommand):
                 groups.setdefault(heading, []).append(record)
             else:
                 rest.append(record)
+        groups = {heading: [_filled(record) for record in rows] for heading, rows in groups.items()}
+        rest = [_filled(record) for record in rest]
         groups[_REST if len(groups) > 1 else "Options"] = rest
         # All groups share one column.
         widest = min(_WIDEST, max((len(name) for rows in groups.values() for name, _ in rows), default=0))
@@ -69,6 +77,18 @@ class Command(TyperCommand):
             with formatter.section("Examples"):
                 for line in lines:
                     formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+def _filled(record: tuple[str, str]) -> tuple[str, str]:
+    """A help text as it is shown: `{strategies}` is filled in (plugins have been imported by then), and ranges lose an
+    upper end that is there only to catch typing mistakes."""
+    name, text = record
+    text = _HUGE.sub(r"\1", text)
+    if "{strategies}" in text:
+        from kascade_cli.strategy_list import strategy_names
+
+        text = text.replace("{strategies}", strategy_names())
+    return name, text
 
 
 def command(name: str, function: Any) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from kascade_cli import __version__
+from kascade_cli.version import __version__
 
 _BLOCK = 1 << 22
 

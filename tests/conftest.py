@@ -13,6 +13,10 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", 'families: one model family each; leave them out with -m "not families"')
+
+
 def tiny_model(kind: str, *, layers: int = 4, heads: int = 4, kv_heads: int = 2, vocab: int = 64, seed: int = 0):
     """A random causal LM with sharp enough attention; `gemma3` alternates sliding-window and full attention."""
     import transformers as tf

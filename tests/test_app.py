@@ -1,9 +1,12 @@
 """The command line as a whole: light to start, one line for every error, the right exit codes."""
 
+import json
+import re
 import subprocess
 import sys
 
 import pytest
+import typer
 
 from kascade_cli import app
 from kascade_cli.errors import KascadeError, TargetMissed, UsageError
@@ -51,16 +54,91 @@ def test_version_and_unknown_command():
     ("error", "code"), [(KascadeError("it broke"), 1), (UsageError("wrong"), 2), (TargetMissed("missed"), 3)]
 )
 def test_errors_become_one_line(error, code, monkeypatch, capsys):
-    def fail(*_, **__):
+    def fail():
         raise error
 
-    monkeypatch.setattr(app, "app", fail)
+    monkeypatch.setattr("kascade_cli.commands.show.show", fail)
     with pytest.raises(SystemExit) as stop:
-        app.main([])
+        app.main(["show"])
     assert stop.value.code == code
     assert capsys.readouterr().err == f"error: {error}\n"
-    with pytest.raises(type(error)):
-        app.main(["--debug"])
+    for arguments in (["--debug", "show"], ["show", "--debug"]):
+        with pytest.raises(type(error)):
+            app.main(arguments)
+    with pytest.raises(SystemExit):  # it is not remembered
+        app.main(["show"])
+
+
+def test_debug_may_be_a_value(monkeypatch, capsys):
+    seen = []
+
+    def show(name: str = typer.Option(...)) -> None:
+        seen.append(name)
+
+    monkeypatch.setattr("kascade_cli.commands.show.show", show)
+    with pytest.raises(SystemExit) as stop:
+        app.main(["show", "--name", "--debug"])
+    assert (stop.value.code, seen) == (0, ["--debug"])
+
+
+PLUGIN = """
+from kascade_cli.sparse import Strategy
+
+
+class Everything(Strategy):
+    name, summary = "test-everything", "every key"
+
+    def attend(self, layer):
+        return layer.dense()
+"""
+
+
+@pytest.mark.parametrize("name", ["my_plugin", "./my_plugin.py"])
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_plugin_brings_strategies(name, place, tmp_path):
+    (tmp_path / "my_plugin.py").write_text(PLUGIN)
+    given = ["--plugin", name]
+    arguments = [*given, "evaluate", "--help"] if place == "before" else ["evaluate", *given, "--help"]
+    shown = run(*arguments, cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "test-everything" in re.sub(r"\s+", "", shown.stdout)
+    small = ["demo-small", "--strategies", "dense,test-everything", "--max-length", "256", "--num-prompts", "1"]
+    done = run("evaluate", *given, *small, "--questions", "1", "--json", cwd=tmp_path)
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["strategy"] for row in rows] == ["dense", "test-everything"]
+    assert rows[0]["scores"] == {
+        kind: {k: v for k, v in score.items() if k != "vs_dense"} for kind, score in rows[1]["scores"].items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "code", "reason"),
+    [
+        ("no_such_module_here", "", 2, "no such module"),
+        ("./none.py", "", 2, "no such file"),
+        ("broken", "import no_such_module_here", 1, "cannot be imported: No module named"),
+        ("broken", "1 / 0", 1, "cannot be imported: ZeroDivisionError"),
+        ("broken", PLUGIN.replace("test-everything", "kascade"), 1, "two strategies are called 'kascade'"),
+    ],
+)
+def test_a_plugin_that_cannot_be_used(name, text, code, reason, tmp_path):
+    (tmp_path / "broken.py").write_text(text)
+    done = run("--plugin", name, "evaluate", "demo-small", "--strategies", "kascade", cwd=tmp_path)
+    assert done.returncode == code
+    assert reason in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_list_for_the_help_is_the_registry():
+    code = (
+        "from kascade_cli.strategy_list import strategy_summaries as listed; import sys; found = listed(); "
+        "assert 'torch' not in sys.modules; from kascade_cli.sparse import known_strategies; "
+        "assert list(found.items()) == [(n, k.summary) for n, k in known_strategies().items()], found; "
+        "print(len(found))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) >= 13
 
 
 @pytest.mark.parametrize("group", [[], ["bench"]])

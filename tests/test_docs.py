@@ -37,7 +37,8 @@ def options(name):
 def test_every_option_is_named_in_the_commands_page(name):
     page = (DOCS / f"{name}.md").read_text()
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page))
-    missing = {option: command for option, command in options(name).items() if option not in named}
+    shared = {"--debug", "--plugin"}  # every command's: the help of `kascade` and docs/strategies.md
+    missing = {option: command for option, command in options(name).items() if option not in named | shared}
     assert not missing
 
 

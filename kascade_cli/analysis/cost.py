@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kascade_cli.errors import KascadeError
+from kascade_cli.errors import KascadeError, plain
+from kascade_cli.files import read_bounded
 
 _STRATEGY = "kascade"
 _FIELDS = ("dense_ms", "layer0_ms", "anchor_ms", "reuse_ms")
 _K = 1024
+_MAX_BYTES = 64 << 20
 
 # Kascade paper, Table 3: one H100, H=32, G=8, D=128, fp16, Top-k 10 %; milliseconds per layer.
 # step: [(context, FlashAttention-3, layer 0, anchor, reuse)]
@@ -78,17 +80,21 @@ def load(path: str | Path) -> CostTable:
     Raises KascadeError if the file is missing or is not that.
     """
     path = Path(path)
+    data = read_bounded(path, _MAX_BYTES, "cost table")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise KascadeError(f"cannot read cost table {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise KascadeError(f"{path}: not readable as JSON ({error})") from error
+        document = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # not text, not JSON, a number of thousands of digits; nested
+        raise KascadeError(f"{path}: not readable as JSON ({plain(error, 200)})") from error
     entries = document.get("rows") if isinstance(document, dict) else document
     found: dict[str, dict[int, RoleCost]] = {"decode": {}, "prefill": {}}
     for number, entry in enumerate(entries if isinstance(entries, list) else []):
         phase = entry.get("phase", entry.get("step")) if isinstance(entry, dict) else None
-        if phase in found and all(name in entry for name in _FIELDS) and entry.get("strategy", _STRATEGY) == _STRATEGY:
+        if (
+            isinstance(phase, str)
+            and phase in found
+            and all(name in entry for name in _FIELDS)
+            and entry.get("strategy", _STRATEGY) == _STRATEGY
+        ):
             row = _row(path, number, entry)
             found[phase][row.context] = row
     rows = {phase: sorted(table.values(), key=lambda row: row.context) for phase, table in found.items() if table}
@@ -97,11 +103,17 @@ def load(path: str | Path) -> CostTable:
             f"{path}: no cost row; `kascade bench model -o` writes rows with phase, context and {', '.join(_FIELDS)}"
         )
     device = document.get("gpu") or document.get("device") if isinstance(document, dict) else None
-    return CostTable(f"{path.name} ({device})" if device else path.name, rows)
+    name = plain(path.name)
+    return CostTable(f"{name} ({plain(device, 100)})" if device else name, rows)
 
 
 def _row(path: Path, number: int, entry: dict[str, Any]) -> RoleCost:
     values = [entry.get("context"), *(entry[name] for name in _FIELDS)]
-    if not all(isinstance(value, int | float) and math.isfinite(value) and value > 0 for value in values):
+    if not all(_usable(value) for value in values) or values[0] < 1:
         raise KascadeError(f"{path}: rows.{number}: context and {', '.join(_FIELDS)} must be numbers above 0")
     return RoleCost(int(values[0]), *(float(value) for value in values[1:]))
+
+
+def _usable(value: Any) -> bool:
+    """A number above 0 with which sums and ratios stay finite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-12 < value < 1e15

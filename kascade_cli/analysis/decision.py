@@ -5,7 +5,7 @@
     decision = search.decide()                      # or, measured on the model: search.decide(candidates)
     search.profile(decision, Budget(ratio=0.1)).save("profile.yaml")
 
-`kascade_cli.verification` measures `search.candidates(n)`; nothing here needs torch.
+`kascade_cli.evaluation.verification` measures `search.candidates(n)`; nothing here needs torch.
 """
 
 import math

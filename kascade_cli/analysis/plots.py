@@ -1,5 +1,6 @@
 """PNG figures of a capture and of the choice made from it. matplotlib is imported when a figure is drawn."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import numpy as np
 from kascade_cli.analysis.anchors import layer_similarity
 from kascade_cli.analysis.selection import Row
 from kascade_cli.analysis.similarity import Measured
-from kascade_cli.errors import KascadeError, require_extra
+from kascade_cli.errors import KascadeError, plain, require_extra
+from kascade_cli.files import atomic_write
 
+FILES = ("similarity.png", "importance.png", "pareto.png", "sparsity.png")
 _SIZE = 4.6  # inches, one panel
 _BLUE, _ORANGE, _GREY = "#2166ac", "#d6604d", "#8c8c8c"
 
@@ -124,13 +127,13 @@ def sparsity(measured: Measured) -> Any:
     _layer_ticks(heat, measured.profiled_layers)
     heat.set_xlabel("layer")
     heat.set_ylabel("query head")
-    heat.set_title(f"Mass in the top {keys[index]} keys", fontsize=10)
+    heat.set_title(f"Mass in the top {_label(keys[index])} keys", fontsize=10)
     figure.colorbar(image, ax=heat, shrink=0.9)
     places = np.arange(len(measured.profiled_layers))
     for number, label in enumerate(keys):
         values = measured.top_mass[:, :, number]
         colour = (0.13, 0.25 + 0.6 * number / max(1, len(keys) - 1), 0.75 - 0.5 * number / max(1, len(keys) - 1))
-        lines.plot(places, values.mean(axis=1), marker="o", ms=3, color=colour, label=f"top {label}")
+        lines.plot(places, values.mean(axis=1), marker="o", ms=3, color=colour, label=f"top {_label(label)}")
     lines.set_ylim(0, 1.02)
     _layer_ticks(lines, measured.profiled_layers)
     lines.set_xlabel("layer")
@@ -141,30 +144,33 @@ def sparsity(measured: Measured) -> Any:
 
 
 def draw_all(
-    folder: str | Path,
-    measured: Measured,
-    rows: Sequence[Row],
-    chosen: Row,
-    candidates: Sequence[Any],
+    folder: str | Path, measured: Measured, rows: Sequence[Row], chosen: Row, candidates: Sequence[Any]
 ) -> list[Path]:
-    """Writes similarity.png, importance.png, pareto.png and sparsity.png; returns their paths.
+    """Writes FILES, replacing older ones; returns their paths.
 
     Raises KascadeError if matplotlib is missing or the folder cannot be written.
     """
     folder = Path(folder)
-    figures = {
-        "similarity": lambda: similarity(measured, chosen.anchors),
-        "importance": lambda: importance(measured, chosen.anchors),
-        "pareto": lambda: pareto(rows, chosen, candidates),
-        "sparsity": lambda: sparsity(measured),
-    }
-    paths = []
+    draws = (
+        lambda: similarity(measured, chosen.anchors),
+        lambda: importance(measured, chosen.anchors),
+        lambda: pareto(rows, chosen, candidates),
+        lambda: sparsity(measured),
+    )
+    pictures = {}
+    for name, draw in zip(FILES, draws, strict=True):
+        picture = io.BytesIO()
+        draw().savefig(picture, dpi=140, format="png")
+        pictures[folder / name] = picture.getvalue()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, draw in figures.items():
-            path = folder / f"{name}.png"
-            draw().savefig(path, dpi=140)
-            paths.append(path)
     except OSError as error:
         raise KascadeError(f"cannot write plots to {folder}: {error.strerror or error}") from error
-    return paths
+    for path, picture in pictures.items():
+        atomic_write(path, picture)
+    return list(pictures)
+
+
+def _label(text: object) -> str:
+    """Text from a file as matplotlib may draw it: it would read what stands between dollars as mathematics."""
+    return plain(text, 60).replace("$", r"\$")

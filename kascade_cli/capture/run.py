@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from kascade_cli import __version__
 from kascade_cli.capture.probe import TOP_MASS_KEYS, Probe
 from kascade_cli.capture.store import SCHEMA_VERSION, CaptureStore, open_store, token_sha256
 from kascade_cli.capture.tiles import sample_tiles
 from kascade_cli.devset import DevSet
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.models import ModelInfo
+from kascade_cli.version import __version__
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -15,6 +15,7 @@ from kascade_cli.console import (
 )
 from kascade_cli.errors import UsageError, require_extra
 from kascade_cli.files import atomic_write, check_output
+from kascade_cli.help import BUDGET, OUTPUT, Command, examples
 
 bench = typer.Typer(
     name="bench",
@@ -25,35 +26,71 @@ bench = typer.Typer(
     help="Measure the attention kernels: ops, model, e2e. Without a GPU the PyTorch backend, at small sizes.",
 )
 
+_WHAT = "What is measured"
+_HOW = "How"
+
 _Shape = Annotated[
-    str | None, typer.Option("--shape", help="H,G,D, or llama-3.1-8b, qwen3-8b, demo.", show_default=False)
+    str | None,
+    typer.Option("--shape", help="H,G,D, or llama-3.1-8b, qwen3-8b, demo.", show_default=False, rich_help_panel=_WHAT),
 ]
-_Model = Annotated[str | None, typer.Option("--model", help="Take the shape of this hub id or folder.")]
-_Profile = Annotated[Path | None, typer.Option("--profile", help="Take shape, anchors and budget of this profile.")]
-_Phase = Annotated[str, typer.Option(help="decode, prefill, or both separated by a comma.")]
-_Context = Annotated[str | None, typer.Option(help="Context lengths, such as 32k,128k.", show_default="by device")]
-_Batch = Annotated[str | None, typer.Option(help="Batch sizes, such as 1,16.", show_default="by phase")]
-_Ratio = Annotated[float | None, typer.Option(help="Share of the keys that a query reads.", show_default="0.1")]
-_MinKeys = Annotated[int | None, typer.Option(help="Fewest keys a query reads.", show_default="128")]
-_Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.", show_default="by device")]
-_Backend = Annotated[str, typer.Option(help="auto, tilelang or torch.")]
+_Model = Annotated[
+    str | None, typer.Option("--model", help="Take the shape of this hub id or folder.", rich_help_panel=_WHAT)
+]
+_Profile = Annotated[
+    Path | None,
+    typer.Option("--profile", help="Take shape, anchors and budget of this profile.", rich_help_panel=_WHAT),
+]
+_Phase = Annotated[str, typer.Option(help="decode, prefill, or both separated by a comma.", rich_help_panel=_WHAT)]
+_Context = Annotated[
+    str | None,
+    typer.Option(help="Context lengths, such as 32k,128k.", show_default="by device", rich_help_panel=_WHAT),
+]
+_Batch = Annotated[
+    str | None, typer.Option(help="Batch sizes, such as 1,16.", show_default="by phase", rich_help_panel=_WHAT)
+]
+_Ratio = Annotated[
+    float | None,
+    typer.Option(help="Share of the keys that a query reads.", show_default="0.1", rich_help_panel=BUDGET),
+]
+_MinKeys = Annotated[
+    int | None, typer.Option(help="Fewest keys a query reads.", show_default="128", rich_help_panel=BUDGET)
+]
+_Dtype = Annotated[
+    str | None, typer.Option(help="bfloat16, float16 or float32.", show_default="by device", rich_help_panel=_HOW)
+]
+_Backend = Annotated[str, typer.Option(help="auto, tilelang or torch.", rich_help_panel=_HOW)]
 _Baseline = Annotated[
     str,
-    typer.Option(help="Dense attention to compare with: all, or some of cudnn,flash2,sdpa,fa4,fa3,flashinfer,own."),
+    typer.Option(
+        help="Dense attention to compare with: all, or some of cudnn,flash2,sdpa,fa4,fa3,flashinfer,own.",
+        rich_help_panel=_HOW,
+    ),
 ]
-_Seconds = Annotated[float, typer.Option(min=0.01, help="Time to spend on the repeats of each measurement.")]
-_Strategy = Annotated[str, typer.Option(help="kascade, kascade-reused-norm (prefill) or kascade-refresh (decode).")]
+_Seconds = Annotated[
+    float, typer.Option(min=0.01, help="Time to spend on the repeats of each measurement.", rich_help_panel=_HOW)
+]
+_Strategy = Annotated[
+    str,
+    typer.Option(help="kascade, kascade-reused-norm (prefill) or kascade-refresh (decode).", rich_help_panel=_WHAT),
+]
 _Refresh = Annotated[
     int | None,
-    typer.Option(min=1, help="kascade-refresh chooses keys every so many decode steps.", show_default="8"),
+    typer.Option(
+        min=1, help="kascade-refresh chooses keys every so many decode steps.", show_default="8", rich_help_panel=_WHAT
+    ),
 ]
-_Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write the result as JSON.")]
-_Csv = Annotated[Path | None, typer.Option("--csv", help="Write the rows as CSV.")]
-_Plot = Annotated[Path | None, typer.Option("--plot", help="Write a PNG picture.")]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")]
+_Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Write the result as JSON.", rich_help_panel=OUTPUT)
+]
+_Csv = Annotated[Path | None, typer.Option("--csv", help="Write the rows as CSV.", rich_help_panel=OUTPUT)]
+_Plot = Annotated[Path | None, typer.Option("--plot", help="Write a PNG picture.", rich_help_panel=OUTPUT)]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.", rich_help_panel=OUTPUT)]
 
 
-@bench.command(short_help="Time each op by itself.")
+@bench.command(short_help="Time each op by itself.", cls=Command)
+@examples(
+    "kascade bench ops --phase decode --context 32k,128k",
+)
 def ops(
     shape: _Shape = None,
     model: _Model = None,
@@ -84,7 +121,11 @@ def ops(
     job.finish(run, "ops", lambda name, sizes: run_ops(run.shape, name, sizes, run.setting, chosen, job.say))
 
 
-@bench.command(short_help="Time a layer's roles and a whole model's attention.")
+@bench.command(short_help="Time a layer's roles and a whole model's attention.", cls=Command)
+@examples(
+    "kascade bench model -o bench.json",
+    "kascade bench model --shape 28,2,128 --layers 28 --anchors 6 --context 32k",
+)
 def model(
     shape: _Shape = None,
     model: _Model = None,
@@ -127,7 +168,10 @@ def model(
     job.finish(run, "model", lambda name, sizes: run_model(run.shape, name, sizes, run.setting, chosen, job.say))
 
 
-@bench.command(short_help="Time a whole model, dense against sparse.")
+@bench.command(short_help="Time a whole model, dense against sparse.", cls=Command)
+@examples(
+    "kascade bench e2e --shape llama-3.1-8b --phase decode --context 64k --batch 8",
+)
 def e2e(
     shape: _Shape = None,
     model: _Model = None,

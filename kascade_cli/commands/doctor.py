@@ -1,6 +1,5 @@
 """`kascade doctor`: what this machine can run, what is missing, and what the kernels compile to."""
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -11,9 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from kascade_cli import __version__
-from kascade_cli.console import err, out, print_json
-from kascade_cli.errors import KascadeError, UsageError, require_extra
+from kascade_cli.commands import options as shared
+from kascade_cli.console import note, out, print_json, progress, say
+from kascade_cli.errors import KascadeError, UsageError, plain, require_extra
+from kascade_cli.help import examples
+from kascade_cli.provenance import version
+from kascade_cli.version import __version__
 
 # package -> (import name, what it is for, how to get it); None: a dependency that must be there
 _PACKAGES: dict[str, tuple[str, str, str | None]] = {
@@ -31,6 +33,7 @@ _PACKAGES: dict[str, tuple[str, str, str | None]] = {
 }
 # Dense attention that `kascade bench` compares with where it is installed.
 _BASELINES = ("flash-attn-4", "flash-attn-3", "flashinfer-python")
+_KERNELS = "Kernels"
 _VARIABLES = (
     "HF_HOME",
     "HF_HUB_CACHE",
@@ -43,14 +46,28 @@ _VARIABLES = (
 )
 
 
+@examples("kascade doctor", "kascade doctor --kernels --jobs 4   # compile the kernels; no GPU needed")
 def doctor(
     kernels: Annotated[
-        bool, typer.Option("--kernels", help="Compile the kernels for sm_90a (no GPU needed) and show what came out.")
+        bool,
+        typer.Option(
+            "--kernels",
+            help="Compile the kernels for sm_90a (no GPU needed) and show what came out.",
+            rich_help_panel=_KERNELS,
+        ),
     ] = False,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Compile in this many processes.", show_default="one per core")
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1024,
+            help="Compile in this many processes.",
+            show_default="one per core",
+            rich_help_panel=_KERNELS,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Say what this machine can run and what is missing. Exit code 1 if something that every command needs is."""
     if jobs is not None and not kernels:
@@ -87,10 +104,7 @@ def examine() -> dict[str, Any]:
 
 
 def _version(package: str, module: str | None = None) -> str | None:
-    try:
-        found = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    found = version(package)
     return found if module is None or importlib.util.find_spec(module) else None
 
 
@@ -169,7 +183,6 @@ def compile_kernels(jobs: int | None = None) -> list[dict[str, Any]]:
     if shutil.which("nvcc") is None:
         raise KascadeError("nvcc is not on PATH: install the CUDA toolkit (13.0 was tested)")
     from kascade_cli.benchmarking.kernel_list import corner_specs
-    from kascade_cli.console import progress
     from kascade_cli.kernels.tilelang.compile import prebuild
 
     found = corner_specs()
@@ -183,7 +196,7 @@ def compile_kernels(jobs: int | None = None) -> list[dict[str, Any]]:
                 rows.append(spec.kernel.report(**spec.config).row())
                 continue
             except Exception as caught:  # one kernel must not hide the others
-                error = f"{type(caught).__name__}: {' '.join(str(caught).split())[:200]}"
+                error = f"{type(caught).__name__}: {plain(caught, 200)}"
         rows.append({"kernel": str(spec), "config": "", "error": error})
     return rows
 
@@ -192,29 +205,29 @@ def _render(document: dict[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    out.print(f"kascade {document['kascade']}, Python {document['python']}, {document['system']}", markup=False)
+    say(f"kascade {document['kascade']}, Python {document['python']}, {document['system']}")
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("package", "version", "for"):
         table.add_column(name)
     for name, entry in document["packages"].items():
-        missing = "MISSING" if entry["needed"] else f"not installed: pip install 'kascade-cli\\[{entry['extra']}]'"
+        missing = "MISSING" if entry["needed"] else f"not installed: pip install 'kascade-cli[{entry['extra']}]'"
         table.add_row(name, entry["version"] or missing, entry["for"])
-    for name, version in document["baselines"].items():
-        if version:
-            table.add_row(name, version, "bench baseline")
+    for name, found in document["baselines"].items():
+        if found:
+            table.add_row(name, found, "bench baseline")
     out.print(table)
     cuda = document["cuda"]
     for device in cuda["devices"]:
         line = f"{device['name']}, {device['memory_gib']} GiB, compute capability {device['capability']}"
-        out.print(f"{line}, CUDA {device['cuda']}", markup=False)
+        say(f"{line}, CUDA {device['cuda']}")
     if cuda["note"]:
-        out.print(f"no GPU: {cuda['note']}", markup=False)
+        say(f"no GPU: {cuda['note']}")
     nvcc = cuda["nvcc"]
-    out.print(f"nvcc {nvcc['version']} ({nvcc['path']})" if nvcc else "nvcc: not on PATH", markup=False)
+    say(f"nvcc {nvcc['version']} ({nvcc['path']})" if nvcc else "nvcc: not on PATH")
     for name, value in document["settings"].items():
-        out.print(f"{name}={value}", markup=False)
+        say(f"{name}={value}")
     for name, answer in document["abilities"].items():
-        out.print(f"{name}: {answer}", markup=False)
+        say(f"{name}: {answer}")
     if "kernels" in document:
         _render_kernels(document["kernels"])
 
@@ -234,10 +247,10 @@ def _render_kernels(rows: list[dict[str, Any]]) -> None:
         marks = [str(row[name] or "-") for name in ("cp_async", "tma_load", "wgmma")]
         table.add_row(f"{row['kernel']} {_short(row['config'])}", *numbers, *marks)
     out.print(table)
-    out.print("registers per thread; spills in bytes; shared memory per CTA; the rest counts calls in the source")
+    say("registers per thread; spills in bytes; shared memory per CTA; the rest counts calls in the source")
     for row in rows:
         if "error" in row:
-            err.print(f"{row['kernel']}: {row['error']}", markup=False)
+            note(f"{row['kernel']}: {row['error']}")
 
 
 def _short(config: str) -> str:

@@ -9,64 +9,119 @@ from kascade_cli.commands import options as shared
 from kascade_cli.console import compiling, err, format_size, out, parse_floats, parse_sizes, print_json, progress
 from kascade_cli.errors import KascadeError, TargetMissed, UsageError, require_extra
 from kascade_cli.files import check_output
-from kascade_cli.strategy_list import strategy_names
+from kascade_cli.help import BUDGET, OUTPUT, PROMPTS, examples
 
 DEFAULT_LENGTH = 1024
+COMPARED = "How attention runs"
 _WIDTH = 120
 
 
+@examples(
+    "kascade evaluate demo --profile profiles/demo.yaml",
+    "kascade evaluate demo --profile profiles/demo.yaml --strategies dense,kascade,quest,streaming-llm:ratio=0.3",
+    "kascade evaluate MODEL --profile profile.yaml --task questions.jsonl --require 'kascade >= dense - 2'",
+)
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo / demo-small.")],
-    profile: Annotated[
-        Path | None, typer.Option("--profile", help="Profile of this model (not needed for dense, oracle ...).")
+    model: shared.Model,
+    strategies: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Comma-separated, options after colons (streaming-llm:ratio=0.3). There are: {strategies}.",
+            rich_help_panel=COMPARED,
+        ),
+    ] = "dense,kascade,streaming-llm",
+    profile: shared.ProfileFile = None,
+    anchors: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SET",
+            help="Also kascade with other anchors: random:10 (mean of 10 draws) or 0,2,7. Repeatable.",
+            rich_help_panel=COMPARED,
+        ),
+    ] = None,
+    capture: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Capture to take the head maps of --anchors from. Default: identity maps.",
+            rich_help_panel=COMPARED,
+        ),
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TARGET",
+            help="Target in points: 'kascade >= dense - 2', 'two-hop: kascade >= 90'. A miss exits with 3.",
+            rich_help_panel=COMPARED,
+        ),
     ] = None,
     task: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="TASK",
             help="Built-in tasks, comma-separated, or a .jsonl file of prompt and answer rows. "
-            "Default: the tasks that a demo model was trained on; all four for others."
+            "Default: the tasks that a demo model was trained on; all four for others.",
+            rich_help_panel=PROMPTS,
         ),
     ] = None,
-    strategies: Annotated[
-        str,
-        typer.Option(help=f"Comma-separated, options after colons (streaming-llm:ratio=0.3): {strategy_names()}."),
-    ] = "dense,kascade,streaming-llm",
-    ratio: Annotated[
-        str | None, typer.Option(help="Shares of the keys to read, such as 0.05,0.1,0.2. Default: the profile's.")
-    ] = None,
-    min_keys: shared.MinKeys = None,
     max_length: Annotated[
         str | None,
         typer.Option(
+            metavar="N",
             help="Tokens of the text before the questions, such as 1k,2k. "
-            "Default: 1k; of a file, what the model takes."
+            "Default: 1k; of a file, what the model takes.",
+            rich_help_panel=PROMPTS,
         ),
     ] = None,
     num_prompts: Annotated[
-        int | None, typer.Option(min=1, help="Prompts per length. Default: 16; of a file, all its rows.")
+        int | None,
+        typer.Option(
+            min=1,
+            max=shared.MOST_PROMPTS,
+            metavar="N",
+            help="Prompts per length. Default: 16; of a file, all its rows.",
+            rich_help_panel=PROMPTS,
+        ),
     ] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Questions of each task about one prompt.")] = 8,
-    anchors: Annotated[
-        list[str] | None,
-        typer.Option(help="Also kascade with other anchors: random:10 (mean of 10 draws) or 0,2,7. Repeatable."),
+    questions: Annotated[
+        int,
+        typer.Option(
+            min=1, max=1000, metavar="N", help="Questions of each task about one prompt.", rich_help_panel=PROMPTS
+        ),
+    ] = 8,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send prompts of a file through the chat template.", rich_help_panel=PROMPTS)
+    ] = False,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=shared.LARGEST_SEED,
+            metavar="N",
+            help="Chooses the test prompts and the random anchors.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = 0,
+    ratio: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Shares of the keys to read, such as 0.05,0.1,0.2. Default: the profile's.",
+            rich_help_panel=BUDGET,
+        ),
     ] = None,
-    capture: Annotated[
-        Path | None, typer.Option(help="Capture to take the head maps of --anchors from. Default: identity maps.")
-    ] = None,
-    require: Annotated[
-        list[str] | None,
-        typer.Option(help="Target in points: 'kascade >= dense - 2', 'two-hop: kascade >= 90'. A miss exits with 3."),
-    ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Send prompts of a file through the chat template.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Write the figure to this PNG.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing PNG.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the test prompts and the random anchors.")] = 0,
-    backend: shared.Backend = "auto",
+    min_keys: shared.MinKeys = None,
     dtype: shared.Dtype = "auto",
     device: shared.Device = "auto",
+    backend: shared.Backend = "auto",
     revision: shared.Revision = None,
     trust_remote_code: shared.TrustRemoteCode = False,
     allow_other_weights: shared.AllowOtherWeights = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the figure to this PNG.", rich_help_panel=OUTPUT)
+    ] = None,
+    overwrite: shared.Overwrite = False,
     as_json: shared.AsJson = False,
 ) -> None:
     """Score attention strategies on the same questions: exact match, 95 % intervals, density.

@@ -9,45 +9,99 @@ import typer
 from kascade_cli.commands import options as shared
 from kascade_cli.console import compiling, err, out, parse_size, print_json
 from kascade_cli.errors import KascadeError, UsageError
-from kascade_cli.strategy_list import strategy_names
+from kascade_cli.help import BUDGET, PROMPTS, examples
 
 DEFAULT_NEW_TOKENS = 64
 DEFAULT_LENGTH = "1k"
+ATTENTION = "How attention runs"
 PHASES = ("prefill", "decode")  # in the order in which they run
 _WARM_UP = 256  # tokens of the prompt that are run once before anything is timed
 
 
+@examples(
+    "kascade generate demo --profile profiles/demo.yaml --task hops --compare dense",
+    "kascade generate MODEL --profile profile.yaml --prompt-file long.txt --chat",
+    "kascade generate MODEL --strategy streaming-llm:ratio=0.3 --prompt 'Once upon a time'",
+)
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo / demo-small.")],
-    profile: Annotated[
-        Path | None, typer.Option("--profile", help="Profile of this model (not needed for dense, oracle ...).")
+    model: shared.Model,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The text to continue.", rich_help_panel=PROMPTS)
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A file with the text to continue; - is stdin.")] = None,
-    task: Annotated[str | None, typer.Option(help="Ask a question of this built-in task about a long text.")] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A file with the text to continue; - is stdin.", rich_help_panel=PROMPTS),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK", help="Ask a question of this built-in task about a long text.", rich_help_panel=PROMPTS
+        ),
+    ] = None,
     max_length: Annotated[
-        str | None, typer.Option(help="With --task: tokens of the text, such as 2k. Default: 1k.")
+        str | None,
+        typer.Option(
+            metavar="N", help="With --task: tokens of the text, such as 2k. Default: 1k.", rich_help_panel=PROMPTS
+        ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user turn of the chat template.")] = False,
-    compare: Annotated[
-        str | None, typer.Option(help="Run this strategy too (usually dense) and show both side by side.")
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Send the prompt as a user turn of the chat template.", rich_help_panel=PROMPTS),
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=shared.MOST_PROMPTS,
+            metavar="N",
+            help="Tokens to write. Default: 64; with --task the length of the answer.",
+            rich_help_panel=PROMPTS,
+        ),
     ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, metavar="T", help="0 is greedy.", rich_help_panel=PROMPTS)
+    ] = 0.0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=shared.LARGEST_SEED,
+            metavar="N",
+            help="For sampling, and for the text of --task.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = 0,
     strategy: Annotated[
         str,
-        typer.Option(help=f"With options after colons, such as streaming-llm:ratio=0.3. One of: {strategy_names()}."),
+        typer.Option(
+            metavar="NAME",
+            help="With options after colons, such as streaming-llm:ratio=0.3. There are: {strategies}.",
+            rich_help_panel=ATTENTION,
+        ),
     ] = "kascade",
+    profile: shared.ProfileFile = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Run this strategy too (usually dense) and show both side by side.",
+            rich_help_panel=ATTENTION,
+        ),
+    ] = None,
     ratio: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of the keys to read. Default: the profile's.")
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="SHARE",
+            help="Share of the keys to read. Default: the profile's.",
+            rich_help_panel=BUDGET,
+        ),
     ] = None,
     min_keys: shared.MinKeys = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to write. Default: 64; with --task the length of the answer.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="For sampling, and for the text of --task.")] = 0,
-    backend: shared.Backend = "auto",
     dtype: shared.Dtype = "auto",
     device: shared.Device = "auto",
+    backend: shared.Backend = "auto",
     revision: shared.Revision = None,
     trust_remote_code: shared.TrustRemoteCode = False,
     allow_other_weights: shared.AllowOtherWeights = False,

@@ -1,5 +1,6 @@
 """Options that several commands have, with one wording, under one heading of the help (kascade_cli.help)."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,16 @@ def check_device(device: str) -> str:
     return device
 
 
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo / demo-small.")]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile",
+        metavar="FILE",
+        help="Profile of this model. Not needed for dense, oracle, streaming-llm ...",
+        rich_help_panel="How attention runs",
+    ),
+]
 MinKeys = Annotated[
     int | None,
     typer.Option(
@@ -26,15 +37,6 @@ MinKeys = Annotated[
         max=2**31 - 1,
         metavar="N",
         help="Read at least this many keys. Default: the profile's.",
-        rich_help_panel=BUDGET,
-    ),
-]
-Refresh = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        metavar="N",
-        help="kascade-refresh chooses keys every so many decode steps. Default: 8.",
         rich_help_panel=BUDGET,
     ),
 ]

@@ -1,6 +1,8 @@
 """`kascade profile`: capture the pooled attention of a dev set into an HDF5 file."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,45 +138,42 @@ def profile(
     CaptureOptions(max_length=1, **options)  # refuse bad values before a model is loaded
     if resume and output.exists():
         _check_resumed(output, options | ({"max_length": length} if length else {}), dev_set, dtype, device)
-    loaded, tokenizer = load_model(
-        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
-    )
-    info = describe(loaded, model)
-    length = _length(model, info.max_positions, length, decode_tokens)
-    chosen = CaptureOptions(max_length=length, **options)
-    devset = load_devset(
-        dev_set,
-        tokenizer,
-        num_prompts=num_prompts,
-        max_length=length,
-        seed=seed,
-        text_field=text_field,
-        chat_template=chat_template,
-    )
-    for line in devset.notes():
-        note(f"{dev_set}: {line}")
-    if len(devset.prompts) < num_prompts:
-        note(f"{dev_set}: {len(devset.prompts)} prompts, fewer than the {num_prompts} asked for")
-    plan = plan_capture(info, devset, chosen)
-    _announce(output, plan, devset, info, resume)
+    with _interruptible(output, begun=resume):
+        loaded, tokenizer = load_model(
+            model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+        )
+        info = describe(loaded, model)
+        length = _length(model, info.max_positions, length, decode_tokens)
+        chosen = CaptureOptions(max_length=length, **options)
+        devset = load_devset(
+            dev_set,
+            tokenizer,
+            num_prompts=num_prompts,
+            max_length=length,
+            seed=seed,
+            text_field=text_field,
+            chat_template=chat_template,
+        )
+        for line in devset.notes():
+            note(f"{dev_set}: {line}")
+        if len(devset.prompts) < num_prompts:
+            note(f"{dev_set}: {len(devset.prompts)} prompts, fewer than the {num_prompts} asked for")
+        plan = plan_capture(info, devset, chosen)
+        _announce(output, plan, devset, info, resume)
 
     started = time.perf_counter()
-    with progress("capturing", total=devset.tokens) as bar:
-        try:
-            result = run_capture(
-                loaded,
-                info,
-                devset,
-                output,
-                chosen,
-                plan=plan,
-                resume=resume,
-                overwrite=overwrite,
-                on_progress=lambda done, _: bar.update(bar.first, completed=done),
-            )
-        except KeyboardInterrupt:
-            _stopped(output)
-            raise
+    with progress("capturing", total=devset.tokens) as bar, _interruptible(output, begun=True):
+        result = run_capture(
+            loaded,
+            info,
+            devset,
+            output,
+            chosen,
+            plan=plan,
+            resume=resume,
+            overwrite=overwrite,
+            on_progress=lambda done, _: bar.update(bar.first, completed=done),
+        )
     seconds = time.perf_counter() - started
     if not result.joined:
         note(
@@ -210,18 +209,25 @@ def _length(model: str, limit: int | None, length: int | None, decode_tokens: in
     return length
 
 
-def _stopped(output: Path) -> None:
-    """After Ctrl-C: says what is kept and how to go on."""
-    if output.exists():
-        note(f"stopped; the finished prompts are in {output}: go on with --resume")
-    else:
-        note("stopped before the first prompt was finished: nothing was written")
+@contextlib.contextmanager
+def _interruptible(output: Path, *, begun: bool) -> Iterator[None]:
+    """After Ctrl-C, says what is kept and how to go on. `begun`: an output that is there is this capture's."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if begun and output.exists():
+            note(f"stopped; the finished prompts are in {output}: go on with --resume")
+        elif begun:
+            note("stopped before the first prompt was finished: nothing was written")
+        raise
 
 
 def _check_target(output: Path, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise UsageError("--resume goes on with a capture and --overwrite replaces it: pass one of them")
     check_output(output, overwrite=True)  # a folder, or in a folder that does not exist
+    if output.is_symlink() and not output.exists():
+        check_output(output, overwrite)
     if not (resume or overwrite) and output.exists():
         from kascade_cli.capture.store import describe_existing
 

@@ -186,8 +186,8 @@ def select_anchors(
     from kascade_cli.analysis import record, similarity
     from kascade_cli.capture.store import open_capture
     from kascade_cli.commands import selection_report as report
-    from kascade_cli.verification import Verification
-    from kascade_cli.verification import verify as measure_candidates
+    from kascade_cli.evaluation.verification import Verification
+    from kascade_cli.evaluation.verification import verify as measure_candidates
 
     settings = deciding.Settings(
         phase=phase,
@@ -204,8 +204,7 @@ def select_anchors(
     )
     _check_verification(verify, verification)
     if plots is not None:
-        check_output_folder(plots)
-        require_extra("matplotlib", "plot")
+        _check_plots(plots, overwrite)
     deciding.capture_budget({"tile": 1}, ratio, min_keys)  # refused before the capture is read, which takes longer
     table = costs.load(cost) if cost else costs.published()
     with open_capture(capture) as file:
@@ -268,6 +267,15 @@ def _anchors(text: str | None) -> int | tuple[int, ...] | None:
     except UsageError as error:
         raise UsageError(f"--anchors: {error}, nor how many there shall be, such as 5") from error
     return tuple(numbers) if "," in text else numbers[0]
+
+
+def _check_plots(folder: Path, overwrite: bool) -> None:
+    from kascade_cli.analysis.plots import FILES
+
+    check_output_folder(folder)
+    for name in FILES if folder.exists() else ():
+        check_output(folder / name, overwrite)
+    require_extra("matplotlib", "plot")
 
 
 def _check_verification(count: int, verification: Any) -> None:

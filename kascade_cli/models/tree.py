@@ -31,7 +31,8 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         if isinstance(index, int) and hasattr(module, "scaling") and type(module).__name__.endswith("Attention"):
             if index in found:
                 raise KascadeError(
-                    f"{type(model).__name__}: layer {index} has two attention modules (cross attention?)"
+                    f"{type(unwrap(model)).__name__}: two attention modules are both layer {index} (cross attention, "
+                    "or layers that share weights), which is not supported"
                 )
             found[index] = module
     return dict(sorted(found.items()))

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -60,6 +61,15 @@ def test_bench_result(tmp_path):
         ([ROW, ROW | {"anchor_ms": 0}], r"rows\.1"),
         ([ROW | {"dense_ms": "fast"}], r"rows\.0"),
         ([ROW | {"context": None}], r"rows\.0"),
+        ([ROW | {"context": True}], r"rows\.0"),
+        ([ROW | {"context": 0.5}], r"rows\.0"),
+        ([ROW | {"context": 10**400}], r"rows\.0"),
+        ([ROW | {"dense_ms": float("nan")}], r"rows\.0"),
+        ([ROW | {"dense_ms": float("inf")}], r"rows\.0"),
+        ([ROW | {"phase": ["decode"]}], "no cost row"),
+        ('{"rows": [{"context": ' + "9" * 5000 + "}]}", "not readable as JSON"),
+        ("[" * 100_000, "not readable as JSON"),
+        ('{"a":' * 100_000, "not readable as JSON"),
     ],
 )
 def test_wrong_files_are_one_line(tmp_path, document, message):
@@ -74,6 +84,24 @@ def test_rows_of_approximations_are_no_costs(tmp_path):
     assert table.at("decode", 1024).anchor == 3
     with pytest.raises(KascadeError, match="no cost row"):
         cost.load(write(tmp_path / "only.json", {"rows": rows[1:]}))
+
+
+def test_names_in_a_table_are_plain_text(tmp_path):
+    table = cost.load(write(tmp_path / "b\x1b[1m[x].json", {"gpu": "[/x]\x1b[31m\nH100" + "y" * 500, "rows": [ROW]}))
+    assert table.source.startswith("b[x].json ([/x] H100yyy")
+    assert len(table.source) < 150
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path / "pipe.json", "/dev/zero", tmp_path):
+        with pytest.raises(KascadeError, match="cannot read cost table"):
+            cost.load(path)
+    large = tmp_path / "large.json"
+    with large.open("wb") as file:
+        file.truncate(65 << 20)
+    with pytest.raises(KascadeError, match="has more than 67108864 bytes"):
+        cost.load(large)
 
 
 def test_missing_file():

@@ -51,6 +51,16 @@ def test_the_figures_show_the_numbers(parts):
     np.testing.assert_allclose(heat, measured.top_mass[:, :, 1].T)
 
 
+def test_labels_from_the_capture_are_no_mathematics(parts, tmp_path):
+    measured, _, rows = parts
+    measured.top_mass_keys = ["$x^2", "256", r"$\frac{$", "\x1b[1m5%", "y" * 500]
+    plots.draw_all(tmp_path, measured, rows, rows[0], [])  # matplotlib raises for what it cannot parse
+    labels = [text.get_text() for text in plots.sparsity(measured).axes[1].get_legend().get_texts()]
+    assert labels[0] == r"top \$x^2"
+    assert labels[3] == "top 5%"
+    assert len(labels[4]) < 80
+
+
 def test_folder_that_cannot_be_made(parts, tmp_path):
     (tmp_path / "file").write_text("")
     measured, problem, rows = parts

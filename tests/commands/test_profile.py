@@ -182,8 +182,22 @@ def test_text_sources(kascade, tmp_path):
         (["--tiles-per-prompt", "many"], 2, "a number or 'all', not 'many'"),
         (["--decode-tokens", "-1"], 2, "--decode-tokens cannot be negative"),
         (["--max-length", "long"], 2, "--max-length: 'long' is not a size"),
-        (["--max-length", "8k"], 1, "demo-small takes 4096: pass --max-length 4096 or less"),
-        (["--decode-tokens", "5000"], 2, "leaves no room"),
+        (["--max-length", "8k"], 2, "demo-small takes 4096 tokens: pass --max-length 4096 or less"),
+        (["--max-length", "4k", "--decode-tokens", "9"], 2, "9 of them are to be generated: pass --max-length 4087"),
+        (["--max-length", "999m"], 2, "--max-length: 999m is too much: the most is 16m"),
+        (["--max-length", "16m"], 2, "demo-small takes 4096 tokens: pass --max-length 4096 or less"),
+        (["--decode-tokens", "5000"], 2, "leaves no room: demo-small takes 4096 tokens"),
+        (["--max-length", "1k", "--decode-tokens", "9999999"], 2, "leaves no room: demo-small takes 4096 tokens"),
+        (["--decode-tokens", "1" + "0" * 20], 2, "--decode-tokens"),
+        (["--tile", "1" + "0" * 20], 2, "--tile"),
+        (["--seed", "1" + "0" * 23], 2, "--seed"),
+        (["--num-prompts", "1" + "0" * 20], 2, "--num-prompts"),
+        (["--tiles-per-prompt", "1" + "0" * 20], 2, "is too many: pass 'all'"),
+        (["--tiles-per-prompt", "9" * 5000], 2, "a number or 'all', not '9999"),
+        (["--device", "meta"], 2, "device 'meta' holds no data"),
+        (["--device", "meta:0"], 2, "device 'meta' holds no data"),
+        (["--dev-set", "x" * 300], 2, "too long for a name"),
+        (["-o", "x" * 300], 2, "too long for a name"),
         (["--dtype", "int8"], 2, "dtype 'int8'"),
         (["--device", "cuda:99"], 2, "cuda:99"),
         (["--dev-set", "nowhere.jsonl"], 1, "nowhere.jsonl"),
@@ -268,3 +282,69 @@ def test_random_models_are_really_random():
     with torch.no_grad():
         attention = model(torch.arange(3, 99)[None], output_attentions=True).attentions
     assert torch.stack(attention)[:, 0, :, -1].max(-1).values.mean() > 5 / 96
+
+
+def test_a_dangling_link_is_no_place_for_a_capture(kascade, tmp_path, monkeypatch):
+    monkeypatch.setattr("kascade_cli.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    link = tmp_path / "c.h5"
+    link.symlink_to(tmp_path / "elsewhere.h5")
+    for more in ([], ["--resume"]):
+        code, _, err = kascade("profile", "demo-small", "-o", link, *SMALL, *more)
+        assert code == 2
+        assert "c.h5 is a link to a file that is not there; pass --overwrite" in err
+        assert link.is_symlink()
+
+
+@pytest.mark.parametrize("stage", ["loading", "first prompt", "second prompt", "resumed"])
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(kascade, tmp_path, monkeypatch, stage):
+    from kascade_cli import models
+    from kascade_cli.capture import run
+
+    path, real, calls = tmp_path / "c.h5", run._capture_prompt, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == (1 if stage == "first prompt" else 2):
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    if stage in ("loading", "resumed"):
+        load = models.load_model
+        monkeypatch.setattr(models, "load_model", stop)
+    if stage in ("second prompt", "resumed", "first prompt"):
+        monkeypatch.setattr(run, "_capture_prompt", interrupted)
+    if stage == "resumed":
+        monkeypatch.setattr(models, "load_model", load)
+        assert kascade("profile", "demo-small", "-o", path, *SMALL)[0] == 130
+        monkeypatch.setattr(models, "load_model", stop)
+    code, out, err = kascade(
+        "profile", "demo-small", "-o", path, *SMALL, *(["--resume"] if stage == "resumed" else [])
+    )
+    assert (code, out) == (130, "")
+    kept = stage in ("second prompt", "resumed")
+    assert ("the finished prompts are in " in err) == kept
+    assert ("go on with --resume" in err) == kept
+    assert ("nothing was written" in err) == (stage == "first prompt")
+    assert path.exists() == kept
+    monkeypatch.undo()
+    if kept:
+        assert kascade("profile", "demo-small", "-o", path, *SMALL, "--resume")[0] == 0
+
+
+def test_names_from_outside_reach_the_terminal_as_text(kascade, tmp_path):
+    """Markup, emoji codes and escape sequences in the dev set's name and the output's."""
+    words = "@ k1 v1 v2 " * 60
+    source = tmp_path / "a[/b]:smile:\x1b[31m.jsonl"
+    path = tmp_path / "[red]c[/x]\x1b]0;t\x07.h5"
+    for folder in (source.parent, path.parent):
+        folder.mkdir()
+    source.write_text("".join(json.dumps({"text": f"# k{i} " + words}) + "\n" for i in range(2)))
+    code, out, err = kascade("profile", "demo-small", "-o", path, "--dev-set", source, *SMALL)
+    assert code == 0, err
+    assert path.exists()
+    assert "[red]c[/x].h5: 2 prompts" in out
+    assert "a[/b]:smile:.jsonl" in err
+    assert "\x1b" not in out + err

@@ -333,3 +333,180 @@ def test_verify_refuses_prompts_longer_than_the_model_takes(run_kascade, real_ca
     )
     assert code == 2
     assert "positions" in error
+
+
+def test_explicit_layers_from_the_command_line(select, tmp_path):
+    capture = toy(tmp_path / "hybrid.h5", layers=4, profiled_layers=[1, 3, 5, 7], total=9)
+    code, text, error, target = select("--anchors", "1,5", "--json", capture=capture)
+    assert code == 0, error
+    profile, document = Profile.load(target), json.loads(text)
+    assert profile.anchors == document["chosen"]["anchors"] == [1, 5]
+    assert (profile.selection["rule"], profile.selection["method"]) == ("anchors", "given")
+    assert document["why"] == "these anchors were asked for"
+    # Beside the best sets of every size stands the one asked for.
+    assert [1, 5] in [row["anchors"] for row in document["budgets"]]
+    code, text, _, _ = select("--anchors", "1,5", "--overwrite", "--assignment", "free", capture=capture)
+    assert code == 0
+    assert [line.split()[:4] for line in text.splitlines() if line.startswith("*")] == [["*", "2", "1", "5"]]
+
+
+@pytest.mark.parametrize(
+    ("anchors", "line"),
+    [
+        ("1,3", "the first full-attention layer, 0, is always an anchor: put it first"),
+        ("0,9", "layer 9 is not a full-attention layer of the capture; these are: 0-5"),
+        ("0,3,2", "in rising order, each once: 0,2,3"),
+        ("0,2,2", "in rising order, each once: 0,2"),
+        ("0,two", "'0,two' is not a list of whole numbers such as 0,2,8, nor how many there shall be, such as 5"),
+        ("five", "'five' is not a list of whole numbers"),
+        ("", "'' is not a list of whole numbers"),
+        ("1.5", "'1.5' is not a list of whole numbers"),
+        ("9" * 5000, "is not a list of whole numbers"),
+        ("1" + "0" * 20, "is outside 1..6"),
+        ("-1", "--anchors -1 is outside 1..6"),
+    ],
+)
+def test_anchors_that_cannot_be_are_one_line(select, anchors, line):
+    code, out, error, target = select(f"--anchors={anchors}")
+    assert (code, out) == (2, "")
+    assert len(error.splitlines()) == 1
+    assert error.startswith("error: --anchors")
+    assert line in error
+    assert len(error) < 300
+    assert not target.exists()
+
+
+def test_verify_measures_an_explicit_set_and_no_other(run_kascade, real_capture, tmp_path):
+    target = tmp_path / "profile.yaml"
+    code, text, error = run_kascade(
+        "select-anchors", real_capture, "-o", target, "--verify", "3", "--anchors", "0,1,5", "--verify-prompts", "1",
+        "--min-keys", "32", "--device", "cpu", "--json", "--bootstrap", "0",
+    )  # fmt: skip
+    assert code == 0, error
+    selection = Profile.load(target).selection
+    (only,) = selection["verify"]["candidates"]
+    assert only["anchors"] == selection["anchors"] == [0, 1, 5]
+    assert only["kl"]["decode"] > 0
+    assert set(only["objectives"]) == {"importance", "uniform"}
+    assert json.loads(text)["why"].startswith("these anchors were asked for; their measured KL is ")
+
+
+def test_a_prompt_too_short_names_the_option_of_this_command(run_kascade, real_capture, tmp_path):
+    code, out, error = run_kascade(
+        "select-anchors", real_capture, "-o", tmp_path / "p.yaml", "--verify", "1", "--verify-length", "17",
+        "--device", "cpu",
+    )  # fmt: skip
+    assert (code, out) == (1, "")
+    assert error.splitlines()[-1] == (
+        "error: a held-out prompt of 13 tokens is too short to verify on: raise --verify-length"
+    )
+    assert "--max-length" not in error
+    assert not (tmp_path / "p.yaml").exists()
+
+
+HOSTILE = "a[/b]:smile:[red]\x1b[31mR\x1b]0;t\x07"
+
+
+@pytest.mark.parametrize("json_option", [[], ["--json"]])
+def test_names_from_the_capture_and_the_cost_file_are_text(select, tmp_path, json_option, run_kascade):
+    capture = toy(
+        tmp_path / "capture.h5", dev_set_name=HOSTILE + ".jsonl", model_name=HOSTILE, tool_version=HOSTILE,
+        versions=json.dumps({HOSTILE: HOSTILE}), device=HOSTILE,
+    )  # fmt: skip
+    row = {"phase": "decode", "context": 4096, "dense_ms": 1, "layer0_ms": 1, "anchor_ms": 1, "reuse_ms": 0.01}
+    cost = tmp_path / "[b][x].json"
+    cost.write_text(json.dumps({"gpu": "[/x]" + HOSTILE, "rows": [row]}))
+    code, out, error, target = select("--anchors", "2", "--cost", str(cost), *json_option, capture=capture)
+    assert code == 0, error
+    assert "\x1b" not in out + error
+    assert "[b][x].json ([/x]a[/b]:smile:[red]R)" in " ".join(out.split())
+    for path in (target, capture):
+        code, out, error = run_kascade("show", path, *json_option)
+        assert code == 0, error
+        assert "\x1b" not in out + error
+        assert "a[/b]:smile:[red]R" in out or json_option
+    code, out, error = run_kascade("export", target)
+    assert code == 0, error
+    assert "\x1b" not in out + error
+
+
+def test_nothing_is_written_if_the_result_cannot_be_shown(select, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise ValueError("no table")
+
+    monkeypatch.setattr("kascade_cli.commands.selection_report.budget_table", fail)
+    code, _, error, target = select("--anchors", "2")
+    assert code == 1
+    assert "no table" in error
+    assert not target.exists()
+
+
+def test_a_profile_records_names_that_mean_something_elsewhere(select, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for model, dev_set, shown in (
+        (tmp_path / "models" / "mine", tmp_path / "sets" / "dev.jsonl", ("models/mine", "sets/dev.jsonl")),
+        ("/srv/elsewhere/mine", "/srv/sets/dev.jsonl", ("mine", "dev.jsonl")),
+        ("org/model", "org/set:train", ("org/model", "org/set:train")),
+        ("../mine", "texts", ("../mine", "texts")),
+    ):
+        capture = toy(tmp_path / "capture.h5", model_name=str(model), dev_set_name=str(dev_set))
+        code, _, error, target = select("--anchors", "2", "--overwrite", capture=capture)
+        assert code == 0, error
+        profile = Profile.load(target)
+        assert (profile.model.name, profile.provenance["dev_set"]["name"]) == shown
+        assert str(tmp_path) not in target.read_text()
+        assert "/srv" not in target.read_text()
+
+
+def test_a_profile_that_could_not_be_read_back_is_not_written(select, tmp_path):
+    """A tile of 0, or a model that no profile can describe, in the capture's attributes."""
+    for name, changes in (("tile", {"tile": 0}), ("heads", {"query_heads": 3}), ("print", {"model_fingerprint": "x"})):
+        capture = toy(tmp_path / f"{name}.h5", **changes)
+        code, out, error, target = select("--anchors", "2", capture=capture)
+        assert (code, out) == (1, "")
+        assert len(error.splitlines()) == 1
+        assert not target.exists()
+
+
+def test_old_figures_are_kept_unless_told(select, tmp_path):
+    (tmp_path / "plots").mkdir()
+    mine = tmp_path / "plots" / "pareto.png"
+    mine.write_text("mine")
+    code, _, error, target = select("--anchors", "2", "--plots", str(tmp_path / "plots"))
+    assert code == 2
+    assert "pareto.png exists; pass --overwrite" in error
+    assert mine.read_text() == "mine"
+    assert not target.exists()
+    assert select("--anchors", "2", "--plots", str(tmp_path / "plots"), "--overwrite")[0] == 0
+    assert mine.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--kl-tolerance", "nan"], "--kl-tolerance"),
+        (["--kl-tolerance", "inf"], "--kl-tolerance inf must be a number"),
+        (["--context", "999m"], "--context: 999m is too much: the most is 16m"),
+        (["--verify-length", "999m", "--verify", "1"], "--verify-length: 999m is too much"),
+        (["--bootstrap", "1" + "0" * 20], "--bootstrap"),
+        (["--top-k", "1" + "0" * 20], "--top-k"),
+        (["--verify", "1" + "0" * 20], "--verify"),
+        (["--min-keys", "1" + "0" * 20], "--min-keys"),
+        (["--workers", "1" + "0" * 20], "--workers"),
+        (["--ratio", "nan"], "--ratio nan is outside (0, 1]"),
+        (["--verify", "1", "--device", "meta"], "device 'meta' holds no data"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_the_capture_is_read(run_kascade, tmp_path, options, problem):
+    code, out, error = run_kascade("select-anchors", "nowhere.h5", "-o", tmp_path / "p.yaml", *options)
+    assert (code, out) == (2, "")
+    assert error.count("\n") == 1
+    assert problem in error
+
+
+def test_names_that_no_file_can_have(run_kascade, tmp_path):
+    for arguments in (["select-anchors", "x" * 300], ["show", "x" * 300], ["select-anchors", "a.h5", "-o", "x" * 300]):
+        code, out, error = run_kascade(*arguments)
+        assert (code, out) == (2, "")
+        assert "too long for a name" in error
+        assert error.count("\n") == 1

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import yaml
 
-from kascade_cli.commands.export import index_topk_pattern
 from kascade_cli.analysis.selection import ranges
+from kascade_cli.commands.export import index_topk_pattern
 from kascade_cli.commands.show import compact_map
 from kascade_cli.schema import Budget, ModelCard, Profile
 from tests.toy_captures import random_prompt, write_capture

@@ -67,8 +67,8 @@ def verify(
     `begin(total)` is called before the first measurement, `advance()` after each. Raises KascadeError if the model is
     not the capture's or a prompt is too short, UsageError for a length that the model does not take.
     """
-    from kascade_cli.integrations.transformers import compile_ahead
     from kascade_cli.evaluation.kl import held_out_prompts, measure_kl
+    from kascade_cli.integrations.transformers import compile_ahead
     from kascade_cli.models import describe, load_model
 
     meta, phases = search.measured.meta, search.settings.phases
