@@ -69,6 +69,22 @@ def test_what_is_made_by_a_script_is_current(script, monkeypatch):
     assert module.main() == 0, f"run python {script}"
 
 
+def test_the_evidence_of_decisions_exists():
+    files = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    files += (ROOT / "benchmarks" / "results").glob("*.json")
+    page = (DOCS / "decisions.md").read_text()
+    sections = re.split(r"^## ", page, flags=re.MULTILINE)[1:]
+    assert all("**Status: " in text and "**Evidence:** " in text for text in sections)
+    previous = []
+    for name, inside in re.findall(r"`([\w./-]+\.(?:py|json))?(?:::)?([\w.]+)?`", page):
+        if name:
+            previous = [path for path in files if f"/{path.relative_to(ROOT)}".endswith(f"/{name}")]
+            assert previous, name
+        if inside and (name or inside.startswith("test_")):
+            wanted = inside.split(".")[-1]
+            assert any(re.search(rf"\b{wanted}\b", path.read_text()) for path in previous), (name, inside)
+
+
 # -- the strategy that docs/strategies.md adds from outside of the package --
 
 EXAMPLE = DOCS / "examples" / "my_strategy.py"
