@@ -70,9 +70,8 @@ def main() -> None:
     if "other" in medians:
         for strategy in medians["this"]:
             ratios = [a[strategy] / b[strategy] for a, b in zip(found["this"], found["other"], strict=True)]
-            print(
-                f"this / other, {strategy}: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}"
-            )
+            spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+            print(f"this / other, {strategy}: median {statistics.median(ratios):.3f}, {spread}")
 
 
 if __name__ == "__main__":
