@@ -38,7 +38,9 @@ from fuzz_mutations import make_capture, mutate_capture, mutate_profile
 OUTCOMES = ("unchanged", "refused", "told", "valid", "changed", "library", "crash", "hang")
 OFFENCES = OUTCOMES[4:]
 ROOT = Path(__file__).parents[1]
-_LEAK = re.compile(r"error: (?:[a-z_][a-z0-9_]*\.)*[A-Z]\w*(?:Error|Exception|Warning|Iteration|Interrupt)\b:|Traceback")
+_LEAK = re.compile(
+    r"error: (?:[a-z_][a-z0-9_]*\.)*[A-Z]\w*(?:Error|Exception|Warning|Iteration|Interrupt)\b:|Traceback"
+)
 _SECONDS, _MEMORY = 15, 1 << 30  # of CPU; beyond what is mapped already
 _WORDS = ("dense", "anchor", "reuse", "passthrough", "kascade")
 _MADE = ("created", "capture_sha256", "bytes", "file", "seconds")
