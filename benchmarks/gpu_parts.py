@@ -263,25 +263,44 @@ def part_demo(ctx: Context) -> None:
 
 
 def evaluate_both(ctx: Context, model: Any, tokenizer: Any, profile: Profile) -> None:
-    """What `kascade evaluate` does (a shared prefix, questions as chunks behind it) on both backends: same scores."""
+    """What `kascade evaluate` does (a shared prefix, questions as chunks behind it) on both backends: same scores.
+
+    kascade on many questions, every other strategy on a few.
+    """
     from kascade_cli.demo import DEMO_TASKS
     from kascade_cli.evaluation.cases import built_in_cases, split_sources
     from kascade_cli.evaluation.run import Run, run_cases
+    from kascade_cli.sparse import Setting, known_strategies
 
     prompts, length = (1, 512) if ctx.dry else (24, 1024)
     settings = {"length": length, "num_prompts": prompts, "questions": 8, "seed": 0}
     kinds, layout, _ = split_sources([DEMO_TASKS["demo"]], DEMO_TASKS["demo"])
     cases = built_in_cases(kinds, layout, tokenizer, **settings)
-    runs = {"torch": Run("kascade", "kascade", 0.1, (profile,))}
-    runs |= {} if ctx.dry else {"tilelang": runs["torch"]}
-    options = {"allow_other_weights": True}
-    found = {name: run_cases(model, tokenizer, cases, run, backend=name, **options) for name, run in runs.items()}
-    scores = {name: round(float(outcome.values.mean()), 4) for name, outcome in found.items()}
-    differ = int((found["torch"].values != found["torch" if ctx.dry else "tilelang"].values).sum())
-    ctx.data["evaluate"] = {"questions": len(found["torch"].values), "scores": scores, "verdicts_that_differ": differ}
-    ctx.data["summary"] += f"; evaluate {scores}, {differ} verdicts differ"
-    if max(scores.values()) - min(scores.values()) > EVALUATE_GAP:
-        ctx.fail(f"evaluate scores of the backends are far apart: {scores}")
+    few = cases[: max(1, prompts // 6)]
+    backends = ("torch",) if ctx.dry else ("torch", "tilelang")
+    ctx.data["evaluate"] = {}
+    others = ("quest",) if ctx.dry else (name for name in known_strategies() if name != "kascade")
+    for strategy in ("kascade", *others):
+        found = {}
+        for backend in backends:
+            setting = Setting(strategy, profile, 0.1, backend=backend, allow_other_weights=True)
+            found[backend] = run_cases(
+                model, tokenizer, cases if strategy == "kascade" else few, Run(strategy, (setting,))
+            )
+        scores = {name: round(float(outcome.values.mean()), 4) for name, outcome in found.items()}
+        differ = int((found["torch"].values != found[backends[-1]].values).sum())
+        ctx.data["evaluate"][strategy] = {
+            "questions": len(found["torch"].values),
+            "scores": scores,
+            "verdicts_that_differ": differ,
+            "density": found[backends[-1]].density,
+            "fallbacks": found[backends[-1]].fallbacks,
+        }
+        if strategy == "kascade":
+            ctx.data["summary"] += f"; evaluate {scores}, {differ} verdicts differ"
+        if max(scores.values()) - min(scores.values()) > (EVALUATE_GAP if strategy == "kascade" else 2 * EVALUATE_GAP):
+            ctx.fail(f"evaluate scores of the backends are far apart with {strategy}: {scores}")
+        ctx.save()
 
 
 def greedy(model: Any, tokenizer: Any, prompt: Any) -> list[tuple[str, list[float]]]:

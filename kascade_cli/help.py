@@ -24,7 +24,7 @@ BUDGET = "Budget"
 RUNNING = "Running it"
 _REST = "Other"
 # A bound that only stops typing mistakes tells the reader nothing.
-_LIMIT = re.compile(r"(?:; |\[)(?:\d+<=)?x<=\d{4,}\]?(?=\]|$)")
+_LIMIT = re.compile(r"; (?:\d+<=)?x<=\d{4,}(?=\])|\s*\[(?:\d+<=)?x<=\d{4,}\]$")
 _WIDEST = 30  # characters of the left column; a longer option has its text on the next line
 
 _HUGE = re.compile(r"(\d<=x)<=\d{7,}")

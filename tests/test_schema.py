@@ -2,6 +2,8 @@
 
 import math
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -42,6 +44,26 @@ def test_round_trip_byte_for_byte(tmp_path):
         profile.save(tmp_path / "p.yaml")
     profile.save(tmp_path / "p.yaml", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["p.yaml"]
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    """Two processes at once: both find the name free when they look."""
+    monkeypatch.setattr("kascade_cli.schema.check_output", lambda path, overwrite: path)
+    example().save(tmp_path / "p.yaml")
+    with pytest.raises(UsageError, match="p.yaml exists; pass --overwrite"):
+        example(selection={"mine": "too"}).save(tmp_path / "p.yaml")
+    assert Profile.load(tmp_path / "p.yaml") == example()
+
+
+def test_reading_and_writing_profiles_knows_no_terminal(tmp_path):
+    example().save(tmp_path / "p.yaml")
+    code = (
+        "import sys\nfrom kascade_cli import Profile\n"
+        f"Profile.load({str(tmp_path / 'p.yaml')!r}).save({str(tmp_path / 'q.yaml')!r})\n"
+        "sys.exit(', '.join({'rich', 'typer', 'torch', 'h5py', 'numpy'} & set(sys.modules)) or 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_layers_and_head_maps():

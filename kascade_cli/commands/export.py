@@ -1,29 +1,49 @@
-"""`kascade export`: a profile in the vocabulary of the serving engines."""
+"""`kascade export`: a profile in the words that serving engines use. What runs it stands in docs/export.md."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from kascade_cli.console import err
+from kascade_cli.commands import options as shared
+from kascade_cli.console import note, to_json
 from kascade_cli.errors import KascadeError
 from kascade_cli.files import atomic_write, check_output
+from kascade_cli.help import OUTPUT, examples
 
+_NOTE = (
+    "note: no serving engine runs this for a model with KV heads of its own (GQA, MHA): vLLM and SGLang read the "
+    "pattern for models with an indexer, such as DeepSeek-V3.2; `kascade generate` and `attach` run the profile"
+)
 _LETTERS = {"dense": "F", "anchor": "F", "reuse": "S", "passthrough": "F"}
 
 
+@examples(
+    "kascade export profile.yaml", "kascade export profile.yaml --format sparse_attention_config --json -o config.json"
+)
 def export(
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="The YAML that `kascade select-anchors` wrote.")],
     format_: Annotated[
         Literal["index_topk_pattern", "sparse_attention_config"],
-        typer.Option("--format", help="The pattern with its keys, or the whole nested config."),
+        typer.Option(
+            "--format", help="The pattern and the budget, or everything, head maps included.", rich_help_panel=OUTPUT
+        ),
     ] = "index_topk_pattern",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A file to write. Default: stdout.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of YAML.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="A file to write. Default: stdout.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    overwrite: shared.Overwrite = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of YAML.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
-    """Write a profile in the vocabulary of a serving engine."""
+    """Write a profile in the words that serving engines use for sharing Top-k indices across layers.
+
+    No engine runs it for a model with KV heads of its own (GQA, MHA) today. vLLM and SGLang read index_topk_pattern
+    for models with an indexer (DeepSeek-V3.2, GLM-5), which have neither head maps nor a budget like a profile's.
+    It is a description to compare with and to build on; `kascade generate` and `attach` run the profile itself.
+    """
     if output:
         check_output(output, overwrite)
 
@@ -34,18 +54,21 @@ def export(
     loaded = Profile.load(profile)
     pattern = index_topk_pattern(loaded)
     if format_ == "index_topk_pattern":
-        document = {"index_topk_pattern": pattern, "sparse_attention_config": _short_config(loaded)}
+        # Both keys are needed in the model's config (vLLM: --hf-overrides): without the first the pattern is ignored.
+        document = {"use_index_cache": True, "index_topk_pattern": pattern}
+        document["sparse_attention_config"] = _short_config(loaded)
     else:
         document = {"sparse_attention_config": _full_config(loaded, pattern)}
     if as_json:
-        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        text = to_json(document)
     else:
         text = yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
     if output:
-        atomic_write(output, text)
-        err.print(f"wrote {output}", markup=False, soft_wrap=True)
+        atomic_write(output, text, overwrite=overwrite)
+        note(f"wrote {output}")
     else:
         typer.echo(text, nl=False)
+    note(_NOTE)
 
 
 def index_topk_pattern(profile: Any) -> str:
@@ -91,7 +114,7 @@ def _short_config(profile: Any) -> dict[str, Any]:
 
 
 def _full_config(profile: Any, pattern: str) -> dict[str, Any]:
-    """Everything that a serving engine needs to run the profile, head maps included."""
+    """Everything that running the profile takes, head maps included."""
     maps = {
         str(index): {phase: [head for _, head in profile.head_map(index, phase)] for phase in ("decode", "prefill")}
         for index, layer in enumerate(profile.layers)

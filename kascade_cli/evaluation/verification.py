@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from kascade_cli.analysis.decision import Search
     from kascade_cli.analysis.selection import Candidate
 
+_HELD_OUT = "/held-out"  # what the twin of a dev set adds to its name
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -113,7 +115,7 @@ def verify(
         entry.kl, entry.prompts = result.kl, result.prompts
     return {
         "model": portable_name(name),
-        "dev_set": portable_name(devset.name),
+        "dev_set": portable_name(devset.name.removesuffix(_HELD_OUT)) + _HELD_OUT,
         "dev_set_sha256": devset.sha256,
         "prompts": len(devset.prompts),
         "max_length": devset.max_length,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kascade_cli.errors import KascadeError
 from kascade_cli.kernels.reference import first_tile, tile_count
 from kascade_cli.schema import Budget, Phase
 
@@ -29,8 +30,9 @@ class Batch:
 
     phase: what the engine says that the rows do; one query alone does not make a row a decode row.
     queries, slots: the widths T and S. plain: no row is padded and the queries are the last slots.
-    pages: block table int32 [B, MP] of a paged cache. continues: the engine has proved that these are the last pass's
-    sequences, one token longer. partition: which KV heads this process holds (None: all).
+    pages: block table int32 [B, MP] of a paged cache; KascadeError in prefill, whose ops take none. continues: the
+    engine has proved that these are the last pass's sequences, one token longer. partition: which KV heads this
+    process holds (None: all).
     """
 
     lengths: Lengths
@@ -43,6 +45,10 @@ class Batch:
     continues: bool = False
     partition: Any = None
     _moved: dict[torch.device, "Batch"] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.pages is not None and self.phase == "prefill":
+            raise KascadeError("prefill does not read a paged cache: gather its pages first")
 
     @property
     def rows(self) -> int:

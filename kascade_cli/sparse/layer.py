@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kascade_cli.kernels import Backend
+from kascade_cli.kernels.reference import wide
 from kascade_cli.sparse.batch import Batch
 from kascade_cli.sparse.sdpa import dense_sdpa
 from kascade_cli.sparse.state import Pass
@@ -129,15 +130,15 @@ class Layer:
         )  # fmt: skip
 
     def probabilities(self) -> Tensor:
-        """Post-softmax attention of every query head (decode): float32 [B, H, S], zero outside of the row's keys."""
+        """Post-softmax attention of every query head (decode): [B, H, S], zero outside of the row's keys."""
         scores, logits = self._scores()  # logits [B, G, S', R'], in log2 units
         slots, heads = scores.shape[-1], self.query.shape[1] // self.groups
-        raw = logits[:, :, :slots, :heads].transpose(2, 3).flatten(1, 2).float()
+        raw = wide(logits[:, :, :slots, :heads].transpose(2, 3).flatten(1, 2))
         lengths, slot = self.batch.lengths, torch.arange(slots, device=raw.device)
         inside = (slot >= lengths.kv_start[:, None]) & (slot < (lengths.kv_start + lengths.kv_len)[:, None])
         raw = raw.masked_fill(~inside[:, None], -torch.inf)
-        weights = torch.exp2(raw - raw.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min))
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        weights = torch.exp2(raw - raw.amax(-1, keepdim=True).clamp_min(torch.finfo(raw.dtype).min))
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(raw.dtype).tiny)
         return weights.masked_fill(~inside[:, None], 0.0)
 
     def _choose_prefill(self, lse: Tensor | None, pooled: bool) -> Keys:

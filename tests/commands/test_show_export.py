@@ -1,6 +1,7 @@
 """`kascade show` and `kascade export`."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -143,9 +144,10 @@ def test_pattern():
 
 
 def test_export_to_stdout(run_kascade, profile_file):
-    code, text, _ = run_kascade("export", profile_file(), "--format", "index_topk_pattern")
+    code, text, error = run_kascade("export", profile_file(), "--format", "index_topk_pattern")
     assert code == 0
-    assert text.splitlines()[0] == "index_topk_pattern: FSFSSS"
+    assert text.splitlines()[:2] == ["use_index_cache: true", "index_topk_pattern: FSFSSS"]
+    assert "no serving engine runs this for a model with KV heads of its own" in error
     document = yaml.safe_load(text)
     assert document["sparse_attention_config"] == {
         "algorithm": "kascade", "topk_ratio": 0.1, "min_topk": 64, "query_tile": 32, "dense_layers": [0],
@@ -184,3 +186,81 @@ def test_export_accepts_pairs_that_name_the_nearest_anchor(run_kascade, profile_
     code, text, _ = run_kascade("export", profile_file(maps=maps), "--format", "sparse_attention_config")
     assert code == 0
     assert yaml.safe_load(text)["sparse_attention_config"]["head_map"]["3"]["decode"] == [1, 0]
+
+
+@pytest.mark.parametrize("file", ["capture", "profile"])
+def test_names_in_files_are_shown_as_text(run_kascade, tmp_path, profile_file, file):
+    hostile = "[/b]:smile:[red]x[/x]\x1b[31m\x1b]0;t\x07\n\u202ey"
+    if file == "capture":
+        prompts = [random_prompt(np.random.default_rng(0), layers=2, heads=2, n_tokens=97, tiles=[(70, 1)])]
+        path = write_capture(
+            tmp_path / "c.h5", prompts, model_name=hostile, dev_set_name=hostile, dtype=hostile, device=hostile,
+            versions=json.dumps({hostile: hostile}), top_mass_keys=json.dumps([hostile, "[/]", "5%", "10%", "20%"]),
+            dev_set_sha256=hostile, tool_version=hostile,
+        )  # fmt: skip
+    else:
+        path = tmp_path / "p.yaml"
+        made = make_profile()
+        made = made.model_copy(
+            update={
+                "model": made.model.model_copy(update={"name": hostile}),
+                "selection": {"why": hostile, hostile: {hostile: [hostile]}, "rows": [{"[/]": 1}], "list": [hostile]},
+                "provenance": {"[/]": {"[/]": hostile}, "tool": hostile},
+            }
+        )
+        made.save(path)
+    code, text, error = run_kascade("show", path)
+    assert (code, error) == (0, "")
+    assert "[/b]:smile:[red]x[/x]" in "".join(text.split())
+    assert not any(mark in text for mark in ("\x1b", "\x07", "\u202e"))
+    code, text, error = run_kascade("show", path, "--json")
+    assert (code, error) == (0, "")
+    document = json.loads(text)
+    assert (document["meta"]["model_name"] if file == "capture" else document["model"]["name"]) == hostile
+    assert "\x1b" not in text
+
+
+def test_show_refuses_pipes_and_folders_at_once(run_kascade, tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    os.mkfifo(tmp_path / "pipe.h5")
+    for path, reason in (
+        (tmp_path / "pipe.yaml", "not a regular file"),
+        (tmp_path / "pipe.h5", "not a regular file"),
+        ("/dev/zero", "not a regular file"),
+        (tmp_path, "a folder"),
+    ):
+        code, text, error = run_kascade("show", path)
+        assert (code, text) == (1, "")
+        assert error == f"error: cannot read {path}: it is {reason}\n"
+
+
+def test_show_hostile_profiles_at_once(run_kascade, tmp_path):
+    """An alias bomb of a kilobyte, nesting without end, a file that is too large."""
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefghij", "bcdefghijk", strict=True)
+    )
+    for text, reason in (
+        ("schema: kascade/v1\n" + bomb, "aliases"),
+        ("a: " + "[" * 10**5, "nested more than 20 deep"),
+        ("# " + "x" * (3 << 20), "more than 2097152 bytes"),
+        ("schema: !!int x", "is no !!int"),
+        ("? [a]\n: 1", "a key is no text"),
+    ):
+        (tmp_path / "p.yaml").write_text(text)
+        code, out, error = run_kascade("show", tmp_path / "p.yaml")
+        assert (code, out) == (1, "")
+        assert error.count("\n") == 1
+        assert reason in error
+
+
+def test_show_a_capture_counts_its_parts(run_kascade, capture_file):
+    """What `show` and `profile` say of a capture comes from one function."""
+    path, prompts = capture_file
+    (path.parent / "capture.h5.parts").mkdir()
+    (path.parent / "capture.h5.parts" / "000000.h5").write_bytes(b"x" * 100)
+    _, text, _ = run_kascade("show", path, "--json")
+    document = json.loads(text)
+    assert document["bytes"] == path.stat().st_size + 100
+    assert document["tokens"] == 97 + 130
+    assert document["tiles"] == {"prefill": 4, "decode": 2}
+    assert len(document["prompts"]) == len(prompts)

@@ -281,7 +281,7 @@ def _plain_generation(model: nn.Module) -> Any:
     """`generate` as sparse attention can follow it: not compiled, no assistants."""
     generation = getattr(model, "generation_config", None)
     # generate() would compile decoding with a static cache, and compiled code does not see our per-step state.
-    before = getattr(generation, "disable_compile", None)
+    compiling = {} if generation is None else {k: v for k, v in vars(generation).items() if k == "disable_compile"}
     if generation is not None:
         generation.disable_compile = True
     own = "_get_candidate_generator" in vars(model)
@@ -291,7 +291,8 @@ def _plain_generation(model: nn.Module) -> Any:
         yield
     finally:
         if generation is not None:
-            generation.disable_compile = before
+            vars(generation).pop("disable_compile", None)
+            vars(generation).update(compiling)
         if not own:
             vars(model).pop("_get_candidate_generator", None)
 

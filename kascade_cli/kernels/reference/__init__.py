@@ -21,11 +21,13 @@ NaN
 """
 
 from kascade_cli.kernels.contract import first_tile, tile_count
+from kascade_cli.kernels.reference.common import blame, wide
 from kascade_cli.kernels.reference.decode import decode_dense, decode_score, decode_sparse, gather_pages
 from kascade_cli.kernels.reference.prefill import prefill_dense, prefill_score, prefill_sparse, prefill_sparse_lse
 from kascade_cli.kernels.reference.select import select_topk
 
 __all__ = [
+    "blame",
     "decode_dense",
     "decode_score",
     "decode_sparse",
@@ -37,4 +39,5 @@ __all__ = [
     "prefill_sparse_lse",
     "select_topk",
     "tile_count",
+    "wide",
 ]

@@ -51,6 +51,6 @@ class LessIsMore(SharedSelection):
 
     def best_rank(self, probability: Tensor) -> Tensor:
         """The best place that a key has in any head's order, int64 [B, S]; equal ones stand in order of their slot."""
-        order = probability.argsort(-1, descending=True, stable=True)
+        order = probability.argsort(dim=-1, descending=True, stable=True)
         place = torch.arange(order.shape[-1], device=order.device).expand_as(order).contiguous()
         return torch.empty_like(order).scatter_(-1, order, place).amin(1)

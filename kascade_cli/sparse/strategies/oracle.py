@@ -73,7 +73,7 @@ def _block(layer: Layer, query: Tensor, key: Tensor, value: Tensor, begin: int) 
     logits = query.to(wide) @ key.to(wide)[:, :, None].transpose(-1, -2) * layer.scale
     logits = logits.masked_fill(~seen, -torch.inf)
     wanted = batch.count((position + 1).clamp_min(0))[:, None, None]  # [B, 1, 1, t]
-    order = logits.argsort(-1, descending=True, stable=True)  # ties to the lowest slot
+    order = logits.argsort(dim=-1, descending=True, stable=True)  # ties to the lowest slot
     rank = torch.empty_like(order).scatter_(-1, order, slot.expand_as(order).contiguous())
     taken = (rank < wanted[..., None]) & seen
     weights = torch.softmax(logits.masked_fill(~taken, -torch.inf), -1).masked_fill(~seen.any(-1, keepdim=True), 0.0)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kascade_cli.kernels.reference import gather_pages
+from kascade_cli.kernels.reference import blame, gather_pages, wide
 from kascade_cli.sparse.layer import Keys, Layer
 from kascade_cli.sparse.strategy import Option, Strategy, whole_number
 
@@ -56,16 +56,19 @@ class Quest(Strategy):
         return Keys(slots.int().contiguous(), counts)
 
     def promise(self, layer: Layer, whole: Tensor) -> Tensor:
-        """Share of the bounds that each page has, summed over the group: float32 [B, G, pages]; 0 from `whole` on."""
+        """Share of the bounds that each page has, summed over the group: [B, G, pages]; 0 from `whole` on.
+
+        NaN only for pages that hold a key at fault, so that they are read (kernels.reference).
+        """
         low, high = self.bounds(layer)
-        query = layer.query[:, :, 0].unflatten(1, (layer.groups, -1)).float()  # [B, G, R, D]
+        query = wide(layer.query[:, :, 0]).unflatten(1, (layer.groups, -1))  # [B, G, R, D]
         bound = query.clamp_min(0) @ high.mT + query.clamp_max(0) @ low.mT  # [B, G, R, pages]
         seen = (torch.arange(bound.shape[-1], device=bound.device) < whole[:, None])[:, None, None]
-        share = (bound * layer.scale).masked_fill(~seen, -torch.inf).softmax(-1)
-        return share.masked_fill(~seen, 0.0).sum(2)
+        bound = (bound * layer.scale).masked_fill(~seen, -torch.inf)
+        return blame(bound.softmax(-1), bound).masked_fill(~seen, 0.0).sum(2)
 
     def bounds(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """Per page and channel the smallest and largest key, float32 [B, G, pages, D].
+        """Per page and channel the smallest and largest key, [B, G, pages, D].
 
         Pages begin at the row's first token; the last one may hold keys beyond the row's end and is never ranked.
         """
@@ -74,5 +77,5 @@ class Quest(Strategy):
         token = torch.arange(-(-key.shape[2] // page) * page, device=key.device)
         slot = (batch.lengths.kv_start[:, None] + token).clamp_max(key.shape[2] - 1).long()
         rows = key.gather(2, slot[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[-1]))
-        rows = rows.unflatten(2, (-1, page)).float()
+        rows = wide(rows.unflatten(2, (-1, page)))
         return rows.amin(3), rows.amax(3)

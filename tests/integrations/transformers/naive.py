@@ -12,17 +12,20 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .naive_sets import DECODE_ONLY, Published
+
 NAIVE = (
     "dense", "kascade", "kascade-pooled", "kascade-no-remap", "kascade-decode-only", "kascade-reused-norm",
-    "kascade-refresh", "oracle", "streaming-llm",
+    "kascade-refresh", "oracle", "oracle-per-query", "streaming-llm", *DECODE_ONLY,
 )  # fmt: skip
 
 
 class Naive:
-    def __init__(self, model, profile, strategy, segments, ratio, min_keys, tile=32, refresh=8):
+    def __init__(self, model, profile, strategy, segments, ratio, min_keys, tile=32, refresh=8, **options):
         self.model, self.profile, self.strategy, self.segments = model, profile, strategy, segments
         self.ratio, self.min_keys, self.tile = ratio, min_keys, tile
         self.refresh = refresh if strategy == "kascade-refresh" else 1
+        self.options = {"sinks": 4} | options
         self.sets = {}
         self.read = self.visible = 0
 
@@ -83,7 +86,8 @@ class Naive:
         chosen = {}
         for queries, before in self.pieces():
             k = self.count(before)
-            keys = set(range(min(4, k))) | set(range(before - max(k - 4, 0), before))
+            sinks = self.options["sinks"]
+            keys = set(range(min(sinks, k))) | set(range(before - max(k - sinks, 0), before))
             chosen[queries[0]] = [keys] * groups
         return chosen
 
@@ -116,9 +120,13 @@ class Naive:
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         logits = (q[0] @ keys.transpose(-1, -2) * scale).masked_fill(~causal, -torch.inf)
         first = self.first
-        chosen = self.layer_sets(module.layer_idx, logits.softmax(-1), groups, first)
         decode = {start for start, end in self.segments if end - start == 1}
         mask = causal.expand(heads, -1, -1).clone()
+        if self.strategy in (*DECODE_ONLY, "oracle-per-query"):
+            self.published.hide(mask, module.layer_idx, logits, q[0] * scale, k[0], decode)
+            chosen = None
+        else:
+            chosen = self.layer_sets(module.layer_idx, logits.softmax(-1), groups, first)
         for queries, before in self.pieces():
             dense = chosen is None or (self.strategy == "kascade-decode-only" and queries[0] not in decode)
             if not dense:
@@ -140,6 +148,7 @@ class Naive:
 
         full = full_attention_layers(self.model)
         self.first = full[0]
+        self.published = Published(self.strategy, full, self.count, self.options)
         oracle = self
 
         def attention(module, q, k, v, mask, scaling=None, **kwargs):

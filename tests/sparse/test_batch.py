@@ -1,0 +1,98 @@
+"""Batch's arithmetic against loops over rows, tiles and queries."""
+
+import pytest
+import torch
+
+from kascade_cli.errors import KascadeError
+from kascade_cli.schema import Budget
+from kascade_cli.sparse import Batch, Lengths
+
+# Of each row: first slot, keys, first query's slot. Queries before the row's start and behind its end are padding.
+ROWS = [
+    [(0, 96, 0), (31, 65, 0), (95, 1, 0), (0, 0, 0), (10, 50, 0)],  # a prefill; left- and right-padded, empty
+    [(0, 97, 64), (5, 92, 64), (70, 27, 64), (0, 70, 64), (33, 40, 64)],  # a chunk behind a cache
+    [(0, 33, 0)],
+    [(3, 40, 42)],
+]
+BUDGETS = [Budget(ratio=0.1, min_keys=1, tile=32), Budget(ratio=0.3, min_keys=7, tile=8), Budget(ratio=1.0, tile=1)]
+
+
+def make(rows, queries, budget, phase="prefill", **more):
+    starts, lengths, firsts = zip(*rows, strict=True)
+    lengths_ = Lengths(*(torch.tensor(x, dtype=torch.int32) for x in (firsts, starts, lengths)))
+    slots = max(s + n for s, n, _ in rows)
+    return Batch(lengths_, phase, queries, slots, budget, **more)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize(("rows", "queries"), [(ROWS[0], 96), (ROWS[1], 33), (ROWS[2], 33), (ROWS[3], 1)])
+def test_counts_and_keys_read_of_prefill(rows, queries, budget):
+    batch, tile = make(rows, queries, budget), budget.tile
+    read = visible = 0
+    for b, (start, length, first) in enumerate(rows):
+        local = max(0, first - start) // tile
+        for j in range(batch.tiles):
+            before = (local + j) * tile if (local + j) * tile < length else 0
+            assert batch.before[b, j] == before
+            assert batch.counts[b, j] == budget.count(before)
+            assert batch.counts[b, j] <= batch.width
+        for i in range(queries):
+            token = first + i - start
+            real = 0 <= token < length
+            assert batch.positions[1][b, i] == real
+            if real:
+                assert local <= token // tile < local + batch.tiles
+                assert batch.positions[0][b, i] == token
+                visible += token + 1
+                read += budget.count(token // tile * tile) + token % tile + 1
+    assert batch.visible == visible
+    assert batch.read(batch.counts) == read
+    assert batch.counts.dtype == batch.before.dtype == torch.int32
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_counts_of_decode(budget):
+    rows = [(0, 97, 96), (5, 92, 96), (96, 1, 96), (10, 0, 96), (0, 64, 96)]
+    batch = make(rows, 1, budget, phase="decode")
+    counts = [budget.count(length) for _, length, _ in rows]
+    assert batch.counts.tolist() == counts
+    assert max(counts) <= batch.width == budget.count(97)
+    assert batch.read(batch.counts) == sum(counts)
+    assert batch.visible == sum(length for _, length, _ in rows)
+
+
+@pytest.mark.parametrize("tile", [1, 7, 32])
+@pytest.mark.parametrize("queries", [1, 31, 32, 33, 64, 65])
+def test_without_padding_there_is_no_tile_or_width_to_spare(queries, tile):
+    budget = Budget(ratio=0.2, min_keys=3, tile=tile)
+    for slots in (queries, queries + 32, queries + 45):
+        batch = make([(0, slots, slots - queries)], queries, budget, plain=True)
+        touched = {token // tile for token in range(slots - queries, slots)}
+        assert len(touched) <= batch.tiles <= len(touched) + 1
+        if (slots - queries) % tile == 0:
+            assert batch.tiles == len(touched)
+            assert batch.counts.max() == budget.count(max(touched) * tile)
+        assert batch.width == max(1, budget.count(max(touched) * tile))
+
+
+def test_count_is_the_budgets_for_every_length_and_ratio():
+    for ratio in (0.1, 0.3, 1 / 3, 0.07, 1.0):
+        for least in (1, 128):
+            budget = Budget(ratio=ratio, min_keys=least)
+            batch = make([(0, 1, 0)], 1, budget)
+            lengths = [*range(300), 1000, 4096, 10**5, 2**20 + 1]
+            assert batch.count(torch.tensor(lengths)).tolist() == [budget.count(n) for n in lengths]
+
+
+def test_a_batch_is_moved_to_a_device_once():
+    batch = make(ROWS[0], 96, BUDGETS[0], pages=None)
+    assert batch.on(torch.device("cpu")) is batch
+    moved = batch.on(torch.device("meta"))
+    assert moved.lengths.kv_len.device.type == "meta"
+    assert batch.on(torch.device("meta")) is moved
+    assert batch.lengths.kv_len.device.type == "cpu"
+
+
+def test_prefill_of_a_paged_cache_is_refused():
+    with pytest.raises(KascadeError, match="paged"):
+        make(ROWS[2], 33, BUDGETS[0], pages=torch.zeros(1, 3, dtype=torch.int32))
