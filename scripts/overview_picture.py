@@ -2,7 +2,7 @@
 
     python scripts/overview_picture.py [-o docs/images/overview.png]
 
-Left: benchmarks/results/evaluate-ratios-1k.json (its command is in docs/evaluate.md). Right: the newest GPU suite.
+Left: benchmarks/results/evaluate-demo-*.json (their command is in the README). Right: the newest GPU suite.
 """
 
 import argparse
@@ -17,24 +17,22 @@ COLOURS = {"dense": "#444444", "kascade": "#d55e00", "streaming-llm": "#0072b2"}
 SPEED_COLOURS = ("#d55e00", "#e69f00", "#56b4e9")
 
 
-def answers(axes: Any, result: dict[str, Any]) -> None:
-    """Mean exact match with its 95 % limits against the share of keys read, a line per strategy."""
-    rows = result["rows"]
-    dense = next(row for row in rows if row["strategy"] == "dense")["mean"]
-    axes.axhline(dense["score"], color=COLOURS["dense"], linestyle="--", linewidth=1)
-    axes.annotate("dense", (100, dense["score"]), ha="right", va="bottom", color=COLOURS["dense"])
-    for name in dict.fromkeys(row["strategy"] for row in rows if row["strategy"] != "dense"):
-        line = sorted((row for row in rows if row["strategy"] == name), key=lambda row: row["density"]["all"])
+def answers(axes: Any, results: list[dict[str, Any]]) -> None:
+    """Mean exact match with its 95 % limits by the length of the text, a line per strategy."""
+    rows = [row for result in results for row in result["rows"]]
+    lengths = sorted({row["length"] for row in rows})
+    for name, style in COLOURS.items():
+        line = sorted((row for row in rows if row["strategy"] == name), key=lambda row: row["length"])
         scores = [row["mean"]["score"] for row in line]
-        reach = [
-            [row["mean"]["score"] - row["mean"]["low"] for row in line],
-            [row["mean"]["high"] - row["mean"]["score"] for row in line],
-        ]
-        share = [100 * row["density"]["all"] for row in line]
-        axes.errorbar(share, scores, reach, marker="o", markersize=4, capsize=3, color=COLOURS[name], label=name)
-    axes.set(xlim=(0, 100), ylim=(0, 105), xlabel="keys read, %", ylabel="exact match, points")
+        reach = [[abs(row["mean"]["score"] - row["mean"][end]) for row in line] for end in ("low", "high")]
+        share = 100 * sum(row["density"]["all"] for row in line) / len(line)
+        where = [lengths.index(row["length"]) for row in line]
+        label = f"{name} ({share:.0f} % of the keys)"
+        axes.errorbar(where, scores, reach, fmt="o-", markersize=4, capsize=3, color=style, label=label)
+    axes.set_xticks(range(len(lengths)), [f"{length // 1024}k" for length in lengths])
+    axes.set(ylim=(0, 105), xlabel="tokens of the text", ylabel="exact match, points")
     axes.legend(fontsize=8, loc="center right", frameon=False)
-    axes.set_title("Answers: 16-layer demo model, 1k tokens", fontsize=10)
+    axes.set_title("Answers: 16-layer demo model, mean of 4 tasks", fontsize=10)
 
 
 def speed(axes: Any, result: dict[str, Any]) -> None:
@@ -77,7 +75,7 @@ def main() -> int:
     from benchmarks.performance_table import newest
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
-    answers(left, json.loads((RESULTS / "evaluate-ratios-1k.json").read_text()))
+    answers(left, [json.loads(path.read_text()) for path in RESULTS.glob("evaluate-demo-[0-9]*k.json")])
     speed(right, json.loads(newest(RESULTS).read_text()))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
