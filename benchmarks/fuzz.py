@@ -4,7 +4,7 @@
     python benchmarks/fuzz.py --captures 60 --profiles 60 --seed 7 --offenders /tmp/offenders
 
 Every case is a process of its own with limits on time and memory, forked from one that has imported everything.
-Outcomes: `unchanged` result; `refused` in one line; `told` (another result, and the output says that the capture is
+Outcomes: `unmade` (the damage could not be done, no case); `unchanged` result; `refused` in one line; `told` (another result, and the output says that the capture is
 unfinished); `valid` (another result from a file that is a capture or profile of its own: an edited profile, a capture
 with new checksums and seals); and the offences `changed` (another result without a word), `library` (an error of
 Python or a library reached the user), `crash` (a signal), `hang`.
@@ -35,8 +35,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from fuzz_mutations import make_capture, mutate_capture, mutate_profile
 
-OUTCOMES = ("unchanged", "refused", "told", "valid", "changed", "library", "crash", "hang")
-OFFENCES = OUTCOMES[4:]
+OUTCOMES = ("unmade", "unchanged", "refused", "told", "valid", "changed", "library", "crash", "hang")
+OFFENCES = OUTCOMES[5:]
 ROOT = Path(__file__).parents[1]
 _LEAK = re.compile(
     r"error: (?:[a-z_][a-z0-9_]*\.)*[A-Z]\w*(?:Error|Exception|Warning|Iteration|Interrupt)\b:|Traceback"
@@ -153,8 +153,25 @@ def judge(code: str | int, out: str, err: str, arguments: list[str], folder: Pat
     return "valid" if crafted else "changed"
 
 
-def fuzz(kind: str, cases: range, seed: int, scratch: Path, offenders: Path) -> list[dict]:
-    """Runs the cases of this process; one row for each."""
+def in_a_fork(mutate: Any, rng: np.random.Generator, file: Path) -> tuple[str, bool]:
+    """What `mutate` did; `nothing` if HDF5 crashed or raised while the damage was made."""
+    said = file.parent.parent / "said.json"
+    said.unlink(missing_ok=True)
+    pid = os.fork()
+    if not pid:
+        try:
+            signal.alarm(60)
+            said.write_text(json.dumps(mutate(rng, file)))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    return tuple(json.loads(said.read_text())) if said.exists() else ("nothing", False)
+
+
+def fuzz(kind: str, cases: range, seed: int, scratch: Path, offenders: Path, until: float) -> list[dict]:
+    """Runs the cases of this process, none after the time `until`; one row for each."""
     bases = []
     if kind == "capture":
         for name, joined in (("joined", True), ("parts", False)):
@@ -169,6 +186,8 @@ def fuzz(kind: str, cases: range, seed: int, scratch: Path, offenders: Path) -> 
     wanted: dict[tuple, Any] = {}
     rows = []
     for number in cases:
+        if time.monotonic() > until:
+            break
         rng = np.random.default_rng([seed, number, kind == "capture"])
         base = bases[0] if len(bases) == 1 or number % 4 else bases[1]
         folder = scratch / "case"
@@ -181,7 +200,10 @@ def fuzz(kind: str, cases: range, seed: int, scratch: Path, offenders: Path) -> 
             if code:
                 raise SystemExit(f"{' '.join(arguments)} fails on an undamaged file: {err}")
             wanted[like] = result(arguments, folder, out)
-        what, crafted = mutate(rng, folder / file)
+        what, crafted = in_a_fork(mutate, rng, folder / file)
+        if what == "nothing":
+            rows.append({"case": number, "what": what, "command": arguments[0], "outcome": "unmade"})
+            continue
         code, out, err = run_case(arguments, folder)
         outcome = judge(code, out, err, arguments, folder, wanted[like], crafted)
         row = {"case": number, "what": what, "command": arguments[0], "outcome": outcome}
@@ -201,7 +223,7 @@ def _pipes(folder: str, names: list[str]) -> list[str]:
     return [path.name for path in paths if path.exists() and not (path.is_file() or path.is_dir())]
 
 
-def in_parallel(kind: str, count: int, seed: int, jobs: int, offenders: Path) -> list[dict]:
+def in_parallel(kind: str, count: int, seed: int, jobs: int, offenders: Path, until: float) -> list[dict]:
     """The rows of all cases, from `jobs` forked processes that take turns."""
     with tempfile.TemporaryDirectory() as folder:
         pids = []
@@ -212,7 +234,7 @@ def in_parallel(kind: str, count: int, seed: int, jobs: int, offenders: Path) ->
                 try:
                     scratch = Path(folder) / f"job{job}"
                     scratch.mkdir()
-                    rows = fuzz(kind, range(job, count, jobs), seed, scratch, offenders)
+                    rows = fuzz(kind, range(job, count, jobs), seed, scratch, offenders, until)
                     (Path(folder) / f"{job}.json").write_text(json.dumps(rows))
                     status = 0
                 except BaseException:
@@ -244,6 +266,7 @@ def main() -> None:
     parser.add_argument("--captures", type=int, default=2000)
     parser.add_argument("--profiles", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=60, help="start no case of a kind after this time")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--offenders", type=Path, default=Path(tempfile.gettempdir()) / "kascade-offenders")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
@@ -257,11 +280,13 @@ def main() -> None:
         "commit": git.stdout.strip(),
         "date": datetime.now(UTC).date().isoformat(),
         "seed": options.seed,
+        "asked": {"captures": options.captures, "profiles": options.profiles, "minutes": options.minutes},
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("numpy", "scipy", "h5py", "pyyaml", "pydantic")},
     }
     for kind, count in (("capture", options.captures), ("profile", options.profiles)):
-        row[kind] = summary(in_parallel(kind, count, options.seed, options.jobs, options.offenders))
+        until = time.monotonic() + 60 * options.minutes
+        row[kind] = summary(in_parallel(kind, count, options.seed, options.jobs, options.offenders, until))
     row["seconds"] = round(time.monotonic() - began, 1)
     text = json.dumps(row, indent=2)
     print(text)
