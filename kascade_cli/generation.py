@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import TextStreamer
 
 from kascade_cli.errors import KascadeError
+from kascade_cli.evaluation.behind import logits_behind
 from kascade_cli.evaluation.kl import kl_divergence, log_probabilities
 from kascade_cli.integrations.transformers import attach_setting
-from kascade_cli.models import ModelInfo, logits_at
+from kascade_cli.models import ModelInfo
 from kascade_cli.sparse import Setting
 
 
@@ -132,11 +133,11 @@ def forced_log_probabilities(
     """
     rows = []
     with attach_setting(model, setting):
-        cache = None  # the model's own kind
+        cache, seen = None, 0  # the model's own kind
         chunk = torch.tensor([list(ids)], device=model.device)
         for token in continuation:
-            logits, output = logits_at(model, chunk, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            logits, output = logits_behind(model, chunk, cache, seen)
+            cache, seen = output.past_key_values, seen + chunk.shape[1]
             rows.append(log_probabilities(logits[0, -1]).cpu())
             chunk = torch.tensor([[token]], device=model.device)
     return torch.stack(rows)

@@ -19,7 +19,7 @@ from kascade_cli.benchmarking.shapes import Shape, describe_sizes
 from kascade_cli.benchmarking.timing import capture, free_memory, time_calls
 from kascade_cli.errors import KascadeError
 from kascade_cli.integrations.transformers import attach
-from kascade_cli.models import attention_implementation, describe
+from kascade_cli.models import attention_implementation, describe, logits_at
 from kascade_cli.schema import Profile
 from kascade_cli.sparse.strategies.refresh import Memory
 
@@ -191,7 +191,7 @@ def prefill_row(model: Any, batch: int, context: int, setting: Bench) -> Row:
     tokens = torch.randint(5, 200, (batch, context), device=setting.device)
 
     def run() -> None:
-        logits = model(input_ids=tokens, use_cache=True, logits_to_keep=1).logits
+        logits, _ = logits_at(model, tokens, use_cache=True)
         logits[:, -1].argmax(-1)
 
     fewest = 2 if context * batch >= 1 << 15 else 3

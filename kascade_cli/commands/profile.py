@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import MAX_SIZE, cell, format_bytes, note, out, parse_size, print_json, progress, say
+from kascade_cli.console import (
+    MAX_SIZE,
+    cell,
+    check_arguments,
+    format_bytes,
+    note,
+    out,
+    parse_size,
+    print_json,
+    progress,
+    say,
+)
 from kascade_cli.errors import KascadeError, UsageError, plain
 from kascade_cli.files import check_name, check_output
 from kascade_cli.help import OUTPUT, PROMPTS, examples
@@ -113,6 +124,7 @@ def profile(
     """
     count = _tile_count(tiles_per_prompt)
     length = parse_size(max_length, "--max-length") if max_length is not None else None
+    check_arguments([model, dev_set or "", text_field or "", str(output)])
     check_name(model, "MODEL")
     check_name(dev_set or "", "--dev-set")
     _check_target(output, resume, overwrite)

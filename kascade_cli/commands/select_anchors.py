@@ -7,7 +7,7 @@ import typer
 from rich.text import Text
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import note, out, parse_ints, parse_size, print_json, progress
+from kascade_cli.console import check_arguments, note, out, parse_ints, parse_size, print_json, progress
 from kascade_cli.errors import UsageError, require_extra
 from kascade_cli.files import check_name, check_output, check_output_folder
 from kascade_cli.help import BUDGET, OUTPUT, examples
@@ -176,6 +176,7 @@ def select_anchors(
 
     An anchor is a layer that chooses keys; the other layers read, head by head, what an anchor chose.
     """
+    check_arguments([str(capture), str(output), model or "", verify_dev_set or ""])
     check_name(capture, "CAPTURE")
     check_output(output, overwrite)
     length = parse_size(context, "--context")

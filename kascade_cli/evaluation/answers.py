@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from kascade_cli.evaluation.behind import logits_behind
 from kascade_cli.models import logits_at
 
 # Bytes of repeated cache held at a time, by device type.
@@ -142,17 +143,18 @@ def greedy_answers(
             part = members[begin : begin + batch]
             rows = repeated.take(len(part)) if repeated else copy.deepcopy(cache)
             chunk = torch.tensor([rest + list(questions[index]) for index in part], device=model.device)
-            written = _decode(model, rows, chunk, max(new_tokens[index] for index in part))
+            written = _decode(model, rows, shared, chunk, max(new_tokens[index] for index in part))
             for index, tokens in zip(part, written.tolist(), strict=True):
                 answers[index] = _until_end(tokens[: new_tokens[index]], model)
     return answers
 
 
-def _decode(model: nn.Module, cache: Any, chunk: Tensor, steps: int) -> Tensor:
-    """Prefills chunk [B, T] behind the cache (None: a new one) and decodes greedily: int64 [B, steps]."""
+def _decode(model: nn.Module, cache: Any, seen: int, chunk: Tensor, steps: int) -> Tensor:
+    """Prefills chunk [B, T] behind the `seen` tokens of the cache and decodes greedily: int64 [B, steps]."""
     tokens = []
     for _ in range(steps):
-        logits, output = logits_at(model, chunk, past_key_values=cache, use_cache=True)
+        logits, output = logits_behind(model, chunk, cache, seen)
+        seen += chunk.shape[1]
         cache, chunk = output.past_key_values, logits[:, -1].argmax(-1, keepdim=True)
         tokens.append(chunk)
     return torch.cat(tokens, 1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kascade_cli.devset import DevSet, load_devset
 from kascade_cli.errors import KascadeError
+from kascade_cli.evaluation.behind import logits_behind
 from kascade_cli.integrations.transformers import attach_setting
 from kascade_cli.models import logits_at
 from kascade_cli.schema import Profile
@@ -160,9 +161,10 @@ def _sparse_kl(model: Any, dense: _Dense, positions: _Positions, phases: Sequenc
     if "decode" in phases:
         steps = []
         for position in range(positions.split, max(positions.decode) + 1):
-            output = model(dense.ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            logits, output = logits_behind(model, dense.ids[:, position : position + 1], cache, position)
+            cache = output.past_key_values
             if position in positions.decode:
-                steps.append(output.logits[0, -1])
+                steps.append(logits[0, -1])
         found["decode"] = _mean_kl(dense.logs["decode"], torch.stack(steps))
     return found
 

@@ -95,7 +95,9 @@ def lengths_of(mask: Tensor | None, query: Tensor, key: Tensor) -> Lengths:
             )
         return Lengths(*(column.contiguous() for column in mask[:, 0, 0].to(query.device).unbind(1)))
     raise KascadeError(
-        f"sparse attention needs a plain causal mask with padding, not a custom mask of shape {tuple(mask.shape)}"
+        f"sparse attention needs a plain causal mask with padding, not a custom mask of shape {tuple(mask.shape)} "
+        "(transformers makes one of packed sequences, and in compiled models that get neither a cache nor an "
+        "attention_mask: pass an attention_mask there)"
     )
 
 
