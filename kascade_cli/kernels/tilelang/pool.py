@@ -87,8 +87,12 @@ def pool(group: int, logits: str, packed: bool):
 
 
 def storable(logit: Any) -> Any:
-    """A float32 logit within float16's range; NaN and +inf stay, to be found again."""
-    return T.if_then_else(logit < T.infinity("float32"), T.min(T.max(logit, -FLOAT16_MAX), FLOAT16_MAX), logit)
+    """A float32 logit within float16's range, but for NaN and +-inf, which must be found again.
+
+    The clamp drops them and the tiny multiple brings them back, in one FMA: at most 4, it rounds away. A comparison
+    would cost the stores their vectors.
+    """
+    return T.min(T.max(logit, -FLOAT16_MAX), FLOAT16_MAX) + logit * 2.0**-126
 
 
 def pad(group: int, logits: str) -> int:
