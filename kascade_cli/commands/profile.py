@@ -12,7 +12,6 @@ from kascade_cli.commands import options as shared
 from kascade_cli.console import (
     MAX_SIZE,
     cell,
-    check_arguments,
     format_bytes,
     note,
     out,
@@ -107,6 +106,7 @@ def profile(
     ] = 0,
     dtype: shared.Dtype = "auto",
     device: shared.Device = "auto",
+    device_map: shared.DeviceMap = None,
     revision: shared.Revision = None,
     trust_remote_code: shared.TrustRemoteCode = False,
     output: Annotated[
@@ -124,7 +124,6 @@ def profile(
     """
     count = _tile_count(tiles_per_prompt)
     length = parse_size(max_length, "--max-length") if max_length is not None else None
-    check_arguments([model, dev_set or "", text_field or "", str(output)])
     check_name(model, "MODEL")
     check_name(dev_set or "", "--dev-set")
     _check_target(output, resume, overwrite)
@@ -152,7 +151,13 @@ def profile(
         _check_resumed(output, options | ({"max_length": length} if length else {}), dev_set, dtype, device)
     with _interruptible(output, begun=resume):
         loaded, tokenizer = load_model(
-            model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+            model,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            notify=note,
         )
         info = describe(loaded, model)
         length = _length(model, info.max_positions, length, decode_tokens)
@@ -165,6 +170,7 @@ def profile(
             seed=seed,
             text_field=text_field,
             chat_template=chat_template,
+            positions=info.max_positions,
         )
         for line in devset.notes():
             note(f"{dev_set}: {line}")

@@ -7,7 +7,7 @@ import typer
 from rich.text import Text
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import check_arguments, note, out, parse_ints, parse_size, print_json, progress
+from kascade_cli.console import note, out, parse_ints, parse_size, print_json, progress
 from kascade_cli.errors import UsageError, require_extra
 from kascade_cli.files import check_name, check_output, check_output_folder
 from kascade_cli.help import BUDGET, OUTPUT, examples
@@ -103,6 +103,7 @@ def select_anchors(
     ] = None,
     dtype: shared.Dtype = "auto",
     device: shared.Device = "auto",
+    device_map: shared.DeviceMap = None,
     backend: shared.Backend = "auto",
     revision: shared.Revision = None,
     trust_remote_code: shared.TrustRemoteCode = False,
@@ -176,7 +177,6 @@ def select_anchors(
 
     An anchor is a layer that chooses keys; the other layers read, head by head, what an anchor chose.
     """
-    check_arguments([str(capture), str(output), model or "", verify_dev_set or ""])
     check_name(capture, "CAPTURE")
     check_output(output, overwrite)
     length = parse_size(context, "--context")
@@ -201,7 +201,16 @@ def select_anchors(
         kl_tolerance=kl_tolerance,
     )
     verification = Verification(
-        model, verify_dev_set, verify_prompts, held_out_length, dtype, device, backend, revision, trust_remote_code
+        model=model,
+        dev_set=verify_dev_set,
+        prompts=verify_prompts,
+        max_length=held_out_length,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        backend=backend,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
     )
     _check_verification(verify, verification)
     if plots is not None:

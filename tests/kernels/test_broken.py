@@ -29,7 +29,9 @@ class Healthy:
             found = getattr(reference, op)(*args, **kwargs)
             if op != self.op:
                 return found
-            clean = [x.nan_to_num(0.0) if x is not None else x for x in ((found,) if torch.is_tensor(found) else found)]
+            clean = [
+                x.nan_to_num(0.0) if x is not None else x for x in ((found,) if torch.is_tensor(found) else found)
+            ]
             return clean[0] if torch.is_tensor(found) else tuple(clean)
 
         return call
