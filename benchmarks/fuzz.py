@@ -4,10 +4,11 @@
     python benchmarks/fuzz.py --captures 60 --profiles 60 --seed 7 --offenders /tmp/offenders
 
 Every case is a process of its own with limits on time and memory, forked from one that has imported everything.
-Outcomes: `unmade` (the damage could not be done, no case); `unchanged` result; `refused` in one line; `told` (another result, and the output says that the capture is
-unfinished); `valid` (another result from a file that is a capture or profile of its own: an edited profile, a capture
-with new checksums and seals); and the offences `changed` (another result without a word), `library` (an error of
-Python or a library reached the user), `crash` (a signal), `hang`.
+Outcomes: `unmade` (the damage could not be done, no case); `unchanged` result; `refused` in one line; `told`
+(another result, and the output says that the capture is unfinished); `valid` (another result from a file that is a
+capture or profile of its own: an edited profile, a capture with new checksums and seals); and the offences
+`changed` (another result without a word), `library` (an error of Python or a library reached the user), `crash` (a
+signal), `hang`.
 """
 
 import argparse
