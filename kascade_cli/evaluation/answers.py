@@ -2,6 +2,7 @@
 
 The shared part of the context ends on a tile's edge, and the rest of it goes before every question. So each question
 sees exactly the tiles that it would see alone, and its answer is that of `model.generate` on context + question.
+Models that cannot go on behind a cache with several tokens (Jamba) read the context anew for every question.
 """
 
 import copy
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from kascade_cli.evaluation.behind import logits_behind
+from kascade_cli.evaluation.behind import continues_in_chunks, logits_behind
 from kascade_cli.models import logits_at
 
 # Bytes of repeated cache held at a time, by device type.
@@ -121,7 +122,8 @@ def greedy_answers(
     Runs whatever attention the model has attached. An answer ends before the model's end-of-sequence token. Rows of a
     batch share the question's length; `max_bytes` bounds the repeated cache (default: 256 MB, 4 GB on a GPU).
     """
-    shared = shared_tokens(len(context), min(map(len, questions)), tile)
+    chunks = continues_in_chunks(model)
+    shared = shared_tokens(len(context), min(map(len, questions)), tile) if chunks else 0
     rest, cache = list(context[shared:]), None
     if shared:
         ids = torch.tensor([list(context[:shared])], device=model.device)
@@ -133,7 +135,7 @@ def greedy_answers(
     answers: list[list[int]] = [[] for _ in questions]
     for length, members in by_length.items():
         extra = len(rest) + length + max(new_tokens[index] for index in members)
-        batch, repeated = len(members), None
+        batch, repeated = len(members) if chunks else 1, None
         if cache is not None and _repeatable(cache):
             batch = max(1, min(batch, limit // max(_row_bytes(cache, extra), 1)))
             repeated = _Repeated(cache, batch, extra)
