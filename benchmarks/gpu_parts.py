@@ -115,7 +115,7 @@ def judge(ctx: Context, rows: list[dict[str, Any]]) -> None:
 
 
 def part_decode(ctx: Context) -> None:
-    """Numerics of the decode ops, adversarial Top-k rows, rows with NaN or inf, a CUDA graph replayed at other lengths."""
+    """Numerics of the decode ops, adversarial Top-k rows, rows with NaN or inf, a CUDA graph at other lengths."""
     ops = ctx.backend()
     cases = decode.CASES[:2] if ctx.dry else decode.CASES
     for number, case in enumerate(cases):
