@@ -32,16 +32,9 @@ class Healthy:
             found = getattr(reference, op)(*args, **kwargs)
             if op != self.op:
                 return found
-<<<<<<< HEAD
-            clean = [
-                x.nan_to_num(0.0) if x is not None else x for x in ((found,) if torch.is_tensor(found) else found)
-            ]
-            return clean[0] if torch.is_tensor(found) else tuple(clean)
-=======
             if torch.is_tensor(found):
                 return found.nan_to_num(0.0)
             return tuple(x if x is None else x.nan_to_num(0.0) for x in found)
->>>>>>> nan
 
         return call
 
