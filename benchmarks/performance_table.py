@@ -1,13 +1,14 @@
 """Write the README's performance table from a GPU suite's result, between two markers:
 
-    python benchmarks/performance_table.py [RESULT.json] [--readme README.md] [--check]
+    python benchmarks/performance_table.py [RESULT.json] [--readme README.md] [--bench docs/bench.md] [--check]
 
     <!-- performance:begin -->
     ...
     <!-- performance:end -->
 
-Without RESULT, the newest benchmarks/results/gpu_suite*.json by its own date. --check changes nothing and exits with 1
-if the table is not what the result gives.
+The approximations that are off by default go into docs/bench.md, between `approximations` markers; a result that has
+none leaves that page alone. Without RESULT, the newest benchmarks/results/gpu_suite*.json by its own date. --check
+changes nothing and exits with 1 if a page is not what the result gives.
 """
 
 import argparse
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+MARKERS = ("<!-- {}:begin -->", "<!-- {}:end -->")
+BEGIN, END = (marker.format("performance") for marker in MARKERS)
+BENCH_BEGIN, BENCH_END = "<!-- approximations:begin -->", "<!-- approximations:end -->"
 LABELS = {
     "cudnn": "cuDNN",
     "flash2": "FlashAttention-2",
@@ -79,38 +82,43 @@ def table(result: dict[str, Any]) -> str:
             else:
                 cells = [f"{pair[name]['ms_p50'] / 1000:.2f} s to first token" for name in ("dense", "sparse")]
             lines.append(f"| {phase} | {size} | {' | '.join(cells)} | **{pair['sparse']['speedup']:.2f}x** |")
-    lines += approximations(result["rows"])
-    versions = result["versions"]
     lines += [
         "",
         f"The machine copies {limits['copy_gb_s']:,.0f} GB/s and multiplies {limits['matmul_tflop_s']:.0f} TFLOP/s; "
-        f"torch {versions['torch']}, tilelang {versions.get('tilelang', 'none')}; {result['date'][:10]}, commit "
-        f"`{result['commit']}`. Made by `benchmarks/gpu_suite.py` and `benchmarks/performance_table.py`.",
+        f"{origin(result)}",
     ]
     return "\n".join(lines)
 
 
-def approximations(rows: list[dict[str, Any]]) -> list[str]:
-    """Speed of the strategies that are off by default, beside what they cost the demo model's answers."""
+def origin(result: dict[str, Any]) -> str:
+    """Versions, date, commit, and the scripts that made it."""
+    versions = result["versions"]
+    return (
+        f"torch {versions['torch']}, tilelang {versions.get('tilelang', 'none')}; {result['date'][:10]}, commit "
+        f"`{result['commit']}`. Made by `benchmarks/gpu_suite.py` and `benchmarks/performance_table.py`."
+    )
+
+
+def approximations(result: dict[str, Any]) -> str:
+    """Speed of the strategies that are off by default, beside what they cost the demo model; "" if none ran."""
+    rows = result["rows"]
     found = [row for row in rows if row.get("strategy", "kascade") != "kascade" and row["name"] in ("model", "sparse")]
     if not found:
-        return []
+        return ""
     lines = [
+        f"One {result['gpu']}; the speed-up is over the best dense attention, or the dense model, of the same run. "
+        "Answers are exact match of the demo model at 1k in points of 100; with `kascade-refresh` the questions are "
+        "decoded too.",
         "",
-        "Approximations, off by default, beside what they cost the demo model at 1k (exact match in points; with "
-        "`kascade-refresh` the questions are decoded too, see [decisions](docs/decisions.md)):",
-        "",
-    ]
-    lines += [
         "| strategy | measured | batch x context | speed-up | answers: dense, kascade, this |",
         "|---|---|---|---|---|",
     ]
     for row in found:
         what = f"{row['phase']}, {'whole model' if row['kind'] == 'e2e' else 'attention'}"
-        name = row["strategy"] + (f", N = {row['refresh']}" if "refresh" in row else "")
+        name = row["strategy"] + (f":refresh={row['refresh']}" if "refresh" in row else "")
         cells = [f"`{name}`", what, row["size"], f"**{row['speedup']:.2f}x**", answers(row)]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return "\n".join([*lines, "", f"With {origin(result)}"])
 
 
 def answers(row: dict[str, Any]) -> str:
@@ -125,28 +133,38 @@ def answers(row: dict[str, Any]) -> str:
     return ", ".join(f"{scores[key]:.1f}" for key in (("dense", None), ("kascade", None), (row["strategy"], refresh)))
 
 
-def replace(text: str, inside: str) -> str:
+def replace(text: str, inside: str, mark: str = "performance", page: str = "the README") -> str:
     """`text` with what is between the markers replaced. Raises SystemExit if the markers are missing."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f"the README needs one line {BEGIN} and, after it, one line {END}")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{inside}\n{END}{rest.split(END)[1]}"
+    begin, end = (marker.format(mark) for marker in MARKERS)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise SystemExit(f"{page} needs one line {begin} and, after it, one line {end}")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{inside}\n{end}{rest.split(end)[1]}"
+
+
+def write(page: Path, after: str, check: bool) -> bool:
+    """Whether `page` was `after` already; writes it unless `check`."""
+    current = page.read_text(encoding="utf-8") == after
+    if not current and not check:
+        page.write_text(after, encoding="utf-8")
+    return current
 
 
 def main() -> int:
-    """Rewrites the table, or checks it; returns the exit code."""
+    """Rewrites the tables, or checks them; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, nargs="?", help="a GPU suite's JSON file")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the table is out of date")
+    parser.add_argument("--bench", type=Path, default=ROOT / "docs" / "bench.md")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is out of date")
     options = parser.parse_args()
     result = json.loads((options.result or newest(ROOT / "benchmarks" / "results")).read_text())
-    before = options.readme.read_text()
-    after = replace(before, table(result))
-    if options.check:
-        return int(before != after)
-    options.readme.write_text(after)
-    return 0
+    pages = {options.readme: replace(options.readme.read_text(encoding="utf-8"), table(result))}
+    if others := approximations(result):
+        text = options.bench.read_text(encoding="utf-8")
+        pages[options.bench] = replace(text, others, "approximations", str(options.bench))
+    current = [write(page, after, options.check) for page, after in pages.items()]
+    return int(options.check and not all(current))
 
 
 if __name__ == "__main__":

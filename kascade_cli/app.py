@@ -147,7 +147,12 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command line and exits. KascadeError becomes one line on stderr and its exit code."""
     _Debug.on = False
     try:
-        result: Any = app(list(sys.argv[1:] if argv is None else argv), standalone_mode=False)
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        if any("\ud800" <= letter <= "\udfff" for argument in arguments for letter in argument):
+            from kascade_cli.console import check_arguments
+
+            check_arguments(arguments)
+        result: Any = app(arguments, standalone_mode=False)
         if result == _INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
         sys.exit(result if isinstance(result, int) else 0)

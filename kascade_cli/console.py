@@ -71,13 +71,20 @@ def progress(description: str = "", *, total: float | None = None):
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
+    class Description(ProgressColumn):
+        """What is being done, which may name a file."""
+
+        def render(self, task: Any) -> Text:
+            return cell(task.description)
+
     bar = Progress(
-        TextColumn("{task.description}"),
+        Description(),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("elapsed"),

@@ -217,36 +217,36 @@ TABLE = [
 ]
 
 
+_HEAD = """# Model families
+
+What kascade does with the causal language models of transformers: a tiny random model of each family, in float64. This
+page is written by `python -m tests.families`; `tests/test_families.py` checks every row of it.
+
+## Runs ({runs} families)
+Captured, with the mass compared to the softmax by its definition. Attached at ratio 1 with a profile in which every
+other layer reuses keys, and compared to dense: logits of one prompt and of a left-padded batch, greedy decoding of
+both with a cache. kascade works on the full-attention layers; those with a sliding window, linear attention or a
+state-space block stay as they are.
+
+| model type | class | exceptions |
+|---|---|---|"""
+_REFUSED = """
+## Refused ({refused} families)
+In one line, before the weights are read where the model comes from a checkpoint.
+
+| model type | class | reason |
+|---|---|---|"""
+
+
 def page() -> str:
     """docs/families.md."""
     runs = [family for family in TABLE if family.refused is None]
     refused = [family for family in TABLE if family.refused is not None]
-    lines = [
-        "# Model families",
-        "",
-        "What kascade does with the causal language models of transformers: a tiny random model of each family,",
-        "in float64. This page is written by `python -m tests.families`; `tests/test_families.py` checks every row of it.",
-        "",
-        f"## Runs ({len({family.kind for family in runs})} families)",
-        "Captured, with the mass compared to the softmax by its definition. Attached with a profile in which every other",
-        "layer reuses keys, at ratio 1, and compared to dense: logits of one prompt and of a left-padded batch, greedy",
-        "decoding of both with a cache. kascade works on the full-attention layers; those with a sliding window, linear",
-        "attention or a state-space block stay as they are.",
-        "",
-        "| model type | class | exceptions |",
-        "|---|---|---|",
-    ]
+    lines = [_HEAD.format(runs=len({family.kind for family in runs}))]
     for family in runs:
         exceptions = "; ".join(f"{what}: refused, {why}" for what, why in family.fails.items())
         lines.append(f"| `{family.kind}` | {family.class_name} | {exceptions} |")
-    lines += [
-        "",
-        f"## Refused ({len({family.kind for family in refused})} families)",
-        "In one line, before the weights are read where the model comes from a checkpoint.",
-        "",
-        "| model type | class | reason |",
-        "|---|---|---|",
-    ]
+    lines.append(_REFUSED.format(refused=len({family.kind for family in refused})))
     lines += [f"| `{family.kind}` | {family.class_name} | {family.refused} |" for family in refused]
     return "\n".join(lines) + "\n"
 

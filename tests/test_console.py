@@ -100,6 +100,16 @@ def test_lines_and_cells_hold_whatever_a_file_holds(monkeypatch, capsys):
     assert printed(monkeypatch, "out", table).count(SHOWN) == 3
 
 
+def test_a_progress_bar_names_files_as_text(monkeypatch):
+    text = io.StringIO()
+    monkeypatch.setattr(console, "err", console._PlainConsole(file=text, force_terminal=True, width=200))
+    with console.progress(f"reading {HOSTILE}", total=2) as bar:
+        bar.update(bar.first, description=f"now {HOSTILE}", completed=1)
+        bar.refresh()
+    assert f"now {SHOWN}" in text.getvalue()
+    assert "title" not in text.getvalue()
+
+
 def test_json_has_no_number_that_json_lacks_and_no_half_character(capsys):
     console.print_json({"a": [float("nan"), 1.5, {"b": float("-inf")}], "c": HOSTILE, "é": (1,)})
     text = capsys.readouterr().out

@@ -14,6 +14,7 @@ from kascade_cli.capture.probe import Probe
 from kascade_cli.capture.tiles import sample_tiles
 from kascade_cli.errors import KascadeError
 from kascade_cli.models import attention_implementation, describe
+from kascade_cli.models.identity import _essence
 from tests.families import PAGE, TABLE, Family, page
 
 LENGTH = 70  # two whole tiles and a part of a third
@@ -116,9 +117,8 @@ def left_padded(lengths) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask.long()
 
 
-def run_family(family: Family) -> dict[str, str]:
+def run_family(family: Family, model) -> dict[str, str]:
     """{what: why it was refused}; empty if everything went well. Anything else raises."""
-    model = family.build()
     try:
         info = describe(model, family.kind)
     except KascadeError as error:
@@ -148,8 +148,13 @@ def run_family(family: Family) -> dict[str, str]:
 
 @pytest.mark.families
 @pytest.mark.parametrize("family", TABLE, ids=[f"{index}-{family.kind}" for index, family in enumerate(TABLE)])
-def test_family(family):
-    found = run_family(family)
+def test_family(family, tmp_path):
+    model = family.build()
+    model.config.save_pretrained(tmp_path)
+    loaded = type(model.config).from_pretrained(tmp_path)
+    if family.refused is None:
+        assert _essence(loaded) == _essence(model.config), "a saved model would have another fingerprint"
+    found = run_family(family, model)
     assert found.pop("model", None) == family.refused
     assert found.keys() == family.fails.keys()
     for what, reason in family.fails.items():

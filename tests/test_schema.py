@@ -2,6 +2,8 @@
 
 import math
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -42,6 +44,26 @@ def test_round_trip_byte_for_byte(tmp_path):
         profile.save(tmp_path / "p.yaml")
     profile.save(tmp_path / "p.yaml", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["p.yaml"]
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    """Two processes at once: both find the name free when they look."""
+    monkeypatch.setattr("kascade_cli.schema.check_output", lambda path, overwrite: path)
+    example().save(tmp_path / "p.yaml")
+    with pytest.raises(UsageError, match="p.yaml exists; pass --overwrite"):
+        example(selection={"mine": "too"}).save(tmp_path / "p.yaml")
+    assert Profile.load(tmp_path / "p.yaml") == example()
+
+
+def test_reading_and_writing_profiles_knows_no_terminal(tmp_path):
+    example().save(tmp_path / "p.yaml")
+    code = (
+        "import sys\nfrom kascade_cli import Profile\n"
+        f"Profile.load({str(tmp_path / 'p.yaml')!r}).save({str(tmp_path / 'q.yaml')!r})\n"
+        "sys.exit(', '.join({'rich', 'typer', 'torch', 'h5py', 'numpy'} & set(sys.modules)) or 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_layers_and_head_maps():
@@ -255,3 +277,9 @@ def test_profiles_of_the_repository_read_as_any_yaml_reader_reads_them(path):
     profile = Profile.load(path)
     assert profile.dumps() == path.read_text()
     assert profile.model_dump(by_alias=True, exclude_none=True, mode="json") == yaml.safe_load(path.read_text())
+
+
+def test_a_long_list_is_refused_before_it_is_read_through():
+    text = f"schema: kascade/v1\nmodel: [{'0, ' * 400_000}0]\n"
+    with pytest.raises(KascadeError, match="line 2: not readable as YAML: more than 50,000 values"):
+        Profile.loads(text)

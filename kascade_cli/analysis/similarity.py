@@ -25,13 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from kascade_cli.analysis.topk import as_bits, is_mass, to_float32, top_indices
-from kascade_cli.capture.store import Capture, Prompt, open_capture
+from kascade_cli.analysis.topk import to_float32, top_indices
+from kascade_cli.capture.plausible import check_rows
+from kascade_cli.capture.store import Capture, CapturedPrompt, open_capture
 from kascade_cli.errors import KascadeError
 
 PHASES = ("decode", "prefill")
 REDUCTIONS = ("min", "mean")
-_BLOCK_BYTES = 32 << 20  # of one layer's mass held at a time
+_BLOCK_BYTES = 32 << 20  # of chosen keys held at a time
 _SMALL_CAPTURE = 400 << 20  # raw bytes below which starting worker processes costs more than it gives
 
 
@@ -103,22 +104,24 @@ class _Accumulator:
         return values
 
 
-def prompt_similarity(prompt: Prompt, top_k: int, reduce: str) -> PromptSimilarity:
-    """Streams one prompt. Raises KascadeError if its mass is unreadable, or not finite and >= 0."""
-    mass = prompt.mass
-    layers, _, heads, n_tokens = mass.shape
+def prompt_similarity(prompt: CapturedPrompt, top_k: int, reduce: str) -> PromptSimilarity:
+    """Streams one prompt. Raises KascadeError if its mass is damaged, or cannot be attention."""
+    layers, _, heads, n_tokens = prompt.mass.shape
     tiles = prompt.tiles.astype(np.int64)
     accumulators = {phase: _Accumulator(layers, heads, reduce) for phase in PHASES}
-    per_block = max(1, _BLOCK_BYTES // (heads * n_tokens * 2))
+    narrow, wide = (np.empty(heads * n_tokens, dtype) for dtype in (np.uint16, np.uint32))
+    # Layer by layer over a block of tiles, as they lie in the file.
+    per_block = max(1, _BLOCK_BYTES // (layers * heads * min(top_k, n_tokens) * 8))
     for first in range(0, len(tiles), per_block):
         block = tiles[first : first + per_block]
         chosen: list[list[np.ndarray]] = [[] for _ in block]
         for layer in range(layers):
-            slab = _read_slab(prompt, layer, first, len(block))
             for position, (start, length) in enumerate(block):
-                phase = "decode" if length == 1 else "prefill"
-                ratio = _tile_ratio(slab[position], int(start), int(length), chosen[position], top_k)
-                accumulators[phase].add(layer, ratio)
+                bits = narrow[: heads * (start + length)].reshape(heads, start + length)
+                prompt.read_bits(layer, first + position, bits)
+                where = prompt.where(layer, first + position)
+                ratio = _tile_ratio(bits, int(start), int(length), chosen[position], top_k, where, wide)
+                accumulators["decode" if length == 1 else "prefill"].add(layer, ratio)
     counts = {"decode": int((tiles[:, 1] == 1).sum()), "prefill": int((tiles[:, 1] != 1).sum())}
     for phase in PHASES:
         accumulators[phase].count = counts[phase]
@@ -131,30 +134,18 @@ def prompt_similarity(prompt: Prompt, top_k: int, reduce: str) -> PromptSimilari
     )
 
 
-def _read_slab(prompt: Prompt, layer: int, first: int, count: int) -> np.ndarray:
-    """uint16 [count, G, n_tokens]: the mass of `count` tiles in the layer at position `layer`."""
-    where = f"{prompt.mass.file.filename}: prompt {prompt.id}, layer {layer}"
-    try:
-        slab = as_bits(prompt.mass[layer, first : first + count])
-    except (OSError, RuntimeError) as error:
-        raise KascadeError(
-            f"{where}: unreadable, the file is damaged ({' '.join(str(error).split())[:200]})"
-        ) from error
-    if not is_mass(slab):
-        raise KascadeError(
-            f"{where}: NaN, infinity or negative mass; capture again (is the model healthy in this dtype?)"
-        )
-    return slab
-
-
-def _tile_ratio(bits: np.ndarray, start: int, length: int, chosen: list[np.ndarray], top_k: int) -> np.ndarray:
+def _tile_ratio(
+    bits: np.ndarray, start: int, length: int, chosen: list[np.ndarray], top_k: int, where: str, scratch: np.ndarray
+) -> np.ndarray:
     """sim of one tile and layer b against every layer a <= b: float32 [G, (b + 1) * G], column a * G + g'.
 
-    bits: uint16 [G, n_tokens]. Appends this layer's own choice to `chosen` (one flat index array per layer).
+    bits: uint16 [G, start + length]. Appends this layer's own choice to `chosen` (one flat index array per layer).
+    Raises KascadeError, naming `where`, if a row does not sum to 1.
     """
     heads = bits.shape[0]
     candidates = start + 1 if length == 1 else start
-    values = to_float32(bits[:, : start + length])
+    values = to_float32(bits, scratch)
+    check_rows(values.sum(axis=1), start + length, where)
     diagonal = np.float32(0) if length == 1 else values[:, start:].sum(axis=1, keepdims=True)
     own_choice = top_indices(np.ascontiguousarray(bits[:, :candidates]), top_k)
     k = own_choice.shape[1]
@@ -165,8 +156,7 @@ def _tile_ratio(bits: np.ndarray, start: int, length: int, chosen: list[np.ndarr
     gathered = values.take(keys, axis=1, mode="wrap").reshape(heads, -1, k)
     kept = gathered @ np.ones(k, np.float32) + diagonal
     own = kept[np.arange(heads), (len(chosen) - 1) * heads + np.arange(heads)][:, None]
-    # A row without any mass (float16 underflow) loses nothing, whatever is kept.
-    return np.where(own > 0, kept / np.where(own > 0, own, 1), np.float32(1))
+    return kept / own  # own > 0: a row has mass, and its largest key is chosen or on the diagonal
 
 
 _open: dict[str, Capture] = {}
@@ -210,10 +200,18 @@ def measure(
 ) -> Measured:
     """Streams a whole capture. `advance(done, total)` is called after each prompt.
 
-    Raises KascadeError if the file is missing, foreign or truncated, has no complete prompt, or holds bad
-    numbers.
+    Raises KascadeError if the file is missing, foreign, damaged or truncated, has no complete prompt, or holds
+    numbers that cannot be; or if memory is short.
     """
-    path = Path(path)
+    try:
+        return _measure(Path(path), top_k, reduce, workers, advance)
+    except MemoryError as error:
+        raise KascadeError(f"{path}: not enough memory to compare its layers") from error
+
+
+def _measure(
+    path: Path, top_k: int, reduce: str, workers: int | None, advance: Callable[[int, int], None] | None
+) -> Measured:
     results = []
     with open_capture(path) as capture:
         if not capture.prompts:
@@ -241,10 +239,6 @@ def _merge(
         raise KascadeError(f"{path}: no tile was captured, neither prefill tiles nor decode rows")
     importance = np.stack([result.importance for result in results])
     top_mass = np.stack([result.top_mass for result in results]).mean(axis=0, dtype=np.float64)
-    if not (np.isfinite(importance).all() and np.isfinite(top_mass).all()):
-        raise KascadeError(
-            f"{path}: importance or top mass holds NaN; capture again (is the model healthy in this dtype?)"
-        )
     return Measured(
         meta=meta,
         profiled_layers=layers,

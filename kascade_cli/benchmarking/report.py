@@ -1,18 +1,14 @@
 """What a benchmark leaves behind: rows, the machine they were measured on, tables, CSV and pictures."""
 
 import csv
-import datetime
-import importlib.metadata
 import io
-import os
-import platform
-import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kascade_cli import provenance
 from kascade_cli.benchmarking.shapes import Shape, describe_sizes
 from kascade_cli.errors import require_extra
 
@@ -56,37 +52,9 @@ def strategy_fields(setting: Any) -> Row:
     return {"strategy": setting.strategy} | refresh
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def commit() -> str | None:
-    """The commit of the source tree that this package runs from, `+` if it has changes; None outside a git tree.
-
-    `KASCADE_COMMIT` stands in where the tree was copied without its history.
-    """
-    if given := os.environ.get("KASCADE_COMMIT"):
-        return given
-    folder = Path(__file__).resolve().parents[2]
-    git = ["git", "-C", str(folder)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
-        if head.returncode:
-            return None
-        options = {"capture_output": True, "text": True, "timeout": 10}
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **options).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return head.stdout.strip() + ("+" if changed else "")
-
-
 def machine(device: torch.device) -> dict[str, Any]:
     """Name, capability and versions of what measures, the date (UTC) and the commit."""
-    versions = {name: found for name in _PACKAGES if (found := _version(name))}
-    versions |= {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
+    versions = provenance.versions(_PACKAGES) | {"cuda": torch.version.cuda or "none"}
     about: dict[str, Any] = {"device": "cpu", "gpu": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -99,8 +67,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         }
     else:
         about["threads"] = torch.get_num_threads()
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return about | {"versions": versions, "date": date, "commit": commit()}
+    return about | {"versions": versions, "date": provenance.now(), "commit": provenance.commit()}
 
 
 def document(device: torch.device, rows: Sequence[Row], ceilings: dict[str, float], **more: Any) -> dict[str, Any]:

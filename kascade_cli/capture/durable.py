@@ -1,15 +1,12 @@
 """Writing files that a crash, a kill or a full disk cannot leave half done under their final name."""
 
 import contextlib
+import errno
 import io
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
-
-from kascade_cli.errors import KascadeError
 
 
 class _Patient(io.FileIO):
@@ -91,27 +88,16 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def only_writer(folder: Path, what: str) -> Iterator[None]:
-    """Holds a lock on `folder` that dies with the process. Raises KascadeError if another process has it."""
-    try:
-        import fcntl
-    except ImportError:  # no flock on this system: go without
-        yield
-        return
-    with open(folder / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise KascadeError(f"another process is writing {what}; wait for it, or stop it") from error
-        except OSError:
-            pass  # a network file system without locks
-        yield
+def disk_reason(error: OSError, folder: Path) -> str:
+    """Why a write into `folder` failed, in words. ENOSPC also stands for a disk without inodes."""
+    if error.errno == errno.EDQUOT:
+        return "the disk quota is used up"
+    if error.errno == errno.EFBIG:
+        return "the file would be larger than this system allows"
+    if error.errno != errno.ENOSPC:
+        return f"cannot write ({error.strerror or error})"
+    with contextlib.suppress(OSError, AttributeError):
+        room = os.statvfs(folder)
+        if room.f_files and not room.f_favail and room.f_bavail:
+            return "the disk takes no more files (it is out of inodes)"
+    return "the disk is full"

@@ -21,7 +21,14 @@ from transformers.masking_utils import sdpa_mask
 from kascade_cli.capture.mass import pooled_mass, round_mass, top_mass
 from kascade_cli.capture.residual import Residual
 from kascade_cli.errors import KascadeError
-from kascade_cli.models import ModelInfo, attention_implementation, attention_modules, decoder_layers, logits_at
+from kascade_cli.models import (
+    ModelInfo,
+    attention_implementation,
+    attention_modules,
+    decoder_layers,
+    logits_at,
+    unwrap,
+)
 from kascade_cli.partition import Partition, partition_of, sharded
 
 IMPLEMENTATION = "kascade-capture"
@@ -69,7 +76,7 @@ class Probe:
     """
 
     def __init__(self, model: nn.Module, info: ModelInfo) -> None:
-        self.model, self.info = model, info
+        self.model, self.info = unwrap(model), info  # hooks and compiled code do not go together
         self._position = {layer: position for position, layer in enumerate(info.profiled_layers)}
         self._exit = contextlib.ExitStack()
         self._partition: Partition | None = None
@@ -210,7 +217,7 @@ class Probe:
         layers = range(len(self._position))
         importance = torch.stack([self._importance[layer].cpu() for layer in layers]).numpy()
         rows = int((tiles[:, 1] == 1).sum()) + len(generated)
-        top = self._gather(torch.stack([self._top_mass[layer] for layer in layers]), 1).cpu().numpy() / rows
+        top = torch.stack([self._gather(self._top_mass[layer], 0).cpu() for layer in layers]).numpy() / rows
         if not np.isfinite(importance).all():
             layer = self.info.profiled_layers[int(np.flatnonzero(~np.isfinite(importance))[0])]
             raise self._not_finite(f"the attention output of layer {layer}")

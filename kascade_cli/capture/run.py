@@ -1,7 +1,6 @@
 """The loop of a capture: prompts -> probe -> store. Used by the command and by tests."""
 
 import contextlib
-import errno
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from kascade_cli.capture.durable import disk_reason
+from kascade_cli.capture.format import RANGES
 from kascade_cli.capture.probe import TOP_MASS_KEYS, Probe
 from kascade_cli.capture.store import SCHEMA_VERSION, CaptureStore, open_store, token_sha256
 from kascade_cli.capture.tiles import sample_tiles
@@ -20,8 +21,6 @@ from kascade_cli.devset import DevSet
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.models import ModelInfo
 from kascade_cli.version import __version__
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,11 @@ class CaptureOptions:
     def __post_init__(self) -> None:
         if self.tile < 2:
             raise UsageError(f"--tile must be at least 2, got {self.tile}; single queries are measured anyway")
+        for name in ("num_prompts", "max_length", "tile", "seed"):  # what the file can hold
+            low, high = RANGES[name]
+            if not low <= getattr(self, name) <= high:
+                option = "--" + name.replace("_", "-")
+                raise UsageError(f"{option} must be between {low} and {high}, got {getattr(self, name)}")
         if self.tiles_per_prompt is not None and self.tiles_per_prompt < 1:
             raise UsageError(f"--tiles-per-prompt must be at least 1, got {self.tiles_per_prompt}")
         if self.decode_tokens < 0:
@@ -81,10 +85,12 @@ def plan_capture(info: ModelInfo, devset: DevSet, options: CaptureOptions) -> Ca
     for index, prompt in enumerate(devset.prompts):
         total = len(prompt) + options.decode_tokens
         if info.max_positions is not None and total > info.max_positions:
+            room = info.max_positions - options.decode_tokens
             generated = f" and {options.decode_tokens} to generate" if options.decode_tokens else ""
+            advice = f"--max-length {room} or less" if room > 0 else "fewer --decode-tokens"
             raise KascadeError(
                 f"prompt {index} has {len(prompt)} tokens{generated}; {info.name} takes {info.max_positions}: "
-                f"pass --max-length {info.max_positions - options.decode_tokens} or less"
+                f"pass {advice}"
             )
         chosen = sample_tiles(
             len(prompt), options.tiles_per_prompt, tile=options.tile, seed=options.seed, prompt=index
@@ -100,7 +106,7 @@ def plan_capture(info: ModelInfo, devset: DevSet, options: CaptureOptions) -> Ca
 def capture_meta(model: nn.Module, info: ModelInfo, devset: DevSet, options: CaptureOptions) -> dict[str, Any]:
     """The root attributes of the capture."""
     dtype = str(model.dtype).removeprefix("torch.")
-    names = ("torch", "transformers", "h5py", "numpy", "hdf5plugin")
+    names = ("torch", "transformers", "h5py", "numpy")
     versions = {"python": platform.python_version()}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -157,7 +163,9 @@ def run_capture(
                 store.discard_if_empty()
             joined = not store.parts.exists() or _join(store)
     except OSError as error:
-        raise KascadeError(f"{output}: {_disk_reason(error)}; nothing was captured in this run") from error
+        raise KascadeError(
+            f"{output}: {disk_reason(error, output.parent)}; nothing was captured in this run"
+        ) from error
     return CaptureResult(len(store.done), len(remaining), joined)
 
 
@@ -187,7 +195,7 @@ def _capture_prompts(
                 done += lengths[index]
                 report(done, total)
     except OSError as error:
-        raise _stopped(_disk_reason(error), "make room", store) from error
+        raise _stopped(disk_reason(error, store.path.parent), "make room", store) from error
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a bare RuntimeError on a CPU
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
@@ -227,10 +235,6 @@ def _join(store: CaptureStore) -> bool:
     except OSError:
         return False
     return True
-
-
-def _disk_reason(error: OSError) -> str:
-    return "the disk is full" if error.errno in _FULL else f"cannot write ({error.strerror or error})"
 
 
 def _stopped(reason: str, advice: str, store: CaptureStore) -> KascadeError:

@@ -4,11 +4,10 @@ While a capture is being made, every prompt is a file of its own in `NAME.parts/
 name, fsynced and renamed; `NAME` itself is a small index with links to them, replaced atomically. So `NAME`
 can be opened at any moment and shows exactly the finished prompts. When the last prompt is in, the parts are
 joined into one plain HDF5 file that replaces the index. docs/capture-format.md describes the format;
-reader.py reads it.
+reader.py reads it, parts.py keeps the folder of the parts.
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,49 +17,47 @@ from typing import Any, NoReturn
 import h5py
 import numpy as np
 
-from kascade_cli.capture.durable import DurableFile, only_writer, remove, sync_folder
-from kascade_cli.capture.reader import (
+from kascade_cli.capture import parts as folders
+from kascade_cli.capture.durable import DurableFile, sync_folder
+from kascade_cli.capture.format import (
     ATTRIBUTES,
     JSON_ATTRIBUTES,
+    MAX_JSON,
     SCHEMA_VERSION,
-    Capture,
-    Prompt,
-    open_capture,
+    capture_key,
+    clean_text,
+    compression,
+    mass_chunk,
     prompt_id,
+    prompt_seal,
+    put_array,
+    put_text,
+    root_seal,
     token_sha256,
 )
+from kascade_cli.capture.parts import parts_folder
+from kascade_cli.capture.reader import Capture, CapturedPrompt, open_capture, read_prompt
+from kascade_cli.capture.untrusted import attribute, child, open_file
 from kascade_cli.errors import KascadeError, UsageError
 
 __all__ = [
     "SCHEMA_VERSION",
     "Capture",
     "CaptureStore",
-    "Prompt",
+    "CapturedPrompt",
     "PromptWriter",
+    "compression",
     "describe_existing",
     "disk_free",
     "open_capture",
     "open_store",
+    "parts_folder",
     "prompt_id",
     "stored_bytes",
     "token_sha256",
 ]
 
 _JOIN_ROOM = 1 << 20  # bytes that joining may need beyond the sum of the parts
-
-
-def compression() -> dict[str, Any]:
-    """Dataset options: Blosc (zstd, bitshuffle) where hdf5plugin is installed, else gzip and shuffle."""
-    try:
-        import hdf5plugin
-    except ImportError:
-        return {"compression": "gzip", "compression_opts": 4, "shuffle": True}
-    return dict(hdf5plugin.Blosc(cname="zstd", clevel=3, shuffle=hdf5plugin.Blosc.BITSHUFFLE))
-
-
-def parts_folder(path: Path) -> Path:
-    """Where the finished prompts of an unfinished capture lie."""
-    return path.with_name(path.name + ".parts")
 
 
 def stored_bytes(path: Path) -> int:
@@ -83,14 +80,14 @@ class PromptWriter:
         self._n_prompt, self._reserved = len(tokens), n_tokens
         self._shape = (len(store.profiled_layers), len(tiles), store.meta["kv_heads"], n_tokens)
         self._file = DurableFile(store.part(index), store.parts / f"{name}.tmp")
-        self._file.h5.attrs["made_by"] = store.key
+        self._tokens = token_sha256(tokens)
         self._group = self._file.h5.create_group(f"prompts/{name}")
-        self._group.attrs["token_ids_sha256"] = token_sha256(tokens)
+        put_text(self._group.attrs, "token_ids_sha256", self._tokens)
         self._mass = self._create_mass("mass", self._shape)
 
     def _create_mass(self, name: str, shape: tuple[int, ...]) -> h5py.Dataset:
         chunks = (1, 1, *shape[2:])
-        return self._group.create_dataset(name, shape, "f2", chunks=chunks, fillvalue=0, **compression())
+        return self._group.create_dataset(name, shape, "<f2", chunks=chunks, fillvalue=0, **compression())
 
     def write_mass(self, layer: int, first_tile: int, mass: np.ndarray) -> None:
         """Stores f16 [t, G, n] for tiles [first_tile, first_tile + t) of the layer at position `layer`.
@@ -99,8 +96,17 @@ class PromptWriter:
         """
         if mass.shape[-1] < self._reserved:
             mass = np.pad(mass, ((0, 0), (0, 0), (0, self._reserved - mass.shape[-1])))
-        self._mass[layer, first_tile : first_tile + len(mass)] = mass
-        self._file.check()
+        for tile, rows in enumerate(mass, first_tile):
+            self._write_tile(self._mass, layer, tile, rows)
+        try:
+            self._file.check()
+        except OSError:
+            self.discard()
+            raise
+
+    def _write_tile(self, stored: h5py.Dataset, layer: int, tile: int, mass: np.ndarray) -> None:
+        packed = mass_chunk(mass, int(self._tiles[tile].sum()))
+        stored.id.write_direct_chunk((layer, tile, 0, 0), packed)
 
     def finish(self, importance: np.ndarray, top_mass: np.ndarray, n_tokens: int | None = None) -> None:
         """Writes the rest, marks the prompt complete and publishes it.
@@ -112,11 +118,15 @@ class PromptWriter:
         try:
             if n_tokens < self._reserved:
                 self._shrink(n_tokens)
-            self._group["tiles"] = self._tiles.astype(np.int32)
-            self._group["importance"] = importance.astype(np.float32)
-            self._group["top_mass"] = top_mass.astype(np.float32)
+            arrays = self._tiles.astype("<i4"), importance.astype("<f4"), top_mass.astype("<f4")
+            for name, values in zip(("tiles", "importance", "top_mass"), arrays, strict=True):
+                put_array(self._group, name, values)
             self._group.attrs["n_tokens"] = n_tokens
             self._group.attrs["n_prompt_tokens"] = self._n_prompt
+            seal = prompt_seal(
+                self._store.key, prompt_id(self._index), self._tokens, n_tokens, self._n_prompt, *arrays
+            )
+            put_text(self._group.attrs, "seal", seal)
             self._group.attrs["complete"] = True
         except BaseException:
             self.discard()
@@ -131,7 +141,7 @@ class PromptWriter:
         mass = self._create_mass("mass", (self._shape[0], count, self._shape[2], n_tokens))
         for layer in range(self._shape[0]):
             for tile in range(count):
-                mass[layer, tile] = reserved[layer, tile, :, :n_tokens]
+                self._write_tile(mass, layer, tile, reserved[layer, tile, :, :n_tokens])
         del self._group["reserved"]
 
     def discard(self) -> None:
@@ -143,12 +153,14 @@ class CaptureStore:
     """The writing side; made by `open_store`. `done` and `remaining` are indices of prompts."""
 
     def __init__(self, path: Path, meta: dict[str, Any], profiled_layers: list[int]) -> None:
-        self.path, self.meta, self.profiled_layers = path, meta, list(profiled_layers)
+        self.path, self.profiled_layers = path, list(profiled_layers)
+        self.meta = {name: clean_text(value) if isinstance(value, str) else value for name, value in meta.items()}
+        for name in JSON_ATTRIBUTES:
+            if len(json.dumps(meta[name])) > MAX_JSON:
+                raise UsageError(f"{name} are longer than a capture can keep ({MAX_JSON} characters)")
         self.parts = parts_folder(path)
         self.done: list[int] = []
-        # What a part must have been made from to belong to this capture.
-        identity = [meta["model_fingerprint"], meta["dev_set_sha256"], meta["options"], self.profiled_layers]
-        self.key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.key = capture_key(meta, self.profiled_layers)
 
     @property
     def remaining(self) -> list[int]:
@@ -170,11 +182,15 @@ class CaptureStore:
         self.write_index()
 
     def _write_head(self, file: h5py.File) -> None:
-        for name in ATTRIBUTES:
-            file.attrs[name] = self.meta[name]
+        for name, kind in ATTRIBUTES.items():
+            if kind is str:
+                put_text(file.attrs, name, self.meta[name])
+            else:
+                file.attrs[name] = self.meta[name]
         for name in JSON_ATTRIBUTES:
-            file.attrs[name] = json.dumps(self.meta[name], sort_keys=True)
-        file["profiled_layers"] = np.asarray(self.profiled_layers, np.int32)
+            put_text(file.attrs, name, json.dumps(self.meta[name], sort_keys=True))
+        put_array(file, "profiled_layers", np.asarray(self.profiled_layers, "<i4"))
+        put_text(file.attrs, "seal", root_seal(self.meta, self.profiled_layers))
         file.create_group("prompts")
 
     def write_index(self) -> None:
@@ -210,22 +226,24 @@ class CaptureStore:
             joined.discard()
             raise
         joined.commit()
-        remove(self.parts)
+        folders.remove(self.parts)
 
     def discard_if_empty(self) -> None:
         """After a failure: removes what a run without any finished prompt would leave behind."""
         if not self.done:
-            remove(self.path)
-            remove(self.parts)
+            folders.refuse_link(self.path)
+            self.path.unlink(missing_ok=True)  # the index that `open_store` has put there
+            folders.remove(self.parts)
 
     def _part_is_good(self, index: int, sha256: str) -> bool:
         """Whether prompt `index` is finished and of this capture. A damaged part is captured again."""
+        name, path = prompt_id(index), self.part(index)
         try:
-            with h5py.File(self.part(index), "r", locking="best-effort") as part:
-                attributes = part[f"prompts/{prompt_id(index)}"].attrs
-                mine = part.attrs["made_by"] == self.key and attributes["token_ids_sha256"] == sha256
-                return mine and bool(attributes["complete"])
-        except (OSError, KeyError):
+            with open_file(path) as part:
+                group = child(child(part, "prompts", h5py.Group, str(path)), name, h5py.Group, str(path))
+                prompt = read_prompt(group, name, self.meta, self.profiled_layers, self.key, path)
+                return prompt.token_ids_sha256 == sha256 and attribute(group, "complete", bool, str(path))
+        except KascadeError:
             return False
 
 
@@ -247,7 +265,10 @@ def open_store(
     process.
     """
     store = CaptureStore(path, meta, profiled_layers)
-    if (path.exists() or store.parts.exists()) and not (resume or overwrite):
+    meta = store.meta
+    folders.refuse_link(path)
+    started = folders.is_ours(store.parts)
+    if (path.exists() or started) and not (resume or overwrite):
         raise UsageError(describe_existing(path))
     joined = False
     if resume and path.exists():
@@ -255,21 +276,23 @@ def open_store(
             check_same(capture, meta, store.profiled_layers)
             joined = capture.complete and not capture.has_parts
     if joined:
+        if started:  # left by a kill between the joining and the removal
+            with folders.only_writer(store.parts, str(path)):
+                folders.remove(store.parts)
         store.done = list(range(meta["num_prompts"]))
-        remove(store.parts)  # left by a kill between the joining and the removal
         yield store
         return
-    store.parts.mkdir(exist_ok=True)
-    with only_writer(store.parts, str(path)):
-        for stale in store.parts.glob("*" if overwrite else "*.tmp"):
-            if stale.name != "lock":
-                remove(stale)
+    with folders.only_writer(store.parts, str(path)):
+        if not (resume or overwrite) and path.exists():  # made by another process since we looked
+            folders.remove(store.parts)
+            raise UsageError(describe_existing(path))
+        folders.clear(store.parts, finished=overwrite)
         store.done = [i for i, sha256 in enumerate(prompts_sha256) if store._part_is_good(i, sha256)]
         try:
             store.write_index()
         except OSError:
             if not store.done:
-                remove(store.parts)
+                folders.remove(store.parts)
             raise
         sync_folder(path.parent)
         yield store
@@ -277,15 +300,23 @@ def open_store(
 
 def describe_existing(path: Path) -> str:
     """One line about an output that is already there, with the way out."""
+    parts = parts_folder(path)
+    if parts.is_dir() and folders.being_written(parts):
+        return f"another process is writing {path}; wait for it, or stop it"
     if not path.exists():
-        return f"{parts_folder(path)} is an unfinished capture; pass --resume to go on, or --overwrite"
+        return f"{parts} is an unfinished capture; pass --resume to go on, or --overwrite"
     try:
         with open_capture(path) as capture:
             done, total = len(capture), capture.meta["num_prompts"]
-    except KascadeError:
+            whole = capture.complete and not capture.has_parts
+    except KascadeError as error:
+        if "older version" in str(error):
+            return f"{path} was made by an older version of kascade; pass --overwrite to capture again"
         return f"{path} exists and is not a capture; pass --overwrite to replace it"
-    if done == total:
+    if whole and not parts.exists():
         return f"{path} is a complete capture ({total} prompts); pass --overwrite to make it again"
+    if done == total:
+        return f"{path} has all {total} prompts, but was stopped while joining them; pass --resume to finish it"
     return f"{path} is an unfinished capture ({done} of {total} prompts); pass --resume to go on, or --overwrite"
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import compiling, err, format_size, out, parse_floats, parse_sizes, print_json, progress
+from kascade_cli.console import compiling, format_size, note, out, parse_floats, parse_sizes, print_json, progress
 from kascade_cli.errors import KascadeError, TargetMissed, UsageError, require_extra
 from kascade_cli.files import check_output
 from kascade_cli.help import BUDGET, OUTPUT, PROMPTS, examples
@@ -114,6 +114,7 @@ def evaluate(
     min_keys: shared.MinKeys = None,
     dtype: shared.Dtype = "auto",
     device: shared.Device = "auto",
+    device_map: shared.DeviceMap = None,
     backend: shared.Backend = "auto",
     revision: shared.Revision = None,
     trust_remote_code: shared.TrustRemoteCode = False,
@@ -163,11 +164,17 @@ def evaluate(
     targets = [parse_requirement(text, labels, kinds) for text in require or []]
 
     loaded, tokenizer = load_model(
-        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+        model,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        notify=note,
     )
     info = describe(loaded, model)
     asked_for = {"num_prompts": num_prompts, "questions": questions, "seed": seed, "chat": chat}
-    found = [(length, gather_cases(sources, tokenizer, info, length, **asked_for, note=_note)) for length in lengths]
+    found = [(length, gather_cases(sources, tokenizer, info, length, **asked_for, note=note)) for length in lengths]
     cases = {length or max(case.tokens for case in part): part for length, part in found}
     runs, maps = plan_runs(named, ratios, sets, capture, info, base, seed)
 
@@ -201,13 +208,9 @@ def evaluate(
         from kascade_cli.evaluation.plot import draw
 
         draw(document, plot)
-        _note(f"wrote {plot}")
+        note(f"wrote {plot}")
     print_json(document) if as_json else _render(document)
     _judge(verdicts)
-
-
-def _note(line: str) -> None:
-    err.print(line, markup=False, soft_wrap=True)
 
 
 def _check(
@@ -281,11 +284,9 @@ def _render(document: dict[str, Any]) -> None:
         )
     full = [row for row in document["rows"] if row["ratio"] is not None and row["density"]["all"] == 1.0]
     for row in full:
-        err.print(
+        note(
             f"note: {row['strategy']} read every key at {format_size(row['length'])} tokens and ratio "
-            f"{row['ratio']:g} (at least {row['min_keys']} keys): that is dense attention",
-            markup=False,
-            soft_wrap=True,
+            f"{row['ratio']:g} (at least {row['min_keys']} keys): that is dense attention"
         )
 
 
@@ -309,10 +310,10 @@ def _judge(verdicts: list[dict[str, Any]]) -> None:
 
     for verdict in verdicts:
         if verdict["met"]:
-            err.print(f"met: {describe_verdict(verdict)}", markup=False, soft_wrap=True)
+            note(f"met: {describe_verdict(verdict)}")
     missed = [verdict for verdict in verdicts if not verdict["met"]]
     if missed:
         more = f"; and {len(missed) - 1} more" if len(missed) > 1 else ""
         for verdict in missed[1:]:
-            err.print(f"missed: {describe_verdict(verdict)}", markup=False, soft_wrap=True)
+            note(f"missed: {describe_verdict(verdict)}")
         raise TargetMissed(f"missed: {describe_verdict(missed[0])}{more}")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import compiling, err, out, parse_size, print_json
+from kascade_cli.console import compiling, note, out, parse_size, print_json
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.help import BUDGET, PROMPTS, examples
 
@@ -101,6 +101,7 @@ def generate(
     min_keys: shared.MinKeys = None,
     dtype: shared.Dtype = "auto",
     device: shared.Device = "auto",
+    device_map: shared.DeviceMap = None,
     backend: shared.Backend = "auto",
     revision: shared.Revision = None,
     trust_remote_code: shared.TrustRemoteCode = False,
@@ -142,7 +143,13 @@ def generate(
     if task is not None and task not in TASKS:
         raise UsageError(f"no task is called '{task}'; use {', '.join(TASKS)}")
     loaded, tokenizer = load_model(
-        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+        model,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        notify=note,
     )
     info = describe(loaded, model)
     expected = None
@@ -234,11 +241,9 @@ def _write(text: str) -> None:
 def _note_unknown(tokenizer: Any, ids: list[int]) -> None:
     unknown = sum(token == tokenizer.unk_token_id for token in ids) if tokenizer.unk_token_id is not None else 0
     if unknown:
-        err.print(
+        note(
             f"note: {unknown} of {len(ids)} prompt tokens are unknown to this tokenizer; "
-            "the demo models know only the words of the built-in tasks (--task)",
-            markup=False,
-            soft_wrap=True,
+            "the demo models know only the words of the built-in tasks (--task)"
         )
 
 
@@ -246,11 +251,9 @@ def _note_density(report: dict[str, Any], prompt_tokens: int) -> None:
     """Says plainly when a sparse strategy had nothing to leave out."""
     if report["strategy"] != "dense" and report["density"] == 1.0:
         budget = report["budget"]
-        err.print(
+        note(
             f"note: {report['strategy']} read every key: the prompt of {prompt_tokens} tokens is too short for a "
-            f"budget of {budget['ratio']:g} with at least {budget['min_keys']} keys, so this was dense attention",
-            markup=False,
-            soft_wrap=True,
+            f"budget of {budget['ratio']:g} with at least {budget['min_keys']} keys, so this was dense attention"
         )
 
 
@@ -263,16 +266,14 @@ def _verdict(expected: str | None, text: str) -> str:
 def _figures(prompt_tokens: int, expected: str | None, run: Any) -> None:
     report = run.report
     if expected is not None:
-        err.print(f"expected: {expected} ({_verdict(expected, run.text)})", markup=False, soft_wrap=True)
+        note(f"expected: {expected} ({_verdict(expected, run.text)})")
     phases = ", ".join(
         f"{name} {report['phases'][name]['density']:.1%}" for name in PHASES if name in report["phases"]
     )
-    err.print(
+    note(
         f"{report['strategy']}, {report['backend']} backend: {prompt_tokens} prompt tokens, {len(run.tokens)} new; "
         f"first token {run.first_token_s:.3f} s{_rate(run, ', {:.1f} tokens/s')}; "
-        f"keys read {report['density']:.1%} of those visible ({phases})",
-        markup=False,
-        soft_wrap=True,
+        f"keys read {report['density']:.1%} of those visible ({phases})"
     )
 
 

@@ -46,6 +46,14 @@ Device = Annotated[
     str,
     typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=MODEL, callback=check_device),
 ]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MAP",
+        help="auto: spread the layers over all GPUs, then main memory (needs accelerate).",
+        rich_help_panel=MODEL,
+    ),
+]
 Revision = Annotated[
     str | None,
     typer.Option(metavar="REV", help="Branch, tag or commit of the model on the hub.", rich_help_panel=MODEL),

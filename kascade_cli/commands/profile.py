@@ -9,7 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import MAX_SIZE, cell, format_bytes, note, out, parse_size, print_json, progress, say
+from kascade_cli.console import (
+    MAX_SIZE,
+    cell,
+    format_bytes,
+    note,
+    out,
+    parse_size,
+    print_json,
+    progress,
+    say,
+)
 from kascade_cli.errors import KascadeError, UsageError, plain
 from kascade_cli.files import check_name, check_output
 from kascade_cli.help import OUTPUT, PROMPTS, examples
@@ -96,6 +106,7 @@ def profile(
     ] = 0,
     dtype: shared.Dtype = "auto",
     device: shared.Device = "auto",
+    device_map: shared.DeviceMap = None,
     revision: shared.Revision = None,
     trust_remote_code: shared.TrustRemoteCode = False,
     output: Annotated[
@@ -140,7 +151,13 @@ def profile(
         _check_resumed(output, options | ({"max_length": length} if length else {}), dev_set, dtype, device)
     with _interruptible(output, begun=resume):
         loaded, tokenizer = load_model(
-            model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+            model,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            notify=note,
         )
         info = describe(loaded, model)
         length = _length(model, info.max_positions, length, decode_tokens)
@@ -153,6 +170,7 @@ def profile(
             seed=seed,
             text_field=text_field,
             chat_template=chat_template,
+            positions=info.max_positions,
         )
         for line in devset.notes():
             note(f"{dev_set}: {line}")

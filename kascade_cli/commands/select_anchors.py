@@ -103,6 +103,7 @@ def select_anchors(
     ] = None,
     dtype: shared.Dtype = "auto",
     device: shared.Device = "auto",
+    device_map: shared.DeviceMap = None,
     backend: shared.Backend = "auto",
     revision: shared.Revision = None,
     trust_remote_code: shared.TrustRemoteCode = False,
@@ -200,7 +201,16 @@ def select_anchors(
         kl_tolerance=kl_tolerance,
     )
     verification = Verification(
-        model, verify_dev_set, verify_prompts, held_out_length, dtype, device, backend, revision, trust_remote_code
+        model=model,
+        dev_set=verify_dev_set,
+        prompts=verify_prompts,
+        max_length=held_out_length,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        backend=backend,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
     )
     _check_verification(verify, verification)
     if plots is not None:

@@ -35,6 +35,7 @@ class Verification:
     max_length: int | None = None
     dtype: str = "auto"
     device: str = "auto"
+    device_map: str | None = None
     backend: str = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
@@ -79,6 +80,7 @@ def verify(
         name,
         dtype=options.dtype,
         device=options.device,
+        device_map=options.device_map,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
     )

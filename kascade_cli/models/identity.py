@@ -82,17 +82,19 @@ def _essence(config: Any) -> bytes:
         defaults = {}
     chosen = {
         key: value
-        for key, value in entries.items()
-        if key in _ALWAYS
-        or not (
-            key.startswith("_")
-            or key in _IMMATERIAL
-            or key.endswith(_IMMATERIAL_ENDS)
-            or key in defaults
-            and defaults[key] == value
-        )
+        for key, value in _material(entries).items()
+        if key in _ALWAYS or key not in defaults or defaults[key] != entries[key]
     }
     return json.dumps(chosen, sort_keys=True, default=str).encode()
+
+
+def _material(entries: dict[str, Any]) -> dict[str, Any]:
+    """Without what changes no activation, in configs inside of it too."""
+    return {
+        key: _material(value) if isinstance(value, dict) else value
+        for key, value in entries.items()
+        if not (str(key).startswith("_") or key in _IMMATERIAL or str(key).endswith(_IMMATERIAL_ENDS))
+    }
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ def capture(tmp_path):
             layers=5,
             heads=2,
             n_tokens=n,
-            tiles=[(32, 32), (96, n - 96), (n - 9, 1), (101, 1)],
+            tiles=[(32, 32), (96, min(32, n - 96)), (n - 9, 1), (101, 1)],
             related=0.4,
         )
         for n in (131, 150, 127, 199, 160, 128)

@@ -9,7 +9,6 @@ points there were, and how many prompts were finished at each kill.
 
 import json
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -31,7 +30,7 @@ SITES = [
     (os, "replace"),
     (os, "fsync"),
     (os, "unlink"),
-    (shutil, "rmtree"),
+    (os, "rmdir"),
     (durable.DurableFile, "__init__"),
     (durable.DurableFile, "reserve"),
     (durable._Patient, "write"),

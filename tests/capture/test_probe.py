@@ -9,7 +9,7 @@ from kascade_cli.capture.probe import TOP_MASS_KEYS, Probe
 from kascade_cli.capture.residual import Residual
 from kascade_cli.capture.tiles import sample_tiles
 from kascade_cli.errors import KascadeError
-from kascade_cli.models import describe, full_attention_layers
+from kascade_cli.models import attention_modules, describe, full_attention_layers
 from tests.capture.conftest import make_model, random_tokens
 
 # float16 with 7 bits of mantissa, and the model's own float32 noise.
@@ -38,7 +38,7 @@ def measure(model, tokens, tiles, **options):
 
 def eager_truth(model, tokens):
     """(attention [L, H, n, n], residual input and attention block output of every layer) by eager attention."""
-    from kascade_cli.models import attention_modules, decoder_layers
+    from kascade_cli.models import decoder_layers
 
     inputs, outputs, handles = {}, {}, []
     for index, layer in decoder_layers(model).items():
@@ -353,3 +353,35 @@ def test_a_probe_that_cannot_enter_leaves_nothing_behind(llama, llama_info, monk
             pass
         probe.run(random_tokens(40), sample_tiles(40, 4, tile=16, seed=0, prompt=0), Collected())
     assert hooks(llama) == 0
+
+
+def test_a_mask_narrows_what_is_measured(llama, llama_info):
+    """A model that hides keys from its attention: the probe must not see mass on them."""
+    tokens, tiles = random_tokens(65), sample_tiles(65, 6, tile=32, seed=0, prompt=0)
+    allowed = torch.ones(65, 65, dtype=torch.bool).tril()[None, None]
+    allowed[..., 5:30] = False
+
+    def narrow(_, args, kwargs):
+        return args, kwargs | {"attention_mask": allowed}
+
+    handles = [m.register_forward_pre_hook(narrow, with_kwargs=True) for m in attention_modules(llama).values()]
+    collected = Collected()
+    with Probe(llama, llama_info) as probe:
+        measured = probe.run(tokens, tiles, collected)
+    for handle in handles:
+        handle.remove()
+    assert len(collected.mass) == 3 * len(tiles)
+    for row in collected.mass.values():
+        assert not row[:, 5:30].any()
+        np.testing.assert_allclose(row.astype(np.float64).sum(-1), 1, atol=5e-3)
+    # No more than 40 keys are visible, so that 64 hold everything.
+    np.testing.assert_allclose(measured.top_mass[..., 0], 1, atol=1e-5)
+
+
+def test_a_compiled_model_is_measured_as_it_is(llama, llama_info):
+    tokens, tiles = random_tokens(40), sample_tiles(40, 4, tile=16, seed=0, prompt=0)
+    _, plain, expected = measure(llama, tokens, tiles, decode_tokens=2)
+    _, compiled, found = measure(torch.compile(llama, backend="eager"), tokens, tiles, decode_tokens=2)
+    assert plain.keys() == compiled.keys()
+    assert all((plain[key] == compiled[key]).all() for key in plain)
+    assert (found.importance == expected.importance).all()

@@ -504,6 +504,14 @@ def test_numbers_that_cannot_be_are_refused_before_the_capture_is_read(run_kasca
     assert problem in error
 
 
+@pytest.mark.parametrize("options", [["x\udcff.h5"], ["a.h5", "-o", "x\udcff"], ["a.h5", "--model", "x\udcff"]])
+def test_arguments_that_are_no_text_are_refused(run_kascade, options):
+    code, out, error = run_kascade("select-anchors", *options)
+    assert (code, out) == (2, "")
+    assert error.startswith("error: argument 'x?")
+    assert error.count("\n") == 1
+
+
 def test_names_that_no_file_can_have(run_kascade, tmp_path):
     for arguments in (["select-anchors", "x" * 300], ["show", "x" * 300], ["select-anchors", "a.h5", "-o", "x" * 300]):
         code, out, error = run_kascade(*arguments)

@@ -195,8 +195,7 @@ def test_names_in_files_are_shown_as_text(run_kascade, tmp_path, profile_file, f
         prompts = [random_prompt(np.random.default_rng(0), layers=2, heads=2, n_tokens=97, tiles=[(70, 1)])]
         path = write_capture(
             tmp_path / "c.h5", prompts, model_name=hostile, dev_set_name=hostile, dtype=hostile, device=hostile,
-            versions=json.dumps({hostile: hostile}), top_mass_keys=json.dumps([hostile, "[/]", "5%", "10%", "20%"]),
-            dev_set_sha256=hostile, tool_version=hostile,
+            versions=json.dumps({hostile: hostile}), tool_version=hostile,
         )  # fmt: skip
     else:
         path = tmp_path / "p.yaml"

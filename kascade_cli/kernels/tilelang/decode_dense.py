@@ -12,7 +12,7 @@ from kascade_cli.kernels.contract import LOG2E
 from kascade_cli.kernels.tilelang.arguments import check_decode, even_split_count
 from kascade_cli.kernels.tilelang.compile import ONE_WARP_WAITS, kernel, require_hopper
 from kascade_cli.kernels.tilelang.decode_macros import block_loader, online_softmax
-from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pooled_scores, workspace
+from kascade_cli.kernels.tilelang.pool import LOGITS, WIDTH, pooled_scores, storable, workspace
 
 BLOCK = 64
 M = 64
@@ -86,9 +86,7 @@ def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: 
                 if write:
                     for i, j in T.Parallel(M, block):
                         if i < group:
-                            Logits[b, g, i, (lo + k) // sub, (lo + k) % sub * block + j] = T.min(
-                                T.max(logit[i, j], -FLOAT16_MAX), FLOAT16_MAX
-                            )
+                            Logits[b, g, i, (lo + k) // sub, (lo + k) % sub * block + j] = storable(logit[i, j])
                 update(logit, weight, top, before, fade, part, total, acc)
                 load(Values, Vs, Table, b, g, lo, k, begin, end)
                 # Slots that are no row's may hold anything: a weight of 0 does not silence a NaN.
@@ -103,7 +101,7 @@ def dense(group: int, head_dim: int, dtype: str, page: int, write: bool, block: 
                     PartOut[b, g, s, i, j] = acc[i, j] / T.max(total[i], 1e-30)
             for i in T.Parallel(M):
                 if i < group:
-                    Lse[b, g, s, i] = T.if_then_else(total[i] > 0, T.log2(total[i]) + top[i], -T.infinity(f32))
+                    Lse[b, g, s, i] = T.if_then_else(total[i] == 0, -T.infinity(f32), T.log2(total[i]) + top[i])
 
     return decode_dense_kernel
 

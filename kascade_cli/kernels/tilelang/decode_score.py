@@ -12,7 +12,7 @@ from kascade_cli.kernels.contract import LOG2E
 from kascade_cli.kernels.tilelang.arguments import check_decode, even_split_count
 from kascade_cli.kernels.tilelang.compile import ONE_WARP_WAITS, kernel, require_hopper
 from kascade_cli.kernels.tilelang.decode_macros import block_loader
-from kascade_cli.kernels.tilelang.pool import FLOAT16_MAX, LOGITS, WIDTH, pad, pooled_scores, workspace
+from kascade_cli.kernels.tilelang.pool import LOGITS, WIDTH, pad, pooled_scores, storable, workspace
 
 BLOCK = 64
 
@@ -92,9 +92,7 @@ def score(
                 # A slot's heads side by side: no detour through shared memory.
                 for i, j in T.Parallel(block, wide):
                     if j < padded:
-                        Logits[b, g, (lo + k) // sub, (lo + k) % sub * block + i, j] = T.min(
-                            T.max(logit[i, j], -FLOAT16_MAX), FLOAT16_MAX
-                        )
+                        Logits[b, g, (lo + k) // sub, (lo + k) % sub * block + i, j] = storable(logit[i, j])
             T.copy(top, tops)
             T.copy(total, totals)
             for j, i in T.Parallel(wide, block):
@@ -106,8 +104,9 @@ def score(
             T.reduce_sum(totalrow, mass, dim=1)
             for j in T.Parallel(wide):
                 if j < group:
+                    # No keys: the maximum is where it began. NaN keys leave it there too, and their sum is NaN.
                     Lse[b, g, s, j] = T.if_then_else(
-                        mass[j] > 0 and peak[j] > low, peak[j] + T.log2(mass[j]), -T.infinity(f32)
+                        mass[j] >= 0 and peak[j] <= low, -T.infinity(f32), peak[j] + T.log2(mass[j])
                     )
 
     return decode_score_kernel

@@ -1,5 +1,7 @@
 """Second half of the scoring ops: logits and per-split log-sum-exps -> pooled post-softmax scores."""
 
+from typing import Any
+
 import tilelang.language as T
 import torch
 from torch import Tensor
@@ -67,7 +69,8 @@ def pool(group: int, logits: str, packed: bool):
                         peak = T.max(peak, Lse[b, g, s, tx])
                     for s in T.serial(splits):
                         mass += T.exp2(Lse[b, g, s, tx] - peak)
-                    total[tx] = peak + T.log2(mass)
+                    # Over NaN or inf logits the sum is NaN: norm inf leaves NaN at those slots and 0 at the others.
+                    total[tx] = T.if_then_else(mass >= 0, peak + T.log2(mass), T.infinity(f32))
                 T.sync_threads()
                 for h in T.unroll(group):
                     for e in T.unroll(EACH):
@@ -81,6 +84,15 @@ def pool(group: int, logits: str, packed: bool):
                 Scores[b, g, n, tx * EACH + e] = pooled[e]
 
     return pool_kernel
+
+
+def storable(logit: Any) -> Any:
+    """A float32 logit within float16's range, but for NaN and +-inf, which must be found again.
+
+    The clamp drops them and the tiny multiple brings them back, in one FMA: at most 4, it rounds away. A comparison
+    would cost the stores their vectors.
+    """
+    return T.min(T.max(logit, -FLOAT16_MAX), FLOAT16_MAX) + logit * 2.0**-126
 
 
 def pad(group: int, logits: str) -> int:

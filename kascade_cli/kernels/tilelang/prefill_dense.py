@@ -235,8 +235,9 @@ def dense_kernel(dtype: str, head_dim: int, stages: int = 2):
                     T.barrier_wait(vfull[(n - 1) % stages], ((n - 1) // stages) & 1)
                     T.wgmma_gemm(prob, Vs[(n - 1) % stages, :, :], out, policy=policy)
                     T.wait_wgmma(0)
+                # Padding in front of the row sees nothing; everybody else keeps what they have, NaN too.
                 for i, j in T.Parallel(rows, head_dim):
-                    out[i, j] = T.if_then_else(total[i] > 0, out[i, j] / total[i], 0)
+                    out[i, j] = T.if_then_else(token + i >= 0, out[i, j] / total[i], 0)
                 T.copy(out, Qs)
                 for i, j in T.Parallel(rows, head_dim):
                     if q0 + i < NQ:

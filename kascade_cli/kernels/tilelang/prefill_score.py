@@ -50,6 +50,9 @@ def score_kernel(
             acc[i, j] = T.exp2(acc[i, j] * scale - norm[k, j])
         T.reduce_sum(acc, total, dim=1)
 
+    def finite(value):
+        return T.if_then_else(value < T.infinity(f32), value, T.infinity(f32))
+
     @T.prim_func
     def main(
         Q: T.Tensor((B, NQ, H, head_dim), dtype),
@@ -101,14 +104,15 @@ def score_kernel(
             second = T.if_then_else(q0 + tile < end and t + 1 < tiles, edge + tile - lo, 0) if pair else 0
             n = T.ceildiv(T.max(before, second), KEYS)
             base = ((T.cast(b, "int64") * G + g) * tiles + t) * width + lo
-            # Norms of the rows that are no query of this tile are inf: they pool nothing.
+            # Norms of the rows that are no query of this tile are inf: they pool nothing. So are those that are NaN:
+            # such a query pools NaN at the keys whose logit is NaN or inf, and nothing at the others.
             if tx < rows:
                 norm[0, tx] = T.infinity(f32)
                 norm[1, tx] = T.infinity(f32)
                 if q0 + tx // heads >= begin and q0 + tx // heads < end and head + tx % heads < heads_end:
-                    norm[0, tx] = lse[b, g * group + head + tx % heads, q0 + tx // heads] * LOG2E
+                    norm[0, tx] = finite(lse[b, g * group + head + tx % heads, q0 + tx // heads] * LOG2E)
                 if qb + tx // heads >= begin and qb + tx // heads < end and hb + tx % heads < heads_end:
-                    norm[1, tx] = lse[b, g * group + hb + tx % heads, qb + tx // heads] * LOG2E
+                    norm[1, tx] = finite(lse[b, g * group + hb + tx % heads, qb + tx // heads] * LOG2E)
             T.sync_threads()
             if tx >= CONSUMERS:
                 T.set_max_nreg(32, 0)
