@@ -60,6 +60,10 @@ class Published:
             sets += [keys] * group
         return sets
 
+    def depths(self, *published):
+        """Layers at the same share of the depth as in a model of 32."""
+        return sorted({self.layers[round(depth / 32 * len(self.layers))] for depth in published})
+
     def shared(self, layer, i, rows, choosing, choose):
         if layer in choosing:
             self.kept.setdefault(layer, {})[i] = choose(rows, i)
@@ -72,7 +76,7 @@ class Published:
             highest = [max(column) for column in zip(*map(softmax, rows), strict=True)]
             return set(best(highest, self.count(i + 1)))
 
-        return self.shared(layer, i, rows, self.options["filter_layers"], choose)
+        return self.shared(layer, i, rows, self.options.get("filter_layers") or self.depths(2, 8, 18), choose)
 
     def lessismore(self, layer, i, rows, query, key):
         def choose(rows, i):
@@ -87,7 +91,7 @@ class Published:
                         keys.add(j)
             return keys
 
-        return self.shared(layer, i, rows, self.options["selection_layers"], choose)
+        return self.shared(layer, i, rows, self.options.get("selection_layers") or self.depths(2, 13), choose)
 
 
 def best(scores, count):
