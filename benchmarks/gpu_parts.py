@@ -13,7 +13,7 @@ from kascade_cli.benchmarking.roles import Bench
 from kascade_cli.benchmarking.shapes import named_shape
 from kascade_cli.benchmarking.timing import free_memory
 from kascade_cli.kernels import get_backend
-from kascade_cli.kernels.testing import decode, prefill
+from kascade_cli.kernels.testing import broken, decode, prefill
 from kascade_cli.schema import Budget, Profile
 
 # (query heads per KV head, head size, dtype) that the prefill numerics cover; the first is the benchmark's.
@@ -89,6 +89,7 @@ def wanted_specs() -> list[Any]:
 
     shapes = {(case.heads // case.kv_heads, case.dim, str(case.dtype)[6:], case.page) for case in decode.CASES}
     shapes |= {(4, 128, "bfloat16", 0), DEMO + (0,)}
+    # The shapes of testing.broken are among these.
     tiled = {(case.group, case.head_dim, str(case.dtype)[6:], case.tile) for case in prefill_cases(False)}
     tiled |= {(case.group, case.head_dim, str(case.dtype)[6:], case.tile) for case in stress_cases()} | {DEMO + (32,)}
     found: list[Any] = []
@@ -114,7 +115,7 @@ def judge(ctx: Context, rows: list[dict[str, Any]]) -> None:
 
 
 def part_decode(ctx: Context) -> None:
-    """Numerics of the decode ops, adversarial Top-k rows, and a CUDA graph replayed with other lengths."""
+    """Numerics of the decode ops, adversarial Top-k rows, rows with NaN or inf, a CUDA graph at other lengths."""
     ops = ctx.backend()
     cases = decode.CASES[:2] if ctx.dry else decode.CASES
     for number, case in enumerate(cases):
@@ -128,6 +129,7 @@ def part_decode(ctx: Context) -> None:
             ctx.fail(f"no time for Top-k rows of {width}")
             break
         judge(ctx, decode.check_select(ops, ctx.device, (width,)))
+    judge(ctx, broken.check_decode(ops, ctx.device, broken.DECODE_CASES[: 1 if ctx.dry else None]))
     if not ctx.dry:
         judge(ctx, decode.check_graph(ops, ctx.device))
 
@@ -151,7 +153,7 @@ def prefill_cases(dry: bool) -> list[Any]:
 
 
 def part_prefill(ctx: Context) -> None:
-    """Numerics of the prefill ops."""
+    """Numerics of the prefill ops, and rows that hold NaN or inf."""
     ops = ctx.backend()
     cases = prefill_cases(ctx.dry)
     for number, case in enumerate(cases):
@@ -165,6 +167,7 @@ def part_prefill(ctx: Context) -> None:
             rows = [{"op": "all", "case": str(case), "ok": False, "note": f"{type(error).__name__}: {line}"}]
         judge(ctx, rows)
         free_memory(ctx.device)
+    judge(ctx, broken.check_prefill(ops, ctx.device, broken.PREFILL_CASES[1 if ctx.dry else 0 :]))
 
 
 def stress_cases() -> list[Any]:

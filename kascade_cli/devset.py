@@ -17,6 +17,7 @@ import numpy as np
 
 from kascade_cli.documents import Document, open_documents, source_kind
 from kascade_cli.errors import KascadeError, UsageError, require_extra
+from kascade_cli.tasks.chat import encode_turns
 from kascade_cli.tasks.encoding import EncodedPrompt, check_words, encode_prompt, encode_text
 from kascade_cli.tasks.haystack import LAYOUTS
 from kascade_cli.tasks.questions import TASKS, make_prompt, member_tasks, prompt_rng
@@ -212,7 +213,4 @@ def _encode(tokenizer: Any, document: Document, chat_template: bool | None) -> l
         text = document if isinstance(document, str) else "\n".join(str(m["content"]) for m in document)
         return encode_text(tokenizer, text)
     messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
-    ask = messages[-1]["role"] == "user"
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    # The template writes the BOS token where the model wants one: adding special tokens would double it.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return encode_turns(tokenizer, messages, ask=messages[-1]["role"] == "user")

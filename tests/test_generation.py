@@ -137,3 +137,65 @@ def test_prompts_carry_one_bos():
     )
     ids = encode_request(tokenizer, "k1", chat=True)
     assert tokenizer.decode(ids).split() == ["<bos>", "?", "k1", "@"]
+
+
+def test_sampling_draws_from_all_tokens(llama):
+    """Not from the most likely few, whatever the checkpoint's own settings say."""
+    model, _ = llama
+    ids, generation = ids_of(40, seed=4), model.generation_config
+    before = (generation.top_k, generation.top_p, generation.temperature)
+    generation.top_k, generation.top_p, generation.temperature = 5, 0.3, 0.1
+    try:
+        drawn = generate(
+            model, Tokenizer(), ids, Setting("dense"), max_new_tokens=150, sampling=Sampling(40.0, seed=1)
+        ).tokens
+    finally:
+        generation.top_k, generation.top_p, generation.temperature = before
+    with torch.no_grad():
+        logits = model(torch.tensor([ids + drawn[:-1]]), use_cache=False).logits[0, 39:]
+    likely = (logits / 40.0).softmax(-1)
+    rank = (likely > likely.gather(1, torch.tensor(drawn)[:, None])).sum(-1)
+    # Nearly uniform over 64 tokens at this temperature: each fifth of the ranks is drawn about as it should be.
+    for first in range(0, 60, 12):
+        ordered = likely.sort(-1, descending=True).values[:, first : first + 12].sum(-1)
+        share = ((rank >= first) & (rank < first + 12)).double().mean()
+        error = (ordered * (1 - ordered)).sum().sqrt() / len(drawn)
+        assert abs(share - ordered.mean()) < 4 * error
+
+
+def test_models_that_give_all_logits(llama):
+    """Whose forward does not take `logits_to_keep`: `--compare`, `--verify` and `evaluate` give the same."""
+    from kascade_cli.evaluation.answers import greedy_answers
+    from kascade_cli.evaluation.kl import measure_kl
+    from kascade_cli.integrations.transformers import attach_setting
+
+    model, profile = llama
+    kind = type(model)
+
+    class Everything(kind):
+        def forward(
+            self,
+            input_ids=None,
+            attention_mask=None,
+            position_ids=None,
+            past_key_values=None,
+            use_cache=None,
+            return_dict=None,
+        ):
+            return kind.forward(self, input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache)
+
+    found = []
+    ids, questions = ids_of(70, seed=6), [ids_of(3, seed=i) for i in range(3)]
+    setting = Setting("kascade", profile)
+    for model.__class__ in (Everything, kind):
+        run = generate(model, Tokenizer(), ids, setting, max_new_tokens=4)
+        result = compare(model, ids, (Setting("dense"), run), (setting, run))
+        with attach_setting(model, setting):
+            answers = greedy_answers(model, ids, questions, [3, 3, 3], tile=32)
+        verified = measure_kl(model, [profile], [ids], [[]], ("prefill", "decode"), decode_tokens=4)[0].kl
+        found.append((run.tokens, result.kl_mean, answers, verified))
+    (tokens, kl, answers, verified), other = found
+    assert (tokens, answers) == (other[0], other[2])
+    assert kl == pytest.approx(other[1], rel=1e-9)
+    assert verified == pytest.approx(other[3], rel=1e-9)
+    assert kl > 1e-6

@@ -277,3 +277,9 @@ def test_profiles_of_the_repository_read_as_any_yaml_reader_reads_them(path):
     profile = Profile.load(path)
     assert profile.dumps() == path.read_text()
     assert profile.model_dump(by_alias=True, exclude_none=True, mode="json") == yaml.safe_load(path.read_text())
+
+
+def test_a_long_list_is_refused_before_it_is_read_through():
+    text = f"schema: kascade/v1\nmodel: [{'0, ' * 400_000}0]\n"
+    with pytest.raises(KascadeError, match="line 2: not readable as YAML: more than 50,000 values"):
+        Profile.loads(text)

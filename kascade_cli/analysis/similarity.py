@@ -27,7 +27,7 @@ import numpy as np
 
 from kascade_cli.analysis.topk import to_float32, top_indices
 from kascade_cli.capture.plausible import check_rows
-from kascade_cli.capture.store import Capture, Prompt, open_capture
+from kascade_cli.capture.store import Capture, CapturedPrompt, open_capture
 from kascade_cli.errors import KascadeError
 
 PHASES = ("decode", "prefill")
@@ -104,7 +104,7 @@ class _Accumulator:
         return values
 
 
-def prompt_similarity(prompt: Prompt, top_k: int, reduce: str) -> PromptSimilarity:
+def prompt_similarity(prompt: CapturedPrompt, top_k: int, reduce: str) -> PromptSimilarity:
     """Streams one prompt. Raises KascadeError if its mass is damaged, or cannot be attention."""
     layers, _, heads, n_tokens = prompt.mass.shape
     tiles = prompt.tiles.astype(np.int64)

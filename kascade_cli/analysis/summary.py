@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from kascade_cli.capture.store import Prompt, open_capture, stored_bytes
+from kascade_cli.capture.store import CapturedPrompt, open_capture, stored_bytes
 
 
 def describe_capture(path: Path) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def captured(path: Path) -> dict[str, Any]:
     }
 
 
-def _prompt(prompt: Prompt) -> dict[str, Any]:
+def _prompt(prompt: CapturedPrompt) -> dict[str, Any]:
     return {
         "id": prompt.id,
         "tokens": prompt.n_tokens,
@@ -57,7 +57,7 @@ def _prompt(prompt: Prompt) -> dict[str, Any]:
     }
 
 
-def _layers(layers: list[int], keys: list[str], prompts: list[Prompt]) -> list[dict[str, Any]]:
+def _layers(layers: list[int], keys: list[str], prompts: list[CapturedPrompt]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"layer": layer} for layer in layers]
     if not prompts:
         return rows

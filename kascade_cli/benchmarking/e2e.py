@@ -14,7 +14,7 @@ from torch import Tensor
 from kascade_cli.benchmarking.baselines import BASELINES, Baseline, why_missing
 from kascade_cli.benchmarking.model import Say, failure, timing_fields
 from kascade_cli.benchmarking.report import Row, base_row, strategy_fields
-from kascade_cli.benchmarking.roles import Bench, case_of, make_inputs
+from kascade_cli.benchmarking.roles import Bench, make_inputs, workload_of
 from kascade_cli.benchmarking.shapes import Shape, describe_sizes
 from kascade_cli.benchmarking.timing import capture, free_memory, time_calls
 from kascade_cli.errors import KascadeError
@@ -28,7 +28,7 @@ DENSE = "kascade-bench-dense"
 
 def fastest_dense(shape: Shape, phase: str, batch: int, context: int, setting: Bench) -> Baseline:
     """The fastest dense attention that needs no plan, measured now on one layer of this size."""
-    case = case_of(shape, phase, batch, context, setting)
+    case = workload_of(shape, phase, batch, context, setting)
     inputs = make_inputs(case, setting)
     found: dict[str, float] = {}
     for baseline in BASELINES.values():
@@ -277,7 +277,7 @@ def check_memory(shape: Shape, phase: str, batch: int, context: int, setting: Be
     """Raises KascadeError if the cache alone does not fit the GPU; says how much it needs."""
     if setting.device.type != "cuda":
         return
-    needed = case_of(shape, phase, batch, context, setting).kv_bytes * shape.layers
+    needed = workload_of(shape, phase, batch, context, setting).kv_bytes * shape.layers
     free, _ = torch.cuda.mem_get_info(setting.device)
     if needed > free:
         raise KascadeError(

@@ -10,12 +10,12 @@ from kascade_cli.benchmarking.roles import (
     REUSED_NORM,
     ROLES,
     Bench,
-    case_of,
     make_inputs,
     make_sets,
     pass_call,
     prepare,
     role_call,
+    workload_of,
 )
 from kascade_cli.benchmarking.shapes import Shape
 from kascade_cli.benchmarking.timing import Timing, free_memory, time_calls
@@ -172,7 +172,7 @@ def run_model(
     rows: list[Row] = []
     for batch, context in sizes:
         base = base_row(shape, phase, batch, context, setting) | strategy_fields(setting)
-        case = case_of(shape, phase, batch, context, setting)
+        case = workload_of(shape, phase, batch, context, setting)
         here: list[Row] = []
         try:
             here += dense_rows(baselines, case, setting, base, say)

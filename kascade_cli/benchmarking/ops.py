@@ -8,10 +8,10 @@ import torch
 from kascade_cli.benchmarking.baselines import Baseline
 from kascade_cli.benchmarking.model import Say, best_dense, dense_rows, failure, timing_fields
 from kascade_cli.benchmarking.report import Row, base_row
-from kascade_cli.benchmarking.roles import Bench, Inputs, case_of, make_inputs, make_sets
+from kascade_cli.benchmarking.roles import Bench, Inputs, make_inputs, make_sets, workload_of
 from kascade_cli.benchmarking.shapes import Shape
 from kascade_cli.benchmarking.timing import Call, free_memory, time_calls
-from kascade_cli.benchmarking.work import Case, Work, work_of
+from kascade_cli.benchmarking.work import Work, Workload, work_of
 from kascade_cli.errors import KascadeError
 from kascade_cli.kernels.reference import tile_count
 
@@ -22,11 +22,11 @@ _SCORE_BYTES = 512 * 1024**2
 _Op = tuple[str, Work, Callable[[Inputs], Call]]
 
 
-def _head_map(case: Case, device: torch.device) -> torch.Tensor:
+def _head_map(case: Workload, device: torch.device) -> torch.Tensor:
     return torch.arange(case.kv_heads - 1, -1, -1, dtype=torch.int32, device=device)
 
 
-def decode_ops(case: Case, setting: Bench) -> Iterator[_Op]:
+def decode_ops(case: Workload, setting: Bench) -> Iterator[_Op]:
     """The four decode ops, dense attention that leaves scores as well, and an anchor's sparse attention."""
     ops = setting.backend
 
@@ -64,7 +64,7 @@ def decode_ops(case: Case, setting: Bench) -> Iterator[_Op]:
     yield "decode_sparse+logits", work_of("decode_sparse+logits", case), lambda inputs: sparse(inputs, True)
 
 
-def prefill_ops(case: Case, setting: Bench) -> Iterator[_Op]:
+def prefill_ops(case: Workload, setting: Bench) -> Iterator[_Op]:
     """The prefill ops, the log-sum-exp pass, and Top-k over the last block of tiles."""
     ops = setting.backend
     tile = setting.budget.tile
@@ -145,7 +145,7 @@ def run_ops(
     rows: list[Row] = []
     for batch, context in sizes:
         base = base_row(shape, phase, batch, context, setting)
-        case = case_of(shape, phase, batch, context, setting)
+        case = workload_of(shape, phase, batch, context, setting)
         here: list[Row] = []
         try:
             here += dense_rows(baselines, case, setting, base, say)
@@ -164,7 +164,7 @@ def run_ops(
     return rows
 
 
-def _op_rows(case: Case, setting: Bench, base: Row, say: Say) -> list[Row]:
+def _op_rows(case: Workload, setting: Bench, base: Row, say: Say) -> list[Row]:
     rows = []
     sets = [make_inputs(case, setting)]
     listed: Iterator[Any] = (decode_ops if case.phase == "decode" else prefill_ops)(case, setting)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kascade_cli.benchmarking.shapes import Shape
 from kascade_cli.benchmarking.timing import set_count
-from kascade_cli.benchmarking.work import Case
+from kascade_cli.benchmarking.work import Workload
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.kernels import Backend
 from kascade_cli.schema import Budget, ModelCard, Profile
@@ -83,10 +83,10 @@ class Inputs:
         return self.q.shape[-1] ** -0.5
 
 
-def case_of(shape: Shape, phase: str, batch: int, context: int, setting: Bench) -> Case:
+def workload_of(shape: Shape, phase: str, batch: int, context: int, setting: Bench) -> Workload:
     """The sizes that operations and bytes are counted from."""
     element = torch.empty(0, dtype=setting.dtype).element_size()
-    return Case(phase, batch, context, shape.query_heads, shape.kv_heads, shape.head_dim, element, setting.budget)
+    return Workload(phase, batch, context, shape.query_heads, shape.kv_heads, shape.head_dim, element, setting.budget)
 
 
 def role_strategy(kv_heads: int, head_dim: int, setting: Bench) -> Strategy:
@@ -116,7 +116,7 @@ def full_batch(q: Tensor, k: Tensor, budget: Budget) -> Batch:
     return Batch(lengths, phase, q.shape[2], k.shape[2], budget, plain=True)
 
 
-def make_inputs(case: Case, setting: Bench, seed: int = 0) -> Inputs:
+def make_inputs(case: Workload, setting: Bench, seed: int = 0) -> Inputs:
     """Random normal q, k, v of a case, and the state of a forward pass over them."""
     generator = torch.Generator(setting.device).manual_seed(seed)
     options = {"device": setting.device, "dtype": setting.dtype, "generator": generator}
@@ -154,7 +154,7 @@ def _refresh_inputs(q: Tensor, k: Tensor, v: Tensor, strategy: Strategy, batch: 
     return inputs
 
 
-def make_sets(case: Case, setting: Bench, touched: float, have: Sequence[Inputs] = ()) -> list[Inputs]:
+def make_sets(case: Workload, setting: Bench, touched: float, have: Sequence[Inputs] = ()) -> list[Inputs]:
     """As many input sets as leave L2 cold when a call touches `touched` bytes of its set; `have` is kept."""
     sets = list(have)
     wanted = set_count(touched, case.kv_bytes, setting.device) if case.phase == "decode" else 1

@@ -27,7 +27,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Case:
+class Workload:
     """Sizes of one measurement: batch, context (keys; in prefill also queries), heads, head size, element bytes."""
 
     phase: str
@@ -76,7 +76,7 @@ class Case:
         return chosen + self.diagonal()
 
 
-def work_of(op: str, case: Case, *, tiles: tuple[int, int] | None = None) -> Work:
+def work_of(op: str, case: Workload, *, tiles: tuple[int, int] | None = None) -> Work:
     """Work of one call of `op`. tiles: for `select_topk` in prefill, the tiles [first, last) of the call."""
     batch, groups, element = case.batch, case.kv_heads, case.element
     pair = 2 * case.batch * case.query_heads * case.head_dim  # operations of one GEMM per (query, key) pair

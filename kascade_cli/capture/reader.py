@@ -32,7 +32,7 @@ _SHA256 = 64
 
 
 @dataclass(frozen=True)
-class Prompt:
+class CapturedPrompt:
     """One finished prompt of an open capture.
 
     tiles int32 [T, 2] (start, length; length 1: a decode row), importance f32 [Lp], top_mass f32 [Lp, H, K].
@@ -156,14 +156,14 @@ class Capture:
         """Whether every prompt of the dev set is in."""
         return len(self.prompts) == self.meta["num_prompts"]
 
-    def prompt(self, name: str) -> Prompt:
+    def prompt(self, name: str) -> CapturedPrompt:
         """The finished prompt with this id. Raises KascadeError if it is missing, damaged or cannot be."""
         group = self._group(name) if name in self.prompts else None
         if group is None:
             raise KascadeError(f"{self.path}: no finished prompt {name}")
         return read_prompt(group, name, self.meta, self.profiled_layers, self._key, self.path)
 
-    def __iter__(self) -> Iterator[Prompt]:
+    def __iter__(self) -> Iterator[CapturedPrompt]:
         return (self.prompt(name) for name in self.prompts)
 
     def __len__(self) -> int:
@@ -181,7 +181,9 @@ class Capture:
         self.close()
 
 
-def read_prompt(group: h5py.Group, name: str, meta: dict[str, Any], layers: list[int], key: str, path: Path) -> Prompt:
+def read_prompt(
+    group: h5py.Group, name: str, meta: dict[str, Any], layers: list[int], key: str, path: Path
+) -> CapturedPrompt:
     """A prompt's small data, checked against the root: see `Capture.prompt`."""
     where = f"{path}: prompt {name}"
     n_tokens = attribute(group, "n_tokens", int, where)
@@ -208,7 +210,7 @@ def read_prompt(group: h5py.Group, name: str, meta: dict[str, Any], layers: list
     seal = prompt_seal(key, name, tokens, n_tokens, n_prompt, tiles, importance, top_mass)
     if attribute(group, "seal", str, where, _SHA256) != seal:
         raise KascadeError(f"{where}: it is of another capture or place, or was changed after it was made")
-    return Prompt(name, n_tokens, n_prompt, tokens, tiles, importance, top_mass, mass, path, layers)
+    return CapturedPrompt(name, n_tokens, n_prompt, tokens, tiles, importance, top_mass, mass, path, layers)
 
 
 def open_capture(path: str | Path) -> Capture:

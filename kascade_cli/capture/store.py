@@ -36,7 +36,7 @@ from kascade_cli.capture.format import (
     token_sha256,
 )
 from kascade_cli.capture.parts import parts_folder
-from kascade_cli.capture.reader import Capture, Prompt, open_capture, read_prompt
+from kascade_cli.capture.reader import Capture, CapturedPrompt, open_capture, read_prompt
 from kascade_cli.capture.untrusted import attribute, child, open_file
 from kascade_cli.errors import KascadeError, UsageError
 
@@ -44,7 +44,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Capture",
     "CaptureStore",
-    "Prompt",
+    "CapturedPrompt",
     "PromptWriter",
     "compression",
     "describe_existing",

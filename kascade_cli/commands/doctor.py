@@ -27,7 +27,7 @@ _PACKAGES: dict[str, tuple[str, str, str | None]] = {
     "tilelang": ("tilelang", "Hopper kernels", "kernels"),
     "apache-tvm-ffi": ("tvm_ffi", "Hopper kernels", "kernels"),
     "matplotlib": ("matplotlib", "pictures", "plot"),
-    "hdf5plugin": ("hdf5plugin", "smaller captures", "compress"),
+    "accelerate": ("accelerate", "models spread over several GPUs", "accelerate"),
     "datasets": ("datasets", "dev sets from the hub", "hub"),
     "pyarrow": ("pyarrow", "dev sets in parquet", "parquet"),
 }

@@ -27,7 +27,7 @@ def logits_behind(model: nn.Module, ids: Tensor, cache: Any, seen: int, at: Any 
     return logits_at(model, ids, at, past_key_values=cache, use_cache=True, **options)
 
 
-_CONTINUES: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+_CONTINUES: "weakref.WeakKeyDictionary[nn.Module, dict[str, bool]]" = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -35,12 +35,14 @@ def continues_in_chunks(model: nn.Module) -> bool:
     """Whether several tokens behind a cache give what they give in one pass.
 
     Jamba's recurrent layers (transformers 5.23) take up their state only for one token at a time, and say nothing.
-    Asked once of models that have such layers, with eight tokens, all within one tile.
+    Asked once of models that have such layers, with eight tokens; anew for another attention implementation (MiniMax'
+    own mask is wrong there, ours is not).
     """
     model = unwrap(model)
-    if model not in _CONTINUES:
-        _CONTINUES[model] = not _recurrent(model) or _measured(model)
-    return _CONTINUES[model]
+    known, attention = _CONTINUES.setdefault(model, {}), text_config(model)._attn_implementation
+    if attention not in known:
+        known[attention] = not _recurrent(model) or _measured(model)
+    return known[attention]
 
 
 def _recurrent(model: nn.Module) -> bool:

@@ -197,7 +197,7 @@ def _placement(device: str, device_map: str | None) -> tuple[Any, torch.device |
     if device != "auto":
         raise UsageError("--device-map auto chooses the devices itself: leave --device out")
     if not accelerate:
-        raise KascadeError("--device-map needs accelerate: pip install accelerate")
+        raise KascadeError("--device-map needs accelerate: pip install 'kascade-cli[accelerate]'")
     return "auto", None
 
 

@@ -10,7 +10,7 @@ from kascade_cli.analysis import cost
 from kascade_cli.benchmarking import baselines, report
 from kascade_cli.benchmarking.baselines import Baseline
 from kascade_cli.benchmarking.model import best_dense, own_share, role_work, run_model, whole_model
-from kascade_cli.benchmarking.roles import case_of, make_inputs, prepare, role_call, with_strategy
+from kascade_cli.benchmarking.roles import make_inputs, prepare, role_call, with_strategy, workload_of
 from kascade_cli.benchmarking.shapes import SHAPES
 from kascade_cli.errors import KascadeError
 from kascade_cli.kernels import reference
@@ -18,7 +18,7 @@ from kascade_cli.kernels import reference
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_layer_0_is_dense_attention(phase, shape, setting):
-    inputs = make_inputs(case_of(shape, phase, 2, 50, setting), setting)
+    inputs = make_inputs(workload_of(shape, phase, 2, 50, setting), setting)
     expected = functional.scaled_dot_product_attention(
         inputs.q, inputs.k, inputs.v, is_causal=phase == "prefill", enable_gqa=True
     )
@@ -26,7 +26,7 @@ def test_layer_0_is_dense_attention(phase, shape, setting):
 
 
 def test_reuse_reads_the_anchors_keys_through_the_head_map(shape, setting):
-    inputs = make_inputs(case_of(shape, "decode", 2, 200, setting), setting)
+    inputs = make_inputs(workload_of(shape, "decode", 2, 200, setting), setting)
     prepare("reuse", inputs)
     scores = reference.decode_score(inputs.q[:, :, 0], inputs.k, *inputs.batch.lengths[1:], scale=inputs.scale)
     chosen = scores.topk(40, -1).indices.flip(1).int()  # the map of two heads swaps them
@@ -38,7 +38,7 @@ def test_reuse_reads_the_anchors_keys_through_the_head_map(shape, setting):
 
 def test_an_anchor_with_a_reused_norm_reads_the_keys_of_layer_0(shape, setting):
     changed = with_strategy(setting, "kascade-reused-norm")
-    case = case_of(shape, "prefill", 1, 200, setting)
+    case = workload_of(shape, "prefill", 1, 200, setting)
     inputs = make_inputs(case, changed)
     with pytest.raises(KascadeError, match="layer 0, which has not run"):
         role_call("anchor", inputs)()
@@ -71,7 +71,7 @@ def test_whole_model_reproduces_the_papers_table():
 
 
 def test_decode_anchor_reads_keys_once_and_the_chosen_values(shape, setting):
-    case = case_of(shape, "decode", 1, 1000, setting)
+    case = workload_of(shape, "decode", 1, 1000, setting)
     chosen = 200 * 2 * 8 * 4
     assert role_work("anchor", case).bytes == 1000 * 2 * 8 * 4 + chosen + 200 * 2 * 4
 
@@ -133,7 +133,7 @@ def test_own_share_compares_with_the_best_other():
 
 def test_a_step_between_refreshes_reads_the_kept_keys_and_the_newest(shape, setting):
     cycle = with_strategy(setting, "kascade-refresh", 4)
-    inputs = make_inputs(case_of(shape, "decode", 2, 200, cycle), cycle)
+    inputs = make_inputs(workload_of(shape, "decode", 2, 200, cycle), cycle)
     q, k, v = inputs.q[:, :, 0], inputs.k, inputs.v
     zero, before = torch.zeros(2, dtype=torch.int32), torch.full((2,), 197, dtype=torch.int32)
     chosen = reference.decode_score(q, k, zero, before, scale=inputs.scale).topk(40, -1).indices.flip(1)
@@ -143,8 +143,8 @@ def test_a_step_between_refreshes_reads_the_kept_keys_and_the_newest(shape, sett
     torch.testing.assert_close(role_call("reuse_between", inputs)()[:, :, 0], expected)
     dense = functional.scaled_dot_product_attention(inputs.q, k, v, enable_gqa=True)
     torch.testing.assert_close(role_call("layer0_between", inputs)(), dense)
-    assert role_work("reuse_between", case_of(shape, "decode", 2, 200, cycle), refresh=4).bytes == pytest.approx(
-        role_work("reuse", case_of(shape, "decode", 2, 200, cycle)).bytes * 43 / 40
+    assert role_work("reuse_between", workload_of(shape, "decode", 2, 200, cycle), refresh=4).bytes == pytest.approx(
+        role_work("reuse", workload_of(shape, "decode", 2, 200, cycle)).bytes * 43 / 40
     )
 
 

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from kascade_cli.benchmarking import baselines
 from kascade_cli.benchmarking.ops import run_ops
-from kascade_cli.benchmarking.roles import case_of, make_inputs
+from kascade_cli.benchmarking.roles import make_inputs, workload_of
 from kascade_cli.errors import KascadeError, UsageError
 
 OPS = {
@@ -61,7 +61,7 @@ def test_an_op_that_fails_keeps_the_others(shape, setting, monkeypatch):
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("name", ["sdpa", "own"])
 def test_baselines_compute_dense_attention(phase, name, shape, setting):
-    inputs = make_inputs(case_of(shape, phase, 2, 40, setting), setting)
+    inputs = make_inputs(workload_of(shape, phase, 2, 40, setting), setting)
     baseline = baselines.choose(name, setting.backend)[0]
     out = baseline.prepare(inputs.q, inputs.k, inputs.v, inputs.scale)()
     expected = functional.scaled_dot_product_attention(

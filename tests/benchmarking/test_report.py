@@ -31,11 +31,6 @@ def test_document_names_machine_versions_date_and_commit(result):
     assert json.loads(json.dumps(result)) == result
 
 
-def test_commit_can_be_given_where_there_is_no_history(monkeypatch):
-    monkeypatch.setenv("KASCADE_COMMIT", "abc123")
-    assert report.commit() == "abc123"
-
-
 def test_table_says_plainly_that_these_are_cpu_figures(result):
     text = io.StringIO()
     report.render(result, Console(file=text, width=120))

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
-from kascade_cli.benchmarking.work import Case, work_of
+from kascade_cli.benchmarking.work import Workload, work_of
 from kascade_cli.schema import Budget
 
 
 def make_case(phase="prefill", batch=2, context=100, heads=8, groups=2, size=16, element=2, **budget):
-    return Case(phase, batch, context, heads, groups, size, element, Budget(**{"min_keys": 8, "tile": 32} | budget))
+    return Workload(
+        phase, batch, context, heads, groups, size, element, Budget(**{"min_keys": 8, "tile": 32} | budget)
+    )
 
 
 def masks(case):
@@ -30,12 +32,12 @@ def test_pairs_are_those_of_the_masks(context):
 
 
 def test_dense_prefill_of_llama_at_128k_is_141_tflop():
-    case = Case("prefill", 1, 131072, 32, 8, 128, 2, Budget())
+    case = Workload("prefill", 1, 131072, 32, 8, 128, 2, Budget())
     assert work_of("prefill_dense", case).flops == pytest.approx(140.7e12, rel=1e-3)
 
 
 def test_dense_decode_of_llama_at_64_x_32k_moves_8_59_gb():
-    case = Case("decode", 64, 32768, 32, 8, 128, 2, Budget())
+    case = Workload("decode", 64, 32768, 32, 8, 128, 2, Budget())
     work = work_of("decode_dense", case)
     assert work.bytes == 64 * 32768 * 4096
     assert work.rates(2.0) == {"gb_s": pytest.approx(8.59e9 / 2e-3 / 1e9, rel=1e-3), "tflop_s": None}

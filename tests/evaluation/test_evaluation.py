@@ -64,6 +64,35 @@ def test_answers_of_a_hybrid_model(make_tiny_model):
         assert got == [generate_alone(model, context + question, 4) for question in questions]
 
 
+@pytest.mark.parametrize("rows", [1, 3, 5, 20])
+def test_the_bound_on_repeated_cache_is_kept(make_tiny_model, monkeypatch, rows):
+    """Never more rows at once than `max_bytes` has room for, whether few or many questions have one length."""
+    from kascade_cli.evaluation import answers
+
+    model = make_tiny_model("llama")  # 4 layers, 2 KV heads of 8, float64
+    shared, rest, length, new = 64, 6, 3, 4
+    row = 4 * 2 * 2 * 8 * 8 * (shared + rest + length + new)
+    ran, held, decode, take = [], [], answers._decode, answers._Repeated.take
+
+    def noted(model, cache, seen, chunk, steps):
+        ran.append(len(chunk))
+        return decode(model, cache, seen, chunk, steps)
+
+    def taken(self, rows):
+        held.append(sum(tensor.numel() * tensor.element_size() for pair in self.slots for tensor in pair))
+        return take(self, rows)
+
+    monkeypatch.setattr(answers, "_decode", noted)
+    monkeypatch.setattr(answers._Repeated, "take", taken)
+    questions = [ids_of(length, seed=i) for i in range(11)]
+    bound = rows * row + row // 2
+    with attach(model, strategy="oracle"):
+        greedy_answers(model, ids_of(shared + rest), questions, [new] * 11, tile=32, max_bytes=bound)
+    assert max(held) <= bound
+    full, left = divmod(11, rows)
+    assert ran == [rows] * full + [left] * (left > 0)
+
+
 def test_shared_tokens_end_on_a_tile_and_leave_a_chunk():
     for tile in (1, 4, 32):
         for context in range(0, 100):

@@ -82,6 +82,8 @@ def check_select(ops: Any, device: torch.device, widths: tuple[int, ...] = (1, 3
         noise = torch.rand(width, device=device, generator=generator)
         spike = torch.zeros(width, device=device)
         spike[width // 3] = 1.0
+        minus = torch.full((width,), -1 << 22, dtype=torch.int32, device=device).view(torch.float32)  # a NaN
+        odd = torch.where(noise > 0.998, minus, float("nan")), torch.full_like(noise, float("inf"))
         kinds = {
             "random": noise,
             "softmax": torch.softmax(torch.randn(width, device=device, generator=generator) * 4, 0),
@@ -91,6 +93,7 @@ def check_select(ops: Any, device: torch.device, widths: tuple[int, ...] = (1, 3
             "denormal": noise * 1e-40,
             "few values": (noise * 5).floor() / 4,
             "ascending": torch.arange(width, device=device) / width,
+            "nan and inf": torch.where(noise > 0.99, torch.where(noise > 0.995, *odd), noise),
         }
         scores = torch.stack(list(kinds.values()))
         for want in sorted({0, 1, 2, width // 10, width // 2, max(width - 1, 0), width, width + 5}):

@@ -38,7 +38,7 @@ def topk(cluster: int, staged: int, threads: int):
 
     @T.macro
     def convert(value, bits, slot, first, last):
-        """Scores to ordered integers, NaN of either sign above all; -1, below every score, for slots not of the row."""
+        """Scores to ordered integers, NaN of any sign highest; -1, below every score, for slots not of the row."""
         for e in T.unroll(VEC):
             bits[e] = T.if_then_else(
                 slot + e >= first and slot + e < last, T.reinterpret(value[e], "int32") & 0x7FFFFFFF, -1
@@ -303,7 +303,7 @@ def topk(cluster: int, staged: int, threads: int):
 def select_topk(scores: Tensor, count: Tensor, start: Tensor, length: Tensor, *, max_count: int) -> Tensor:
     """The `count` highest-scoring slots among [start, start + length), ascending; see `reference.select_topk`.
 
-    scores float32 [..., S], not negative; NaN ranks first; rows of one stride (they may be padded in memory); count, start,
+    scores float32 [..., S], not negative, NaN first, rows of one stride (they may be padded in memory); count, start,
     length int32, broadcastable to [...]. Returns int32 [..., max_count]; entries past the row's count are -1.
     Raises Unsupported for what the kernel does not take.
     """

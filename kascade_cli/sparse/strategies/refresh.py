@@ -35,8 +35,9 @@ class Refresh(Kascade):
         return Memory(self.refresh, self.profile.anchors)
 
     def reads(self, layer: int, phase: Phase) -> Iterable[int]:
-        # Between refreshes an anchor reads its own kept keys.
-        own = (layer,) if phase == "decode" and self.role(layer) == "anchor" else ()
+        # Between refreshes an anchor reads its own kept keys. The memory holds those of the dense layer like the
+        # others' (gathered from all processes), whether or not a layer reads them.
+        own = (layer,) if phase == "decode" and self.role(layer) in ("anchor", "dense") else ()
         return (*super().reads(layer, phase), *own)
 
     def begin(self, state: Pass) -> None:
