@@ -25,6 +25,8 @@ def select_topk(scores: Tensor, count: Tensor, start: Tensor, length: Tensor, *,
     inside = (slot >= start) & (slot < start + length)
     wanted = torch.minimum(count, inside.sum(-1, keepdim=True)).clamp_max(max_count)
     values = rows.masked_fill(~inside, float("-inf"))
+    if values.is_cuda:  # its sort puts NaN of negative sign last, for rows of more than 1024
+        values = values.masked_fill(values.isnan(), float("nan"))
     top = torch.topk(values, min(max_count, width), dim=-1).values  # NaN first
     threshold = top.gather(-1, (wanted - 1).clamp_min(0).long())
     above, equal = values > threshold, values == threshold
