@@ -163,6 +163,7 @@ def evaluate(
     kinds = [*sources[0], *(path.stem for path in sources[2])]
     targets = [parse_requirement(text, labels, kinds) for text in require or []]
 
+    told: list[str] = []  # shown once nothing is left to refuse
     loaded, tokenizer = load_model(
         model,
         dtype=dtype,
@@ -170,7 +171,7 @@ def evaluate(
         device_map=device_map,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        notify=note,
+        notify=told.append,
     )
     info = describe(loaded, model)
     asked_for = {"num_prompts": num_prompts, "questions": questions, "seed": seed, "chat": chat}
@@ -178,6 +179,8 @@ def evaluate(
     cases = {length or max(case.tokens for case in part): part for length, part in found}
     runs, maps = plan_runs(named, ratios, sets, capture, info, base, seed)
 
+    for line in told:
+        note(line)
     if any(run.strategy != "dense" for run in runs):
         compile_ahead(loaded, loaded_profile, backend=backend, progress=compiling)
     passes = sum(len(run.settings) for run in runs)

@@ -142,6 +142,7 @@ def generate(
         setting.check()
     if task is not None and task not in TASKS:
         raise UsageError(f"no task is called '{task}'; use {', '.join(TASKS)}")
+    told: list[str] = []  # shown once nothing is left to refuse
     loaded, tokenizer = load_model(
         model,
         dtype=dtype,
@@ -149,7 +150,7 @@ def generate(
         device_map=device_map,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        notify=note,
+        notify=told.append,
     )
     info = describe(loaded, model)
     expected = None
@@ -162,6 +163,8 @@ def generate(
     generation.check_room(info, len(ids), max_new_tokens)
 
     compile_ahead(loaded, loaded_profile, backend=backend, progress=compiling)
+    for line in told:
+        note(line)
     sampling = generation.Sampling(temperature, seed)
     if compare:
         for setting in settings:
