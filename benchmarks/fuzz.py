@@ -20,14 +20,12 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -275,15 +273,16 @@ def main() -> None:
     options.offenders.mkdir(parents=True, exist_ok=True)
     preload()
     began = time.monotonic()
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    from kascade_cli import provenance
+
     row: dict[str, Any] = {
         "benchmark": "fuzz",
-        "commit": git.stdout.strip(),
+        "commit": provenance.commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "seed": options.seed,
         "asked": {"captures": options.captures, "profiles": options.profiles, "minutes": options.minutes},
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("numpy", "scipy", "h5py", "pyyaml", "pydantic")},
+        "versions": provenance.versions(("numpy", "scipy", "h5py", "pyyaml", "pydantic")),
     }
     for kind, count in (("capture", options.captures), ("profile", options.profiles)):
         until = time.monotonic() + 60 * options.minutes
