@@ -58,7 +58,9 @@ def speed(axes: Any, result: dict[str, Any]) -> None:
     axes.set_xticks(range(len(contexts)), [f"{context // 1024}k" for context in contexts])
     axes.set(xlabel="context (bars: batch x context)", ylabel="times the best dense", ylim=(0, 7.4))
     axes.legend(fontsize=7, loc="upper right", frameon=False)
-    axes.set_title(f"Speed: attention of 32 layers, 10 % of the keys, {' '.join(result['gpu'].split()[:2])}", fontsize=10)
+    axes.set_title(
+        f"Speed: attention of 32 layers, 10 % of the keys, {' '.join(result['gpu'].split()[:2])}", fontsize=10
+    )
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ DEFAULT_PROMPTS = 16
 
 
 @dataclass(frozen=True)
-class Question:
+class EncodedQuestion:
     """`ids` follow the case's context; the answer is right when the words that follow are `answer`."""
 
     task: str
@@ -31,7 +31,7 @@ class Case:
     """One context (token ids, BOS included) and the questions about it: a cluster of the intervals."""
 
     context: list[int]
-    questions: list[Question]
+    questions: list[EncodedQuestion]
 
     @property
     def tokens(self) -> int:
@@ -44,7 +44,7 @@ class Case:
         return len(self.context) + max(len(question.ids) + question.answer_tokens for question in self.questions)
 
 
-def is_right(tokenizer: Any, tokens: Sequence[int], question: Question) -> bool:
+def is_right(tokenizer: Any, tokens: Sequence[int], question: EncodedQuestion) -> bool:
     """Whether the tokens written (as many as the answer has) read as the answer's words: all of them, in order."""
     text = tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return exact_match(text, question.answer)
@@ -101,7 +101,9 @@ def _built_in_case(
     asked = []
     for question in prompt.questions:
         answer = encode_more(tokenizer, question.answer)
-        asked.append(Question(question.task, encode_more(tokenizer, question.prompt), question.answer, len(answer)))
+        asked.append(
+            EncodedQuestion(question.task, encode_more(tokenizer, question.prompt), question.answer, len(answer))
+        )
     return Case(context, asked)
 
 
@@ -124,7 +126,7 @@ def file_cases(
         if (max_length and len(ids) > max_length) or (room and len(ids) + len(answer) > room):
             dropped += 1
             continue
-        cases.append(Case(ids[:-1], [Question(path.stem, ids[-1:], row["answer"], len(answer))]))
+        cases.append(Case(ids[:-1], [EncodedQuestion(path.stem, ids[-1:], row["answer"], len(answer))]))
     if not cases:
         # A prompt needs room for an answer too, but its own length is what the user can change.
         limit = min(bound for bound in (max_length, room) if bound) if dropped else None

@@ -29,7 +29,7 @@ HOPELESS = 0.25  # nats above the best so far: not measured on further prompts
 
 
 @dataclass
-class Measurement:
+class MeanKL:
     """Mean KL per phase over the prompts measured so far, and how many those are."""
 
     kl: dict[str, float] = field(default_factory=dict)
@@ -104,7 +104,7 @@ def measure_kl(
     backend: str = "auto",
     decode_tokens: int = DECODE_TOKENS,
     advance: Callable[[], None] | None = None,
-) -> list[Measurement]:
+) -> list[MeanKL]:
     """KL of every profile, in nats, averaged over positions, then prompts.
 
     prompts: token ids; answers: per prompt the positions whose next token is an answer (empty: the last
@@ -113,7 +113,7 @@ def measure_kl(
     called once per profile and prompt. Raises KascadeError if the dense model itself gives NaN, or a prompt
     is too short.
     """
-    results = [Measurement() for _ in profiles]
+    results = [MeanKL() for _ in profiles]
     for ids, marked in zip(prompts, answers, strict=True):
         positions = split_positions(len(ids), marked, phases, decode_tokens)
         best = min(result.score for result in results)

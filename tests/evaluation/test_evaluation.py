@@ -10,7 +10,7 @@ from kascade_cli import attach
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.evaluation.anchors import HeadMaps, parse_anchors, random_sets, with_anchors
 from kascade_cli.evaluation.answers import greedy_answers, shared_tokens
-from kascade_cli.evaluation.cases import Case, Question, built_in_cases, file_cases, split_sources
+from kascade_cli.evaluation.cases import Case, EncodedQuestion, built_in_cases, file_cases, split_sources
 from kascade_cli.evaluation.require import describe_verdict, parse_requirement
 from kascade_cli.evaluation.run import Outcome, Run, draws_interval, run_cases, summarise
 from kascade_cli.models import describe, load_model
@@ -215,7 +215,7 @@ def outcome_of(right, strategy="kascade", draws=False):
 
 
 def cases_of(tasks):
-    return [Case([1], [Question(task, [2], "v1", 1) for task in prompt]) for prompt in tasks]
+    return [Case([1], [EncodedQuestion(task, [2], "v1", 1) for task in prompt]) for prompt in tasks]
 
 
 def test_summary_has_the_intervals_of_the_questions():

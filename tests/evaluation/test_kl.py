@@ -89,7 +89,7 @@ def test_hybrid_models(make_tiny_model):
 
 
 def test_means_over_prompts():
-    result = verify.Measurement()
+    result = verify.MeanKL()
     for value in (1.0, 2.0, 6.0):
         result.add({"decode": value, "prefill": 2 * value})
     assert result.kl == {"decode": pytest.approx(3.0), "prefill": pytest.approx(6.0)}

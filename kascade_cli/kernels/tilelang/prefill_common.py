@@ -12,7 +12,7 @@ from kascade_cli.kernels.tilelang.arguments import DTYPES
 
 
 @dataclass(frozen=True)
-class Shape:
+class PrefillShape:
     """Sizes of a checked call; `group` is the query heads of a KV head, `dtype` the kernels' name of q's."""
 
     batch: int
@@ -27,7 +27,7 @@ class Shape:
 
 def check(
     op: str, q: Tensor, k: Tensor, v: Tensor | None, lengths: tuple[Tensor, Tensor, Tensor], tile: int | None = None
-) -> Shape:
+) -> PrefillShape:
     """Sizes of the call. lengths: query_start, kv_start, kv_len.
 
     Raises KascadeError, with one line, where the arguments contradict each other, and Unsupported where they make
@@ -60,7 +60,7 @@ def check(
         )
     if tile is not None and tile not in TILES:
         raise Unsupported(f"{op}: tile {tile} is not built; the kernels take {', '.join(map(str, TILES))}")
-    return Shape(batch, heads, queries, head_dim, kv_heads, slots, heads // kv_heads, DTYPES[q.dtype])
+    return PrefillShape(batch, heads, queries, head_dim, kv_heads, slots, heads // kv_heads, DTYPES[q.dtype])
 
 
 def require(
@@ -73,7 +73,7 @@ def require(
 
 
 def check_selection(
-    op: str, shape: Shape, tile: int, indices: Tensor, counts: Tensor, head_map: Tensor, device: torch.device
+    op: str, shape: PrefillShape, tile: int, indices: Tensor, counts: Tensor, head_map: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """(indices, counts) of a selection that fits the call, at least one entry wide; KascadeError where it does not."""
     if indices.dim() != 4 or indices.shape[0] != shape.batch or indices.shape[1] == 0:

@@ -14,7 +14,11 @@ class StreamingLLM(Strategy):
     The paper's tables give it 30 % of the keys: `streaming-llm:ratio=0.3`.
     """
 
-    name, summary, rank = "streaming-llm", "sink tokens and the most recent keys, as many as the budget, in every layer", 20
+    name, summary, rank = (
+        "streaming-llm",
+        "sink tokens and the most recent keys, as many as the budget, in every layer",
+        20,
+    )
     options = {"sinks": Option(whole_number(0), 4, "first tokens that are always read")}
 
     def begin(self, state: Pass) -> None:
