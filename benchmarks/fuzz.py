@@ -1,7 +1,7 @@
 """Damaged captures and profiles against `select-anchors`, `show` and `Profile.load`: nothing may crash, hang or lie.
 
     python benchmarks/fuzz.py                                    # 2,000 captures and 2,000 profiles
-    python benchmarks/fuzz.py --captures 60 --profiles 60 --seed 7 --offenders /tmp/offenders
+    python benchmarks/fuzz.py --captures 60 --profiles 60 --seed 7 --offenders offenders
 
 Every case is a process of its own with limits on time and memory, forked from one that has imported everything.
 Outcomes: `unmade` (the damage could not be done, no case); `unchanged` result; `refused` in one line; `told`

@@ -1,9 +1,5 @@
 """A model whose heads are split over two processes is captured as one process captures it."""
 
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,30 +11,7 @@ from kascade_cli.models import attention_modules, describe
 from kascade_cli.partition import Partition, partition_of
 from tests.capture.conftest import make_model
 from tests.capture.tensor_parallel import TILES, TOKENS, measure
-
-
-def run_processes(models, folder, world=2):
-    """{name: the results of `world` processes of tests.capture.tensor_parallel}."""
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    command = [sys.executable, "-m", "tests.capture.tensor_parallel", str(folder)]
-    processes = [
-        subprocess.Popen(
-            command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(world)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(errors)
-    return {name: [dict(np.load(folder / f"{name}.{rank}.npz")) for rank in range(world)] for name in models}
+from tests.processes import run_processes
 
 
 def test_two_processes_capture_what_one_does(tmp_path):
@@ -46,7 +19,7 @@ def test_two_processes_capture_what_one_does(tmp_path):
     models = {"qwen3": make_model("Qwen3", **changes), "granite": make_model("Granite")}
     for model in models.values():
         model.generation_config.eos_token_id = None
-    for name, results in run_processes(models, tmp_path).items():
+    for name, results in run_processes("tests.capture.tensor_parallel", models, tmp_path).items():
         expected = measure(models[name])
         for found in results:
             assert found.keys() == expected.keys()

@@ -1,12 +1,9 @@
 """A model whose heads are split over two processes computes what one process computes, under every strategy."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import numpy as np
 import pytest
+
+from tests.processes import run_processes
 
 from .tensor_parallel import SPECS, WORLD, measure
 
@@ -16,29 +13,8 @@ def split(make_tiny_model, tmp_path_factory):
     """[(model, per process what it found)], with one KV head in each process and with two."""
     folder = tmp_path_factory.mktemp("split")
     models = {str(heads): make_tiny_model("llama", heads=4, kv_heads=heads).float() for heads in (2, 4)}
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD)}
-    command = [sys.executable, "-m", "tests.integrations.transformers.tensor_parallel", str(folder)]
-    processes = [
-        subprocess.Popen(
-            command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        errors = [process.communicate(timeout=180)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(errors)
-    return [
-        (model, [dict(np.load(folder / f"{name}.{rank}.npz")) for rank in range(WORLD)])
-        for name, model in models.items()
-    ]
+    found = run_processes("tests.integrations.transformers.tensor_parallel", models, folder, WORLD)
+    return [(model, found[name]) for name, model in models.items()]
 
 
 def test_two_processes_compute_what_one_does(split):
