@@ -102,8 +102,12 @@ def test_a_plugin_brings_strategies(name, place, tmp_path):
     shown = run(*arguments, cwd=tmp_path)
     assert shown.returncode == 0
     assert "test-everything" in re.sub(r"\s+", "", shown.stdout)
+
+
+def test_a_plugin_s_strategy_evaluates(tmp_path):
+    (tmp_path / "my_plugin.py").write_text(PLUGIN)
     small = ["demo-small", "--strategies", "dense,test-everything", "--max-length", "256", "--num-prompts", "1"]
-    done = run("evaluate", *given, *small, "--questions", "1", "--json", cwd=tmp_path)
+    done = run("evaluate", "--plugin", "my_plugin", *small, "--questions", "1", "--json", cwd=tmp_path)
     rows = json.loads(done.stdout)["rows"]
     assert [row["strategy"] for row in rows] == ["dense", "test-everything"]
     assert rows[0]["scores"] == {
