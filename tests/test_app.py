@@ -93,8 +93,7 @@ class Everything(Strategy):
 """
 
 
-@pytest.mark.parametrize("name", ["my_plugin", "./my_plugin.py"])
-@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize(("name", "place"), [("my_plugin", "before"), ("./my_plugin.py", "after")])
 def test_a_plugin_brings_strategies(name, place, tmp_path):
     (tmp_path / "my_plugin.py").write_text(PLUGIN)
     given = ["--plugin", name]
