@@ -20,7 +20,7 @@ def check_device(device: str) -> str:
     return device
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo / demo-small.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file, or demo / demo-small.")]
 ProfileFile = Annotated[
     Path | None,
     typer.Option(
