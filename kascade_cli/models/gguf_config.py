@@ -18,7 +18,7 @@ _LOW, _HIGH, _LLAMA3_LENGTHS = 1.0, 4.0, (8192, 4096, 16384, 32768, 2048)
 
 
 def complete_config(config: Any, header: GgufHeader, name: str) -> Any:
-    """`config`, which transformers made from the header, with what it left out: the vocabulary's size, rope scaling.
+    """`config`, which transformers made from the header, with what it left out: the heads' size, rope scaling.
 
     Numbers that GGUF holds as float32 get the decimal that they were made from (1e-05, not 9.999999747378752e-06), so
     that a checkpoint and its unquantised GGUF are one model to the fingerprint. Raises KascadeError for a file that
@@ -31,6 +31,8 @@ def complete_config(config: Any, header: GgufHeader, name: str) -> Any:
         raise KascadeError(f"{name}: a mixture of experts as a 'llama' GGUF, which transformers cannot read")
     if not config.vocab_size:
         config.vocab_size = header.metadata.get("tokenizer.ggml.tokens", 0)
+    if (head_dim := header.get("attention.key_length")) and getattr(config, "head_dim", None):
+        config.head_dim = head_dim  # which transformers does not read for every family
     for key in _EPSILONS:
         if isinstance(value := getattr(config, key, None), float):
             setattr(config, key, _decimal(value))
