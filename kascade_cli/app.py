@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Generate text with sparse attention, or compare it with dense.",
     ),
     "evaluate": ("kascade_cli.commands.evaluate:evaluate", "Score strategies on long-context tasks."),
+    "lm-eval": (
+        "kascade_cli.commands.lm_eval:app",
+        "Run lm-evaluation-harness with the model kascade (RULER, LongBench ...).",
+    ),
     "bench": ("kascade_cli.commands.bench:bench", "Measure the attention kernels: ops, model, e2e."),
     "export": (
         "kascade_cli.commands.export:export",
