@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("kascade_cli.commands.evaluate:evaluate", "Score strategies on long-context tasks."),
     "lm-eval": (
         "kascade_cli.commands.lm_eval:app",
-        "Run lm-evaluation-harness with the model kascade (RULER, LongBench ...).",
+        "Run lm-evaluation-harness with a model under a strategy.",
     ),
     "bench": ("kascade_cli.commands.bench:bench", "Measure the attention kernels: ops, model, e2e."),
     "export": (
