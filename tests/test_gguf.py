@@ -125,6 +125,20 @@ def test_half_precision_files_keep_their_type(kind, tmp_path, byte_tokenizer):
     assert torch.equal(model.get_parameter("model.layers.1.self_attn.q_proj.weight"), expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(tmp_path, byte_tokenizer):
+    """bfloat16 there, under the fingerprint that float32 has on a CPU; a device map gives the same."""
+    path = write_gguf(tmp_path / "m.gguf", tiny("llama", byte_tokenizer), byte_tokenizer, kind="Q4_0")
+    said = []
+    model, _ = load_model(str(path), device="cuda", notify=said.append)
+    assert (model.dtype, model.device.type) == (torch.bfloat16, "cuda")
+    assert said[-1].endswith("MB on cuda:0, dequantised from Q4_0")
+    mark = fingerprint(load_model(str(path), device="cpu")[0])
+    assert fingerprint(model) == mark
+    placed, _ = load_model(str(path), device_map="auto")
+    assert (placed.dtype, fingerprint(placed)) == (torch.bfloat16, mark)
+
+
 def test_accelerate_places_its_layers(file, llama):
     model, _ = load_model(str(file), device_map="auto", dtype="float32")
     assert fingerprint(model) == fingerprint(llama)
