@@ -30,7 +30,10 @@ class Naive:
         self.read = self.visible = 0
 
     def count(self, visible):
-        return min(visible, max(self.min_keys, math.ceil(round(self.ratio * visible, 6))))
+        ratio = self.ratio
+        if isinstance(ratio, dict):  # by length
+            ratio = ratio[max((length for length in ratio if length <= visible), default=min(ratio))]
+        return min(visible, max(self.min_keys, math.ceil(round(ratio * visible, 6))))
 
     def top(self, scores, candidates, count):
         order = sorted(candidates, key=lambda j: (-float(scores[j]), j))
