@@ -366,8 +366,53 @@ def test_v1_means_what_it_meant_and_is_written_as_v1():
     [
         (Budget(), "10%"),
         (Budget(ratio=0.125), "12.5%"),
-        (Budget(ratios=TABLE), "30%, 15% from 4096, 10% from 16384"),
+        (Budget(ratios=TABLE), "30%, from 4096 keys 15%, from 16384 keys 10%"),
     ],
 )
 def test_a_budget_in_words(budget, text):
     assert budget.describe() == text
+
+
+def test_head_maps_that_are_not_measured(tmp_path):
+    profile = example(head_maps=None)
+    assert not profile.heads_measured
+    assert "- {role: reuse, anchor: 2}\n" in profile.dumps()
+    profile.save(tmp_path / "p.yaml")
+    assert Profile.load(tmp_path / "p.yaml") == profile
+    assert profile.anchors == [0, 2]
+    with pytest.raises(KascadeError, match="^layer 4 of the profile for x has no measured head map$"):
+        profile.head_map(4, "decode")
+    assert example().heads_measured
+
+
+def test_a_profile_without_a_fingerprint_is_for_a_geometry(tmp_path):
+    free = example(model=CARD.model_copy(update={"fingerprint": None}))
+    free.save(tmp_path / "p.yaml")
+    text = (tmp_path / "p.yaml").read_text()
+    assert "fingerprint" not in text
+    assert Profile.load(tmp_path / "p.yaml") == free
+    assert Profile.loads(text.replace("  name: x\n", "  name: x\n  fingerprint: null\n")).dumps() == text
+
+
+HEADS = ", heads: {decode: [0, 1], prefill: [1, 1]}"
+
+
+@pytest.mark.parametrize(
+    ("schema", "old", "new", "message"),
+    [
+        ("v2", HEADS, "", "line 13: layers.1: no `heads`, and layer 4 has them: either all reuse layers or none"),
+        ("v2", "anchor: 0, ", "", "line 13: layers.1: a reuse layer needs `anchor`"),
+        ("v2", HEADS, ", heads: {decode: [0, 1]}", "line 13: layers.1.heads.prefill: Field required"),
+        ("v1", HEADS, "", "line 13: layers.1: a reuse layer needs `anchor` and `heads` (or `schema: kascade/v2`)"),
+        ("v1", "  fingerprint: sha256:" + "a" * 64 + "\n", "", "line 3: model: a profile without `fingerprint`"),
+        ("v2", "sha256:a", "sha256:x", "line 5: model.fingerprint"),
+        ("v2", "fingerprint: sha256:" + "a" * 64, "fingerprint: ''", "line 5: model.fingerprint"),
+    ],
+)
+def test_half_of_what_v2_may_leave_out(schema, old, new, message):
+    text = example().dumps().replace("kascade/v2", f"kascade/{schema}")
+    assert old in text
+    with pytest.raises(KascadeError) as error:
+        Profile.loads(text.replace(old, new, 1), "p.yaml")
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1

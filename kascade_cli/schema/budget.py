@@ -87,6 +87,6 @@ class Budget(Strict):
         return max(self.count(end // step * step) for end in ends)
 
     def describe(self) -> str:
-        """`10%`, or `30%, 15% from 4096, 10% from 16384`."""
+        """`10%`, or `30%, from 4096 keys 15%, from 16384 keys 10%`."""
         first, *rest = (self.ratios or {0: self.ratio}).items()
-        return ", ".join([f"{100 * first[1]:g}%", *(f"{100 * ratio:g}% from {length}" for length, ratio in rest)])
+        return ", ".join([f"{100 * first[1]:g}%", *(f"from {length} keys {100 * r:g}%" for length, r in rest)])

@@ -10,10 +10,13 @@ HeadEntry = Index | tuple[Index, Index]  # anchor head, or (anchor layer, anchor
 
 
 class ModelCard(Strict):
-    """What a profile was made for. `fingerprint` identifies architecture and weights (models.fingerprint)."""
+    """What a profile was made for. `fingerprint` identifies architecture and weights (models.fingerprint).
+
+    Without one the profile is for every model of this geometry.
+    """
 
     name: str = Field(max_length=4096)
-    fingerprint: str = Field(pattern=r"^(v2-)?sha256:[0-9a-f]{64}$")
+    fingerprint: str | None = Field(None, pattern=r"^(v2-)?sha256:[0-9a-f]{64}$")
     layers: Count
     query_heads: Count
     kv_heads: Count
@@ -34,7 +37,10 @@ class Heads(Strict):
 
 
 class Layer(Strict):
-    """One decoder layer's role. `anchor` and `heads` belong to reuse layers only."""
+    """One decoder layer's role. `anchor` and `heads` belong to reuse layers only.
+
+    A reuse layer without `heads`: its head map has not been measured (Profile.heads_measured).
+    """
 
     role: Literal["dense", "anchor", "reuse", "passthrough"]
     anchor: Index | None = None
@@ -42,13 +48,13 @@ class Layer(Strict):
 
     @model_validator(mode="after")
     def _fields_fit_role(self):
-        if self.role == "reuse" and (self.anchor is None or self.heads is None):
-            raise ValueError("a reuse layer needs `anchor` and `heads`")
+        if self.role == "reuse" and self.anchor is None:
+            raise ValueError("a reuse layer needs `anchor`")
         if self.role != "reuse" and (self.anchor is not None or self.heads is not None):
             raise ValueError(f"`anchor` and `heads` belong to reuse layers, not to role {self.role}")
         return self
 
     def entries(self, phase: Phase) -> list[tuple[int, int]]:
-        """Per KV head, (anchor layer, anchor head). Only for reuse layers."""
+        """Per KV head, (anchor layer, anchor head). Only for reuse layers whose head map has been measured."""
         heads = getattr(self.heads, phase) if isinstance(self.heads, Heads) else self.heads
         return [entry if isinstance(entry, tuple) else (self.anchor, entry) for entry in heads]

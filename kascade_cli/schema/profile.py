@@ -40,6 +40,23 @@ class Profile(Strict):
     def _v1_holds_what_it_held(self):
         if self.schema_ == V1 and self.budget.ratios is not None:
             raise ValueError(f"budget.ratios: a table by context length needs `schema: {V2}`")
+        if self.schema_ == V1 and self.model.fingerprint is None:
+            raise ValueError(
+                f"model: a profile without `fingerprint`, for every model of a geometry, needs `schema: {V2}`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _all_head_maps_or_none(self):
+        reuse = {index: layer for index, layer in enumerate(self.layers) if layer.role == "reuse"}
+        missing = [index for index, layer in reuse.items() if layer.heads is None]
+        if missing and self.schema_ == V1:
+            raise ValueError(f"layers.{missing[0]}: a reuse layer needs `anchor` and `heads` (or `schema: {V2}`)")
+        if missing and len(missing) < len(reuse):
+            other = min(set(reuse) - set(missing))
+            raise ValueError(
+                f"layers.{missing[0]}: no `heads`, and layer {other} has them: either all reuse layers or none"
+            )
         return self
 
     @model_validator(mode="after")
@@ -62,7 +79,8 @@ class Profile(Strict):
                     raise ValueError(
                         f"layers.{index}.anchor: layer {layer.anchor} is not an anchor before layer {index}"
                     )
-                self._check_heads(index, layer, writers)
+                if layer.heads is not None:
+                    self._check_heads(index, layer, writers)
         if not writers:
             raise ValueError("layers: no layer is dense or an anchor")
         return self
@@ -89,8 +107,15 @@ class Profile(Strict):
         """Full-attention layers: all but the passthrough ones."""
         return [index for index, layer in enumerate(self.layers) if layer.role != "passthrough"]
 
+    @property
+    def heads_measured(self) -> bool:
+        """Whether reuse layers have head maps; without, all heads of an anchor share one key set (pooled)."""
+        return all(layer.heads is not None for layer in self.layers if layer.role == "reuse")
+
     def head_map(self, layer: int, phase: Phase) -> list[tuple[int, int]]:
-        """Per KV head of reuse layer `layer`: (anchor layer, anchor head)."""
+        """Per KV head of reuse layer `layer`: (anchor layer, anchor head). Raises KascadeError if not measured."""
+        if self.layers[layer].heads is None:
+            raise KascadeError(f"layer {layer} of the profile for {self.model.name} has no measured head map")
         return self.layers[layer].entries(phase)
 
     def dumps(self) -> str:
@@ -155,7 +180,7 @@ class Profile(Strict):
         model: ModelCard,
         anchors: Sequence[int],
         profiled_layers: Sequence[int],
-        head_maps: Mapping[int, Mapping[str, Sequence[Any]]],
+        head_maps: Mapping[int, Mapping[str, Sequence[Any]]] | None,
         budget: Budget | None = None,
         selection: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
@@ -163,8 +188,8 @@ class Profile(Strict):
         """Lays out every layer from the chosen anchors.
 
         `head_maps[layer][phase]` gives, for each KV head of a reuse layer, an anchor head (of the nearest anchor
-        before it) or a pair (anchor layer, anchor head). Layers outside `profiled_layers` pass through. Raises
-        KascadeError where that is no profile.
+        before it) or a pair (anchor layer, anchor head); None: they have not been measured. Layers outside
+        `profiled_layers` pass through. Raises KascadeError where that is no profile.
         """
         try:
             return cls._build(model, anchors, profiled_layers, head_maps, budget, selection, provenance)
@@ -177,7 +202,7 @@ class Profile(Strict):
         model: ModelCard,
         anchors: Sequence[int],
         profiled_layers: Sequence[int],
-        head_maps: Mapping[int, Mapping[str, Sequence[Any]]],
+        head_maps: Mapping[int, Mapping[str, Sequence[Any]]] | None,
         budget: Budget | None,
         selection: Mapping[str, Any] | None,
         provenance: Mapping[str, Any] | None,
@@ -193,8 +218,8 @@ class Profile(Strict):
                 layers.append(Layer(role="anchor"))
             else:
                 nearest = max((anchor for anchor in chosen if anchor < index), default=None)
-                maps = {phase: list(head_maps[index][phase]) for phase in PHASES}
-                layers.append(Layer(role="reuse", anchor=nearest, heads=Heads(**maps)))
+                heads = None if head_maps is None else Heads(**{p: list(head_maps[index][p]) for p in PHASES})
+                layers.append(Layer(role="reuse", anchor=nearest, heads=heads))
         return cls(
             schema=V2,
             algorithm="kascade",
