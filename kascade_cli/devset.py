@@ -18,7 +18,7 @@ import numpy as np
 from kascade_cli.documents import Document, open_documents, source_kind
 from kascade_cli.errors import KascadeError, UsageError, require_extra
 from kascade_cli.tasks.chat import encode_turns
-from kascade_cli.tasks.encoding import EncodedPrompt, check_words, encode_prompt, encode_text
+from kascade_cli.tasks.encoding import EncodedPrompt, check_words, encode_prompt, encode_text, predicting
 from kascade_cli.tasks.haystack import LAYOUTS
 from kascade_cli.tasks.questions import TASKS, make_prompt, member_tasks, prompt_rng
 
@@ -33,9 +33,9 @@ _MAX_TASK_TOKENS = 256 << 20  # of all prompts of a built-in task, which are bui
 class DevSet:
     """Token ids of `prompts`, at most `max_length` each.
 
-    sha256: of all token ids in order. answer_positions: per prompt, the token positions whose logits predict
-    an answer (built-in tasks; empty lists otherwise). too_short, duplicates: documents passed over for that
-    reason.
+    sha256: of all token ids in order. answers: per prompt, the half-open token spans of its answers, and questions:
+    those of its questions with their answers (tasks; empty lists otherwise). too_short, duplicates: documents passed
+    over for that reason.
     """
 
     name: str
@@ -43,13 +43,19 @@ class DevSet:
     prompts: list[list[int]]
     seed: int
     max_length: int
-    answer_positions: list[list[int]] = field(default_factory=list)
+    answers: list[list[tuple[int, int]]] = field(default_factory=list)
+    questions: list[list[tuple[int, int]]] = field(default_factory=list)
     too_short: int = 0
     duplicates: int = 0
 
     @property
     def tokens(self) -> int:
         return sum(map(len, self.prompts))
+
+    @property
+    def answer_positions(self) -> list[list[int]]:
+        """Per prompt, the token positions whose logits predict answer tokens, ascending."""
+        return [predicting(spans) for spans in self.answers]
 
     def notes(self) -> list[str]:
         """What a user should know about the choice, one line each."""
@@ -145,9 +151,9 @@ def _task_devset(source: str, tokenizer: Any, num_prompts: int, max_length: int,
         least = next(limit for limit in itertools.count(max_length + 1) if encode(limit) is not None)
         raise KascadeError(f"{max_length} tokens cannot hold the task {source!r}: take at least {least}")
     prompts = [prompt.ids for prompt in encoded]
-    positions = [prompt.answer_positions for prompt in encoded]
     name = f"{source}/held-out" if held_out else source
-    return DevSet(name, ids_sha256(*prompts), prompts, seed, max_length, positions)
+    spans = [prompt.answers for prompt in encoded], [prompt.questions for prompt in encoded]
+    return DevSet(name, ids_sha256(*prompts), prompts, seed, max_length, *spans)
 
 
 def _task_prompt(source: str, tokenizer: Any, limit: int, stream: tuple[int, str, int]) -> EncodedPrompt | None:
@@ -201,8 +207,8 @@ def _document_devset(
             reason = f"{usable} usable documents, and only every {HELD_OUT_EVERY}th is held out"
         raise KascadeError(f"no prompts left of {source}: {reason}")
     name = f"{source}/held-out" if held_out else source
-    empty: list[list[int]] = [[] for _ in prompts]
-    return DevSet(name, ids_sha256(*prompts), prompts, seed, max_length, empty, too_short, duplicates)
+    nothing: list[list[tuple[int, int]]] = [[] for _ in prompts]
+    return DevSet(name, ids_sha256(*prompts), prompts, seed, max_length, nothing, nothing, too_short, duplicates)
 
 
 def _encode(tokenizer: Any, document: Document, chat_template: bool | None) -> list[int]:
