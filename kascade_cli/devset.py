@@ -19,7 +19,7 @@ from kascade_cli.documents import Document, open_documents, source_kind
 from kascade_cli.errors import KascadeError, UsageError, require_extra
 from kascade_cli.tasks import natural
 from kascade_cli.tasks.chat import encode_turns
-from kascade_cli.tasks.encoding import EncodedPrompt, check_words, encode_prompt, encode_text, predicting
+from kascade_cli.tasks.encoding import EncodedPrompt, check_words, encode_prompt, encode_text, knows_words, predicting
 from kascade_cli.tasks.haystack import LAYOUTS
 from kascade_cli.tasks.questions import TASKS, make_prompt, member_tasks, prompt_rng
 
@@ -94,6 +94,11 @@ def check_source(source: str, text_field: str | None = None, chat_template: bool
         raise UsageError(f"{what} is plain text: leave --chat-template out")
 
 
+def default_devset(tokenizer: Any) -> str:
+    """`hops` for a tokenizer whose tokens are the words of the demo tasks, `mix` for all others."""
+    return "hops" if knows_words(tokenizer) else natural.MIX
+
+
 def load_devset(
     source: str,
     tokenizer: Any,
@@ -113,9 +118,9 @@ def load_devset(
     files, or a dataset id `org/name[:config]:split`. text_field: which field of a record (default: the first
     known one). chat_template: True wraps plain text into one user turn; False joins the messages of a chat;
     None uses the template for chats and for tasks in natural language. positions: how many tokens the model takes; a
-    built-in task, whose prompts are as long as asked for, is refused beyond that before it is built. haystack: file or
-    folder of texts for tasks in natural language (None: what every Python brings). Raises KascadeError or UsageError with
-    one line for anything unusable.
+    built-in task, whose prompts are as long as asked for, is refused beyond that before it is built. haystack: file
+    or folder of texts for tasks in natural language (None: what every Python brings). Raises KascadeError or
+    UsageError with one line for anything unusable.
     """
     if num_prompts < 1:
         raise UsageError(f"a dev set needs at least one prompt, got {num_prompts}")

@@ -127,7 +127,8 @@ def fit(
 ) -> Fitted:
     """The text of the task that takes at most `length` tokens by `count`, and nearly that many.
 
-    Where the questions do not fit, there are fewer. Raises KascadeError if not even the shortest fits, or the corpus is too short for the length.
+    Where the questions do not fit, there are fewer. Raises KascadeError if not even the shortest fits, or the corpus
+    is too short for the length.
     """
     size, best = min(_FIRST, int(length * _CHARACTERS_PER_TOKEN)), None
     low, high = 0, None  # sizes known to fit, and not to
