@@ -289,7 +289,7 @@ def _render(document: dict[str, Any]) -> None:
             scores = [row["scores"][task] for task in tasks] + ([row["mean"]] if len(tasks) > 1 else [])
             table.add_row(
                 row["strategy"],
-                "" if row["ratio"] is None else f"{row['ratio']:g}",
+                "" if row["ratio"] is None else f"{row['ratio']:g}{'*' if 'ratios' in row else ''}",
                 _density(row["density"]),
                 *(_cell(score) for score in scores),
             )
@@ -299,6 +299,8 @@ def _render(document: dict[str, Any]) -> None:
         "dense on the same questions\nkeys read: prefill / decode, in % of the keys visible",
         soft_wrap=True,
     )
+    if any("ratios" in row for row in document["rows"]):
+        out.print("* at the longest prompt: the profile's budget is a table by context length (kascade show)")
     randoms = [row for row in document["rows"] if "draws" in row]
     for row in randoms:
         out.print(
@@ -307,6 +309,9 @@ def _render(document: dict[str, Any]) -> None:
             f"{min(row['draws']):.1f} to {max(row['draws']):.1f}",
             soft_wrap=True,
         )
+    pooled = [row["strategy"] for row in document["rows"] if "head_maps" in row]
+    if pooled:
+        note(f"note: head maps not measured: {', '.join(dict.fromkeys(pooled))} ran pooled, one key set for all heads")
     full = [row for row in document["rows"] if row["ratio"] is not None and row["density"]["all"] == 1.0]
     for row in full:
         note(

@@ -199,6 +199,8 @@ def generate(
         _figures(len(ids), expected, runs[0][1])
     _note_unknown(tokenizer, ids)
     for _, run in runs:
+        if "head_maps" in run.report:
+            note(f"note: head maps not measured: {run.report['strategy']} ran pooled, one key set for all heads")
         _note_density(run.report, len(ids))
 
 
@@ -251,11 +253,14 @@ def _note_unknown(tokenizer: Any, ids: list[int]) -> None:
 
 def _note_density(report: dict[str, Any], prompt_tokens: int) -> None:
     """Says plainly when a sparse strategy had nothing to leave out."""
+    from kascade_cli.schema import Budget
+
     if report["strategy"] != "dense" and report["density"] == 1.0:
-        budget = report["budget"]
+        budget = Budget(**report["budget"])
         note(
             f"note: {report['strategy']} read every key: the prompt of {prompt_tokens} tokens is too short for a "
-            f"budget of {budget['ratio']:g} with at least {budget['min_keys']} keys, so this was dense attention"
+            f"budget of {budget.ratio_at(prompt_tokens):g} with at least {budget.min_keys} keys, so this was dense "
+            "attention"
         )
 
 

@@ -12,6 +12,7 @@ from kascade_cli.errors import KascadeError
 from kascade_cli.evaluation.answers import greedy_answers
 from kascade_cli.evaluation.cases import Case, score_question
 from kascade_cli.integrations.transformers import attach_setting
+from kascade_cli.schema import Budget
 from kascade_cli.sparse import Setting
 from kascade_cli.sparse.strategy import strategy_class
 from kascade_cli.tasks import Interval, cluster_interval, paired_interval
@@ -47,6 +48,7 @@ class Outcome:
     backend: str
     seconds: float
     fallbacks: dict[str, str] = field(default_factory=dict)
+    head_maps: str | None = None  # what is to say of them
 
     @property
     def values(self) -> np.ndarray:
@@ -91,6 +93,7 @@ def run_cases(
         report["backend"],
         time.perf_counter() - began,
         report["fallbacks"],
+        report.get("head_maps"),
     )
 
 
@@ -176,10 +179,10 @@ def summarise(outcome: Outcome, cases: Sequence[Case], baseline: Outcome | None)
     weights = np.ones_like(weights) if even else weights
     reference = baseline.values * weights if baseline else None
     overall = _score(outcome, outcome.right * weights, reference, clusters, plain=even)
-    run = outcome.run
+    run, budget = outcome.run, Budget(**outcome.budget)
     row = {
         "strategy": run.label,
-        "ratio": None if run.strategy == "dense" else outcome.budget["ratio"],
+        "ratio": None if run.strategy == "dense" else budget.ratio_at(max(case.tokens for case in cases)),
         "min_keys": None if run.strategy == "dense" else outcome.budget["min_keys"],
         "density": {key: round(value, 4) for key, value in outcome.density.items()},
         "scores": scores,
@@ -187,6 +190,10 @@ def summarise(outcome: Outcome, cases: Sequence[Case], baseline: Outcome | None)
         "seconds": round(outcome.seconds, 2),
         "backend": outcome.backend,
     }
+    if budget.ratios is not None and run.strategy != "dense":
+        row["ratios"] = budget.ratios  # `ratio` is that of the longest prompt
+    if outcome.head_maps is not None:
+        row["head_maps"] = outcome.head_maps
     if run.needs_profile:
         anchors = [setting.profile.anchors for setting in run.settings]
         row["anchors"] = anchors if run.draws else anchors[0]
