@@ -14,8 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kascade_cli.analysis import cost as costs
-from kascade_cli.analysis import record, selection, stability
-from kascade_cli.analysis.selection import Candidate, Choice, Row
+from kascade_cli.analysis import problem as problems
+from kascade_cli.analysis import record, rules, selection, stability
+from kascade_cli.analysis import rows as tables
+from kascade_cli.analysis.candidates import Candidate, propose
+from kascade_cli.analysis.rows import Row
+from kascade_cli.analysis.rules import Choice
 from kascade_cli.analysis.similarity import Measured
 from kascade_cli.errors import UsageError
 from kascade_cli.schema import PHASES, Budget, ModelCard, Profile
@@ -39,10 +43,10 @@ class Settings:
     min_recovered: float | None = None
     target_speedup: float | None = None
     max_anchors: int | None = None
-    kl_tolerance: float = selection.KL_TOLERANCE
+    kl_tolerance: float = rules.KL_TOLERANCE
 
     def __post_init__(self) -> None:
-        selection.check_rules(self.anchors, self.min_recovered, self.target_speedup)
+        rules.check_rules(self.anchors, self.min_recovered, self.target_speedup)
         if not (math.isfinite(self.kl_tolerance) and self.kl_tolerance >= 0):
             raise UsageError(f"--kl-tolerance {self.kl_tolerance} must be a number, 0 or more")
         if isinstance(self.anchors, tuple):
@@ -108,13 +112,13 @@ class Search:
     ) -> None:
         self.measured, self.settings = measured, settings or Settings()
         self.cost, self.context = cost or costs.published(), context
-        self.problem = selection.make_problem(measured, self.settings.phase)
+        self.problem = problems.make_problem(measured, self.settings.phase)
         self.limit = self.settings.limit(self.problem.layers)
         asked = self.settings.anchors
         self.given = selection.positions(asked, self.problem.layers) if isinstance(asked, tuple) else None
         weights, assignment = self.settings.weights, self.settings.assignment
         sets = selection.search_sets(self.problem, weights, self.limit, assignment)
-        self.rows = [selection.make_row(self.problem, found, assignment, self.cost, context) for found in sets]
+        self.rows = [tables.make_row(self.problem, found, assignment, self.cost, context) for found in sets]
         self.nearest: list[float] | None = None
         if assignment == "free":
             nearest = selection.search_sets(self.problem, weights, self.limit, "nearest")
@@ -122,20 +126,20 @@ class Search:
 
     def row(self, anchors: tuple[int, ...]) -> Row:
         """The row of any set of positions, its objective under the settings' weights and assignment."""
-        found = selection.any_set(self.problem, anchors, self.settings.weights, self.settings.assignment)
-        return selection.make_row(self.problem, found, self.settings.assignment, self.cost, self.context)
+        found = tables.any_set(self.problem, anchors, self.settings.weights, self.settings.assignment)
+        return tables.make_row(self.problem, found, self.settings.assignment, self.cost, self.context)
 
     def candidates(self, count: int) -> list[Candidate]:
         """Sets to measure: the `count` best under both weightings, of every size or the rule's; or the given one."""
         assignment = self.settings.assignment
         if self.given is not None:
             objectives = {
-                name: selection.any_set(self.problem, self.given, name, assignment).objective
+                name: tables.any_set(self.problem, self.given, name, assignment).objective
                 for name in self.problem.weights
             }
             return [Candidate(self.given, objectives)]
         sizes = [self._by_rule().row.size] if self.settings.has_rule else range(1, self.limit + 1)
-        return selection.candidates(self.problem, sizes, count, assignment)
+        return propose(self.problem, sizes, count, assignment)
 
     def decide(self, candidates: Sequence[Candidate] = (), verified: dict[str, Any] | None = None) -> Decision:
         """Applies the rule, or with measured `candidates` their KL within what the rule leaves open.
@@ -150,7 +154,7 @@ class Search:
             choice = Choice(by_rule.row, by_rule.rule, f"{by_rule.why}; their measured KL is {score:.4f} nats")
         else:
             size = by_rule.row.size if by_rule else None
-            best, why = selection.decide(candidates, size, self.settings.kl_tolerance)
+            best, why = rules.decide(candidates, size, self.settings.kl_tolerance)
             row = self.row(best.anchors)
             choice = (
                 Choice(row, by_rule.rule, f"{by_rule.why}; of these {why}") if by_rule else Choice(row, "verify", why)
@@ -161,7 +165,7 @@ class Search:
         if self.given is not None:
             return Choice(self.row(self.given), "anchors", "these anchors were asked for")
         options = self.settings
-        return selection.choose(
+        return rules.choose(
             self.rows,
             anchors=options.anchors,
             min_recovered=options.min_recovered,

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from kascade_cli import provenance
-from kascade_cli.analysis.selection import recovered_dict
+from kascade_cli.analysis.rows import recovered_dict
 from kascade_cli.capture.store import parts_folder
 from kascade_cli.errors import KascadeError
 from kascade_cli.schema import Budget, ModelCard
 
 if TYPE_CHECKING:
+    from kascade_cli.analysis.candidates import Candidate
     from kascade_cli.analysis.cost import CostTable
     from kascade_cli.analysis.decision import Decision
-    from kascade_cli.analysis.selection import Candidate, Problem, Row
+    from kascade_cli.analysis.problem import Problem
+    from kascade_cli.analysis.rows import Row
     from kascade_cli.analysis.similarity import Measured
     from kascade_cli.analysis.stability import Stability
 

@@ -16,8 +16,8 @@ from kascade_cli.provenance import portable_name
 from kascade_cli.schema import Budget
 
 if TYPE_CHECKING:
+    from kascade_cli.analysis.candidates import Candidate
     from kascade_cli.analysis.decision import Search
-    from kascade_cli.analysis.selection import Candidate
 
 _HELD_OUT = "/held-out"  # what the twin of a dev set adds to its name
 
