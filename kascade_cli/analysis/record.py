@@ -94,6 +94,7 @@ def candidate_document(problem: "Problem", entry: "Candidate") -> dict[str, Any]
         "objectives": {name: number(value) for name, value in entry.objectives.items()},
         "kl": {phase: number(value) for phase, value in entry.kl.items()},
         "kl_mean": number(entry.score),
+        "answers": {"asked": entry.asked, "given": entry.given, "kept": entry.kept},
         "prompts": entry.prompts,
     }
 
@@ -129,8 +130,8 @@ def selection_document(
         "rule": choice.rule,
         "why": choice.why,
     }
-    if problem.notes:
-        document["notes"] = problem.notes
+    if notes := [*problem.notes, *decision.notes]:
+        document["notes"] = notes
     if decision.stable:
         document["stability"] = stability_document(problem, decision.stable)
     if verified := verify_document(problem, decision):

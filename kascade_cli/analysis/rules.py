@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kascade_cli.analysis.candidates import Candidate
 from kascade_cli.analysis.rows import Row
 from kascade_cli.analysis.similarity import PHASES
 from kascade_cli.errors import TargetMissed, UsageError
 
 DEFAULT_RECOVERED = 0.98
-KL_TOLERANCE = 0.02  # nats
 
 
 @dataclass(frozen=True)
@@ -92,22 +90,3 @@ def _fast_enough(rows: Sequence[Row], target: float, phase: str) -> Choice:
     row = max(enough, key=lambda row: row.size)
     why = f"the most anchors whose predicted {phase} speed-up is {target:g}x or more ({row.speedup[phase]:.2f}x)"
     return Choice(row, "target-speedup", why)
-
-
-def decide(measured: Sequence[Candidate], size: int | None, tolerance: float = KL_TOLERANCE) -> tuple[Candidate, str]:
-    """The measured best of `size` anchors; without a size, the fewest anchors whose best set is within
-    `tolerance` nats of the best of all. Ties go to fewer anchors, then to the lexicographically smallest
-    set."""
-
-    def key(entry: Candidate) -> tuple:
-        return entry.score, len(entry.anchors), entry.anchors
-
-    if size is not None:
-        best = min((entry for entry in measured if len(entry.anchors) == size), key=key)
-        return best, f"the lowest measured KL of the candidates with {size} anchors ({best.score:.4f} nats)"
-    overall = min(measured, key=key)
-    close = [entry for entry in measured if entry.score <= overall.score + tolerance]
-    fewest = min(len(entry.anchors) for entry in close)
-    best = min((entry for entry in close if len(entry.anchors) == fewest), key=key)
-    reason = f"the fewest anchors with a measured KL within {tolerance:g} nats of the best"
-    return best, f"{reason} ({best.score:.4f}; the best is {overall.score:.4f} with {len(overall.anchors)} anchors)"

@@ -9,8 +9,11 @@ from kascade_cli.errors import UsageError
 
 
 def default_max_anchors(layers: int) -> int:
-    """Half of the layers, rounded up, at least 2 where there are 2."""
-    return min(layers, max(2, (layers + 1) // 2))
+    """A quarter of the layers rounded up, at least 4, never more than half of them (2 where there are 2).
+
+    Beyond a quarter there is little left to win: the paper takes 5 of 32, and verifying costs runs for every size.
+    """
+    return min(layers, max(4, -(-layers // 4)), max(2, (layers + 1) // 2))
 
 
 def search_sets(problem: Problem, weights: str, max_anchors: int, assignment: str, size: int | None = None) -> list:
