@@ -74,6 +74,13 @@ def check_words(tokenizer: Any) -> None:
     raise KascadeError("this tokenizer joins the words of the built-in tasks: use other texts")
 
 
+def knows_words(tokenizer: Any) -> bool:
+    """Whether the words of the demo tasks are one token each, as for the models that were trained on them."""
+    text = " ".join(TASK_WORDS)
+    ids = encode_more(tokenizer, text)
+    return len(ids) == len(TASK_WORDS) and _round_trips(tokenizer, ids, text)
+
+
 def encode_prompt(prompt: Prompt, tokenizer: Any) -> EncodedPrompt:
     """Token ids and answer spans. Encoded piece by piece, so that every span is exact for any tokenizer."""
     ids = encode_text(tokenizer, prompt.haystack)
