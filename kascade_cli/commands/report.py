@@ -64,5 +64,6 @@ def report(
     text = page(sources, measured, title=title)
     atomic_write(output, text, overwrite=overwrite)
     say(
-        f"wrote {output}: {format_bytes(len(text.encode()))}, {text.count('<section')} sections from {len(sources)} files"
+        f"wrote {output}: {format_bytes(len(text.encode()))}, {text.count('<section')} sections "
+        f"from {len(sources)} files"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kascade_cli.report.files import Kind, Source, short
-from kascade_cli.report.markup import Safe, code, join, tag
+from kascade_cli.report.markup import Safe, code, command, join, tag
 
 if TYPE_CHECKING:
     from kascade_cli.analysis.similarity import Measured
@@ -46,7 +46,7 @@ def caption(source: Source, *sentences: Any, unit: str = "") -> Safe:
     weights = Safe("")
     if source.model:
         weights = join([" Weights: ", source.model, " (", short(source.fingerprint) or "no fingerprint", ")."])
-    origin = join(["From ", code(source.name), "; made by ", code(source.command or "?"), ".", weights])
+    origin = join(["From ", code(source.name), "; made by ", command(source.command), ".", weights])
     return join([join(sentences, " "), f" {unit}" if unit else "", tag("span", origin, class_="from")])
 
 
@@ -56,7 +56,7 @@ def points(score: dict[str, Any]) -> str:
 
 
 def difference(score: dict[str, Any]) -> str:
-    return f"{score['score']:+.1f} ±{reach(score):.1f}"
+    return f"{score['score']:+.1f} ±{reach(score):.1f}".replace("-", "−")
 
 
 def reach(score: dict[str, Any]) -> float:

@@ -54,6 +54,12 @@ def short(fingerprint: str | None) -> str:
     return f"{head}:{digits[:12]}" if head else digits[:12]
 
 
+def day(when: Any) -> str:
+    """`2026-01-02` of a time; any other text as it is."""
+    text = str(when or "")
+    return text[:10] if text[10:11] == "T" else text
+
+
 @contextlib.contextmanager
 def trusted(source: Source) -> Iterator[None]:
     """Turns what a damaged document does to code that reads it into one line."""
@@ -118,7 +124,7 @@ def _profile(path: Path) -> Source:
     card, origin = profile.model, profile.provenance
     shape = {name: getattr(card, name) for name in ("layers", "query_heads", "kv_heads")}
     command = f"kascade select-anchors {origin.get('capture', 'CAPTURE')} -o {path.name}"
-    made = ", ".join(str(origin[name]) for name in ("tool", "created") if origin.get(name))
+    made = ", ".join(part for part in (str(origin.get("tool") or ""), day(origin.get("created"))) if part)
     return Source(
         "profile", path, profile, card.name, getattr(card, "fingerprint", None), shape, command, made
     )  # fmt: skip
@@ -162,12 +168,12 @@ def _bench(path: Path, found: dict[str, Any]) -> Source:
     command = "python benchmarks/gpu_suite.py" if suite else f"kascade bench {settings.get('command', '')}".strip()
     versions = found.get("versions") or {}
     named = [f"{name} {versions[name]}" for name in ("torch", "tilelang") if name in versions]
-    made = ", ".join(str(part) for part in (found.get("date"), found.get("device"), *named) if part)
+    made = ", ".join(str(part) for part in (day(found.get("date")), found.get("device"), *named) if part)
     return Source("bench", path, found, command=command, made=made)
 
 
 def _sweep(path: Path, found: dict[str, Any]) -> Source:
-    made = ", ".join(str(found[name]) for name in ("tool", "date") if found.get(name))
+    made = ", ".join(part for part in (str(found.get("tool") or ""), day(found.get("date"))) if part)
     return Source(
         "sweep", path, found, str(found["model"]), str(found["fingerprint"]), {}, str(found["command"]), made
     )
@@ -179,12 +185,13 @@ def _evaluation(path: Path, found: dict[str, Any]) -> Source:
     ratios = ",".join(dict.fromkeys(f"{row['ratio']:g}" for row in rows if row.get("ratio") is not None))
     profile = f" --profile {found['profile']}" if found.get("profile") else ""
     command = (
-        f"kascade evaluate {found['model']}{profile} --strategies {strategies}" + (f" --ratio {ratios}" if ratios else "")
+        f"kascade evaluate {found['model']}{profile} --strategies {strategies}"
+        + (f" --ratio {ratios}" if ratios else "")
         + f" --task {','.join(map(str, found['tasks']))} --seed {found.get('seed', 0)} --json"
     )  # fmt: skip
     command = str(found.get("command") or command)
     where = found.get("gpu") or found.get("device")
-    made = ", ".join(str(part) for part in (found.get("date"), found.get("dtype"), where) if part)
+    made = ", ".join(str(part) for part in (day(found.get("date")), found.get("dtype"), where) if part)
     name = portable_name(str(found["model"]))
     return Source("evaluation", path, found, name, str(found["fingerprint"]), {}, command, made)
 

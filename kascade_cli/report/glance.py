@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kascade_cli.report.content import Content, reach
+from kascade_cli.report.content import Content, difference
 from kascade_cli.report.files import Source, trusted
 from kascade_cli.report.markup import Safe, tag
 
@@ -30,14 +30,14 @@ def _profile(source: Source) -> list[tuple[str, str, str]]:
     anchors, layers = profile.anchors, profile.attention_layers
     named = " ".join(map(str, anchors))
     found = [
-        ("layers that choose keys", f"{len(anchors)} of {len(layers)}", f"layers {named}" if len(named) < 30 else ""),
+        ("anchor layers", f"{len(anchors)} of {len(layers)}", named if len(named) < 30 else ""),
         ("keys read", f"{100 * profile.budget.ratio:.4g} %", f"at least {profile.budget.min_keys}"),
     ]
     verify = profile.selection.get("verify")
     candidates = verify.get("candidates") if isinstance(verify, dict) else None
     for entry in candidates if isinstance(candidates, list) else []:
         if isinstance(entry, dict) and entry.get("anchors") == anchors and isinstance(entry.get("kl_mean"), float):
-            found.append(("KL to dense", f"{entry['kl_mean']:.2g} nats", "on held-out prompts"))
+            found.append(("KL to dense, nats", f"{entry['kl_mean']:.2g}", "on held-out prompts"))
     return found
 
 
@@ -50,9 +50,7 @@ def _answers(source: Source) -> list[tuple[str, str, str]]:
         return []
     row: dict[str, Any] = min(mine, key=lambda row: abs((row.get("ratio") or 0) - 0.1))
     versus = row["mean"].get("vs_dense")
-    note = (
-        f"{versus['score']:+.1f} ±{reach(versus):.1f} to dense, {length:,} tokens" if versus else f"{length:,} tokens"
-    )
+    note = f"{difference(versus)} to dense, {length:,} tokens" if versus else f"{length:,} tokens"
     read = f"{100 * row['density']['all']:.3g} % of the keys"
     return [("kascade answers", f"{row['mean']['score']:.1f}", f"of 100; {note}; reads {read}")]
 

@@ -69,8 +69,9 @@ def _ticks(
     """Names at the edge, as many as have room."""
     across = max(1, math.ceil(8.0 * max(len(str(name)) for name in columns) / cell_w))
     down = max(1, math.ceil(13 / cell_h))
+    below = f"{bottom + 15:.1f}"
     parts = [
-        f'<text class="tick middle" x="{left + (c + 0.5) * cell_w:.1f}" y="{bottom + 15:.1f}">{text(columns[c])}</text>'
+        f'<text class="tick middle" x="{left + (c + 0.5) * cell_w:.1f}" y="{below}">{text(columns[c])}</text>'
         for c in range(0, len(columns), across)
     ]
     parts += [
@@ -82,9 +83,9 @@ def _ticks(
 
 def _colour_scale(left: float, top: float, width: float, low: float, high: float) -> list[str]:
     steps = 40
+    size = f'y="{top:.1f}" width="{width / steps + 0.3:.2f}" height="9"'
     parts = [
-        f'<rect class="cell" x="{left + width * n / steps:.2f}" y="{top:.1f}" width="{width / steps + 0.3:.2f}" height="9" '
-        f'fill="{viridis((n + 0.5) / steps)}"/>'
+        f'<rect class="cell" x="{left + width * n / steps:.2f}" {size} fill="{viridis((n + 0.5) / steps)}"/>'
         for n in range(steps)
     ]
     for value in linear_ticks(low, high, 5):

@@ -38,7 +38,19 @@ def code(value: Any) -> Safe:
     return tag("code", value)
 
 
-def table(columns: Sequence[Any], rows: Iterable[Sequence[Any]], *, caption: Any = None, left: int = 1) -> Safe:
+def command(line: str) -> Safe:
+    """A command line that breaks between its words, not within an option."""
+    return tag("code", join((tag("span", word) for word in line.split()), " ")) if line else Safe("–")
+
+
+def table(
+    columns: Sequence[Any],
+    rows: Iterable[Sequence[Any]],
+    *,
+    caption: Any = None,
+    left: int = 1,
+    class_: str | None = None,
+) -> Safe:
     """A table that scrolls sideways where it is too wide. The first `left` columns are names, the others numbers.
 
     A row that is a `Safe` is taken as it is (`<tr>...</tr>`).
@@ -57,7 +69,7 @@ def table(columns: Sequence[Any], rows: Iterable[Sequence[Any]], *, caption: Any
         )
         body.append(tag("tr", first, rest))
     title = tag("caption", caption) if caption else Safe("")
-    inside = tag("table", title, tag("thead", tag("tr", head)), tag("tbody", *body))
+    inside = tag("table", title, tag("thead", tag("tr", head)), tag("tbody", *body), class_=class_)
     return tag("div", inside, class_="scroll", tabindex="0", role="region", aria_label="table")
 
 
@@ -70,15 +82,17 @@ def figure(picture: Any, caption: Any, *, id_: str | None = None, more: Any = Sa
     return tag("figure", tag("div", picture, class_="panels"), tag("figcaption", caption), more, id_=id_)
 
 
-def legend(entries: Iterable[tuple[str, Any, str]]) -> Safe:
-    """(series class, label, marker) swatches, in the markers' shapes."""
+def legend(entries: Iterable[tuple[str, Any, str]], *, line: bool = False) -> Safe:
+    """(series class, label, marker) swatches, in the markers' shapes; with `line` on a stroke."""
     from kascade_cli.report.svg import marker
 
     items = []
+    stroke = '<line class="line" x1="1" y1="6" x2="25" y2="6"/>' if line else ""
+    width = 26 if line else 14
     for series, label, shape in entries:
         swatch = Safe(
-            f'<svg class="swatch" width="26" height="12" viewBox="0 0 26 12" aria-hidden="true">'
-            f'<g class="{series}"><line class="line" x1="1" y1="6" x2="25" y2="6"/>{marker(shape, 13, 6)}</g></svg>'
+            f'<svg class="swatch" width="{width}" height="12" viewBox="0 0 {width} 12" aria-hidden="true">'
+            f'<g class="{series}">{stroke}{marker(shape, width / 2, 6, 5)}</g></svg>'
         )
         items.append(tag("li", swatch, label))
     return tag("ul", *items, class_="legend")

@@ -16,6 +16,9 @@ from kascade_cli.report.markup import Safe, code, join, tag
 from kascade_cli.report.sections import BUILDERS
 from kascade_cli.report.style import style_sheet
 
+# A browser then fetches nothing, whatever the files hold.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
 
 def load_all(paths: Sequence[Path]) -> list[Source]:
     """Every file once, all of one model. Raises KascadeError or UsageError."""
@@ -53,21 +56,23 @@ def page(sources: Sequence[Source], measured: dict[Path, Any], *, title: str | N
 def _document(content: Content, sections: Sequence[Section], title: str | None) -> str:
     named = next((source for source in content.sources if source.model), None)
     heading = title or (f"Kascade on {named.model}" if named else "Kascade: measurements")
-    subject = join(["Sparse attention report", *([" · weights ", code(short(named.fingerprint))] if named else [])])
+    subject = ["Sparse attention report"]
+    if shape := next((source.shape for source in content.sources if source.shape), None):
+        subject.append(f"{shape['layers']} layers, {shape['query_heads']} query and {shape['kv_heads']} KV heads")
+    if named and named.fingerprint:
+        subject.append(join(["weights ", code(short(named.fingerprint))]))
     contents = join(tag("li", tag("a", section.title, href=f"#{section.id}")) for section in sections)
     head = join(
         [
             Safe('<meta charset="utf-8">'),
             Safe('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-            Safe(
-                "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-            ),
+            Safe(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
             tag("title", heading),
             tag("style", Safe(style_sheet())),
         ]
     )
     top = tag(
-        "header", tag("p", subject, class_="kicker"), tag("h1", heading), tiles(content),
+        "header", tag("p", join(subject, " · "), class_="kicker"), tag("h1", heading), tiles(content),
         tag("nav", tag("ol", contents), aria_label="Contents"),
     )  # fmt: skip
     body = tag("main", *(tag("section", tag("h2", part.title), part.body, id_=part.id) for part in sections))

@@ -44,9 +44,10 @@ section{border-top:1px solid var(--line);margin-top:36px;padding-top:24px}
 a{color:var(--link)}
 code{font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:var(--panel);
 padding:1px 4px;border-radius:4px;overflow-wrap:anywhere}
+code span{display:inline-block;max-width:100%}
 nav ol{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:18px 0 0;padding:0;font-size:14px}
 nav a{text-decoration:none}nav a:hover{text-decoration:underline}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:12px;margin:20px 0 4px;padding:0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(148px,1fr));gap:12px;margin:20px 0 4px;padding:0}
 .tiles div{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:11px 14px}
 .tiles dt{color:var(--muted);font-size:12.5px;line-height:1.35}
 .tiles dd{margin:2px 0 0;font-size:21px;font-weight:650;line-height:1.3;font-variant-numeric:tabular-nums}
@@ -61,19 +62,23 @@ figcaption b{color:var(--ink);font-weight:600}
 .wide{width:100%;overflow-x:auto}
 .wide svg.plot{min-width:560px;width:100%;height:auto;display:block}
 .legend{display:flex;flex-wrap:wrap;gap:2px 18px;list-style:none;margin:0;padding:0;font-size:13px;line-height:1.7}
-.swatch{width:26px;height:12px;vertical-align:-1px;margin-right:6px}
+.swatch{height:12px;vertical-align:-1px;margin-right:6px}
 .box{display:inline-block;width:14px;height:12px;border-radius:2px;vertical-align:-1px;margin-right:6px}
 .scroll{overflow-x:auto;margin:10px 0;outline-offset:2px}
 table{border-collapse:collapse;font-size:13.5px;line-height:1.4;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--muted);padding:0 0 6px;font-size:13px}
 th,td{padding:5px 12px 5px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
-thead th{color:var(--muted);font-weight:600;border-bottom:1px solid var(--line);vertical-align:bottom}
+thead th{color:var(--muted);font-weight:600;border-bottom:1px solid var(--line);vertical-align:bottom;
+white-space:normal;min-width:3.2em}
 th.name,td.name{text-align:left}
 tbody th{font-weight:500}
 tr.chosen th,tr.chosen td{font-weight:650}
 tr.paper th,tr.paper td{color:var(--muted)}
 .facts th{color:var(--muted);font-weight:500;vertical-align:top}
 .facts td{white-space:normal;text-align:left;overflow-wrap:anywhere}
+.files td{white-space:normal}.files th.name,.files td:nth-child(2){white-space:nowrap}
+.files th,.files td{vertical-align:top}
+.files td:nth-child(3),.files td:nth-child(4){min-width:13em}.files td:nth-child(5){min-width:22em}
 .small{color:var(--muted);font-size:12.5px}
 details{margin-top:8px;font-size:13.5px}
 summary{cursor:pointer;color:var(--link)}
@@ -89,6 +94,7 @@ svg .grid{stroke:var(--grid);stroke-width:1}
 svg .axis{fill:none;stroke:var(--line);stroke-width:1}
 svg .line{fill:none;stroke:var(--c);stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
 svg .dashed{stroke-width:1.5;stroke-dasharray:5 4}
+.ink{--c:var(--ink)}
 svg .reach{fill:none;stroke:var(--c);stroke-width:1.2;opacity:.75}
 svg .mark{fill:var(--c);stroke:var(--bg);stroke-width:1}
 svg .bar{fill:var(--c)}

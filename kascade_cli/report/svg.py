@@ -64,8 +64,8 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
 def label_of(value: float) -> str:
     """A tick's number; tiny ones as powers of ten."""
     if value and abs(value) < 1e-3:
-        power = round(math.log10(abs(value)))
-        return f"{value / 10**power:g}e{power}" if abs(value / 10**power - 1) > 0.01 else f"1e{power}"
+        power = math.floor(math.log10(abs(value)) + 1e-9)
+        return f"{value / 10.0**power:.2g}e{power}"
     return f"{value:,.10g}"
 
 
@@ -85,11 +85,13 @@ class Plot:
         width: int = WIDTH,
         height: int = HEIGHT,
         left: int = 58,
+        x_grid: bool = True,
     ) -> None:
         self.x, self.y, self.width, self.height, self.left = x, y, width, height, left
         self.top, self.right, self.bottom = (30 if heading else 12), width - 14, height - 44
         x.pixels, y.pixels = (left, self.right), (self.bottom, self.top)
         self.parts: list[str] = []
+        self.x_grid = x_grid
         if heading:
             self.parts.append(f'<text class="heading" x="{left}" y="16">{text(heading)}</text>')
         self._axes(x_label, y_label, x_format, y_format)
@@ -97,17 +99,17 @@ class Plot:
     def _axes(self, x_label: str, y_label: str, x_format: Any, y_format: Any) -> None:
         for value in self.y.ticks():
             at = f"{self.y(value):.1f}"
-            self.parts.append(f'<line class="grid" x1="{self.left}" y1="{at}" x2="{self.right}" y2="{at}"/>')
-            self.parts.append(
-                f'<text class="tick end" x="{self.left - 7}" y="{at}" dy="4">{text(y_format(value))}</text>'
-            )
+            self.parts.append(f'<path class="grid" d="M{self.left} {at}H{self.right}"/>')
+            name = text(y_format(value))
+            self.parts.append(f'<text class="tick end" x="{self.left - 7}" y="{at}" dy="4">{name}</text>')
         last = -math.inf
         for value in self.x.ticks(8):
             at, label = self.x(value), x_format(value)
             if at - last < 7.2 * len(label) + 4:
                 continue  # it would touch the one before
             last = at
-            self.parts.append(f'<line class="grid" x1="{at:.1f}" y1="{self.top}" x2="{at:.1f}" y2="{self.bottom}"/>')
+            if self.x_grid:
+                self.parts.append(f'<path class="grid" d="M{at:.1f} {self.top}V{self.bottom}"/>')
             self.parts.append(f'<text class="tick middle" x="{at:.1f}" y="{self.bottom + 17}">{text(label)}</text>')
         middle, height = (self.left + self.right) / 2, (self.top + self.bottom) / 2
         self.parts.append(f'<path class="axis" d="M{self.left} {self.top}V{self.bottom}H{self.right}"/>')
@@ -126,9 +128,7 @@ class Plot:
     def level(self, value: float, series: str) -> None:
         """A dashed line from edge to edge."""
         at = f"{self.y(value):.1f}"
-        self.parts.append(
-            f'<g class="{series}"><line class="line dashed" x1="{self.left}" y1="{at}" x2="{self.right}" y2="{at}"/></g>'
-        )
+        self.parts.append(f'<g class="{series}"><path class="line dashed" d="M{self.left} {at}H{self.right}"/></g>')
 
     def line(self, points: Iterable[Point], series: str, dashed: bool = False) -> None:
         places = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
@@ -136,17 +136,19 @@ class Plot:
             style = "line dashed" if dashed else "line"
             self.parts.append(f'<g class="{series}"><polyline class="{style}" points="{places}"/></g>')
 
-    def reach(self, x: float, low: float, high: float, series: str) -> None:
-        """An interval: a vertical stroke with feet."""
-        at, bottom, top = self.x(x), self.y(low), self.y(high)
+    def reach(self, x: float, low: float, high: float, series: str, shift: float = 0) -> None:
+        """An interval: a vertical stroke with feet, `shift` pixels to the right."""
+        at, bottom, top = self.x(x) + shift, self.y(low), self.y(high)
         self.parts.append(
             f'<g class="{series}"><path class="reach" d="M{at:.1f} {bottom:.1f}V{top:.1f}'
             f'M{at - 3:.1f} {bottom:.1f}h6M{at - 3:.1f} {top:.1f}h6"/></g>'
         )
 
-    def dot(self, x: float, y: float, series: str, shape: str = "circle", size: float = 4, said: str = "") -> None:
+    def dot(
+        self, x: float, y: float, series: str, shape: str = "circle", size: float = 4, said: str = "", shift: float = 0
+    ) -> None:
         title = f"<title>{text(said)}</title>" if said else ""
-        mark = marker(shape, self.x(x), self.y(y), size)
+        mark = marker(shape, self.x(x) + shift, self.y(y), size)
         self.parts.append(f'<g class="{series}">{title}{mark}</g>')
 
     def bar(self, x: float, width: float, y: float, series: str, said: str = "") -> None:
@@ -180,7 +182,9 @@ def picture(parts: Iterable[str], width: float, height: float, title: str, descr
 def marker(shape: str, x: float, y: float, size: float = 4) -> str:
     """A filled mark around (x, y)."""
     if shape == "square":
-        return f'<rect class="mark" x="{x - size * 0.9:.1f}" y="{y - size * 0.9:.1f}" width="{size * 1.8:.1f}" height="{size * 1.8:.1f}"/>'
+        half = size * 0.9
+        place = f'x="{x - half:.1f}" y="{y - half:.1f}"'
+        return f'<rect class="mark" {place} width="{2 * half:.1f}" height="{2 * half:.1f}"/>'
     corners = {
         "triangle": ((0, -1.2), (1.1, 0.8), (-1.1, 0.8)),
         "diamond": ((0, -1.35), (1.35, 0), (0, 1.35), (-1.35, 0)),

@@ -44,6 +44,11 @@ def panels(
     return pictures
 
 
+def _beside(label: str, found: dict[str, list[Row]]) -> float:
+    """Pixels by which a curve's marks stand beside their place, so that strokes do not cover each other."""
+    return 5.0 * (list(found).index(label) - (len(found) - 1) / 2)
+
+
 def _x(values: Sequence[float]) -> Scale:
     log = len(values) > 1 and min(values) > 0
     if log:
@@ -58,7 +63,7 @@ def _score(name, values, found, looks, dense, x_label, x_format, heading) -> Saf
         _x(values),
         Scale(max(0.0, 10 * int(low / 10 - 0.3)), 102.0, ticks=None),
         x_label=x_label,
-        y_label="answers kept, points of 100",
+        y_label="right answers, points of 100",
         x_format=x_format,
         heading=f"Score{heading}",
     )
@@ -67,11 +72,13 @@ def _score(name, values, found, looks, dense, x_label, x_format, heading) -> Saf
         plot.level(dense["mean"]["score"], "dense")
     for label, group in found.items():
         series, shape = looks[label]
+        beside = _beside(label, found)
         plot.line([(row[name], row["mean"]["score"]) for row in group], series)
         for row in group:
             score = row["mean"]
-            plot.reach(row[name], score["low"], score["high"], series)
-            plot.dot(row[name], score["score"], series, shape, said=f"{label}, {x_format(row[name])}: {points(score)}")
+            said = f"{label}, {x_format(row[name])}: {points(score)}"
+            plot.reach(row[name], score["low"], score["high"], series, beside)
+            plot.dot(row[name], score["score"], series, shape, said=said, shift=beside)
     described = "; ".join(
         f"{label} from {group[0]['mean']['score']} to {group[-1]['mean']['score']}" for label, group in found.items()
     )
@@ -94,12 +101,13 @@ def _kl(name, values, found, looks, x_label, x_format, heading) -> Safe:
     )
     for label, group in have.items():
         series, shape = looks[label]
+        beside = _beside(label, have)
         plot.line([(row[name], max(row["kl"]["mean"], plot.y.low)) for row in group], series)
         for row in group:
             kl = row["kl"]
-            plot.reach(row[name], max(kl["low"], plot.y.low), max(kl["high"], plot.y.low), series)
+            plot.reach(row[name], max(kl["low"], plot.y.low), max(kl["high"], plot.y.low), series, beside)
             said = f"{label}, {x_format(row[name])}: {kl['mean']:.4g} nats"
-            plot.dot(row[name], max(kl["mean"], plot.y.low), series, shape, said=said)
+            plot.dot(row[name], max(kl["mean"], plot.y.low), series, shape, said=said, shift=beside)
     described = "; ".join(
         f"{label} from {group[0]['kl']['mean']:.3g} to {group[-1]['kl']['mean']:.3g}"
         for label, group in have.items()
@@ -141,5 +149,6 @@ def asked(source: Source) -> str:
     kl = f" KL at {row['kl']['positions']} answer tokens of {row['kl']['prompts']} prompts." if row.get("kl") else ""
     return (
         f"{mean['questions']} questions about {mean['prompts']} prompts of {settings['length']} tokens "
-        f"({', '.join(map(str, document['tasks']))}), at least {settings['min_keys']} keys; strokes: 95 % intervals.{kl}"
+        f"({', '.join(map(str, document['tasks']))}), at least {settings['min_keys']} keys; "
+        f"strokes: 95 % intervals.{kl}"
     )

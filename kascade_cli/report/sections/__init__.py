@@ -14,9 +14,8 @@ from kascade_cli.report.sections import (
     top_mass,
 )
 
-# In the order of the page: what runs and what it gives first, then why.
+# In the order of the page: what it gives, why, how fast, and where the numbers come from.
 BUILDERS = (
-    model.build,
     strategies.build,
     roles.build,
     pareto.build,
@@ -27,4 +26,5 @@ BUILDERS = (
     pooling.build,
     remap.build,
     latency.build,
+    model.build,
 )

@@ -37,6 +37,7 @@ def _figure(source: Source, measured: "Measured", anchors: list[int]) -> Safe:
         x_format=lambda place: str(layers[int(place)]),
         width=920,
         height=260,
+        x_grid=False,
     )
     width = min(28.0, 0.66 * (plot.right - plot.left) / count)
     for place, layer in enumerate(layers):

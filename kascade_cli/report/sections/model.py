@@ -2,7 +2,7 @@
 
 from kascade_cli.report.content import Content, Section
 from kascade_cli.report.files import Source
-from kascade_cli.report.markup import Safe, code, join, table, tag
+from kascade_cli.report.markup import Safe, code, command, join, table, tag
 
 _KIND = {
     "capture": "capture",
@@ -17,14 +17,14 @@ def build(content: Content) -> Section:
     known = [source for source in content.sources if source.model is not None]
     parts = [_facts(known)] if known else []
     rows = [
-        [code(source.name), _KIND[source.kind], _about(source), source.made or "–", code(source.command or "–")]
+        [code(source.name), _KIND[source.kind], _about(source), source.made or "–", command(source.command)]
         for source in content.sources
     ]
     parts.append(tag("h3", "Files"))
-    parts.append(table(["file", "kind", "what", "made", "command"], rows, left=5))
+    parts.append(table(["file", "kind", "what", "made", "command"], rows, left=5, class_="files"))
     note = "Commands of captures, profiles and evaluations are put together from what the files record."
     parts.append(tag("p", note, class_="small"))
-    return Section("model", "Model and provenance", join(parts))
+    return Section("model", "Model, files and commands", join(parts))
 
 
 def _facts(known: list[Source]) -> Safe:

@@ -35,7 +35,7 @@ def _figure(source: Source) -> Safe:
         pictures += sweeps.panels(source, "ratio", by_ratio, looks, x_label=label, x_format=percent)
     if by_keys:
         pictures += sweeps.panels(source, "keys", by_keys, looks, x_label="k, number of keys, log scale")
-    key = legend((look, label, shape) for label, (look, shape) in looks.items())
+    key = legend(((look, label, shape) for label, (look, shape) in looks.items()), line=True)
     said = caption(source, tag("b", "Answers and KL to dense against the number of keys."), sweeps.asked(source))
     more = sweeps.numbers(
         source,

@@ -44,13 +44,11 @@ def _mean(entry: dict[str, Any]) -> float | None:
 
 
 def kept_share(entry: dict[str, Any]) -> float | None:
-    """Answers kept in points of 100, however they were written: a share, or counts of kept and asked."""
-    value = entry.get("kept")
-    if isinstance(value, dict):
-        named = {name: value.get(name) for name in ("share", "mean", "kept", "right", "of", "asked", "questions")}
-        total = next((named[name] for name in ("of", "asked", "questions") if named[name]), None)
-        count = next((named[name] for name in ("kept", "right") if named[name] is not None), None)
-        value = count / total if total and count is not None else named["share"] or named["mean"]
+    """Of the answers that dense gives, those that the set gives too, in points of 100; None where none was counted."""
+    value, answers = entry.get("kept"), entry.get("answers")
+    if isinstance(answers, dict):
+        total = answers.get("given")
+        value = answers.get("kept") / total if total else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return 100.0 * value if value <= 1 else float(value)
@@ -91,7 +89,7 @@ def _panel(entries: list[dict[str, Any]], chosen: Any, looks: dict[str, tuple[st
     sizes = sorted({len(entry["anchors"]) for entry in entries})
     values = [_value(entry, what) for entry in entries]
     if what == "kl":
-        y = Scale(min(values) / 1.6, max(values) * 1.8, log=True)
+        y = Scale(min(values) / 4, max(values) * 1.8, log=True)
         y_label, heading = "KL to dense, nats, log scale", "KL to dense"
     else:
         y = Scale(max(0.0, min(values) - 8), 103.0)
@@ -102,15 +100,19 @@ def _panel(entries: list[dict[str, Any]], chosen: Any, looks: dict[str, tuple[st
         heading=heading, x_format=lambda size: f"{size:g}", width=560 if wide else 460, height=330 if wide else 290,
     )  # fmt: skip
     pick = min if what == "kl" else max
-    best = [(size, pick(_value(e, what) for e in entries if len(e["anchors"]) == size)) for size in sizes]
-    plot.line(best, "dense", dashed=True)
     most = max(entry.get("prompts") or 0 for entry in entries)
     ordered = sorted(entries, key=lambda entry: entry["anchors"] == chosen)
     beside = {label: 0.0 if len(looks) == 1 else 0.16 * (n - (len(looks) - 1) / 2) for n, label in enumerate(looks)}
+
+    def place(entry: dict[str, Any]) -> tuple[float, float]:
+        return len(entry["anchors"]) + beside[proposed_by(entry)], _value(entry, what)
+
+    best = [pick((e for e in entries if len(e["anchors"]) == size), key=lambda e: _value(e, what)) for size in sizes]
+    plot.line(map(place, best), "dense", dashed=True)
     for entry in ordered:
         series, shape = looks[proposed_by(entry)]
         named = " ".join(map(str, entry["anchors"]))
-        x, value = len(entry["anchors"]) + beside[proposed_by(entry)], _value(entry, what)
+        x, value = place(entry)
         short = (entry.get("prompts") or 0) < most
         plot.dot(x, value, series, shape, 2.8 if short else 4.6, said=f"{named}: {number(value)}")
         if entry["anchors"] == chosen:
@@ -123,10 +125,9 @@ def _panel(entries: list[dict[str, Any]], chosen: Any, looks: dict[str, tuple[st
 
 
 def _name_chosen(plot: Plot, x: float, value: float, words: str) -> None:
-    """Beside the ring, on the side with more room, below it."""
-    right = plot.x(x) < (plot.left + plot.right) / 2
-    below = plot.y(value) + 26 < plot.bottom
-    plot.say(x, value, words, dx=-6 if right else 6, dy=24 if below else -15, anchor="start" if right else "end")
+    """Below the ring and to its left, where the best of each number leave room; to the right of it at the edge."""
+    room = plot.x(x) - plot.left > 6.3 * len(words)
+    plot.say(x, value, words, dx=4 if room else -4, dy=25, anchor="end" if room else "start")
 
 
 def _value(entry: dict[str, Any], what: str) -> float:

@@ -34,7 +34,7 @@ def _figure(source: Source) -> Safe:
         pictures += sweeps.panels(
             source, "tile", found, looks, x_label="queries of a tile, log scale", heading=heading
         )
-    key = legend((look, label, shape) for label, (look, shape) in looks.items())
+    key = legend(((look, label, shape) for label, (look, shape) in looks.items()), line=True)
     said = caption(source, tag("b", "Answers and KL to dense against the tile size."), sweeps.asked(source))
     more = sweeps.numbers(
         source,

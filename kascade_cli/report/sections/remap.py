@@ -39,7 +39,7 @@ def _figure(source: Source) -> Safe:
         pictures += sweeps.panels(
             source, "ratio", found, looks, x_label="ratio of keys, log scale", x_format=percent, heading=heading
         )
-    key = legend((look, _MEANING.get(label, label), shape) for label, (look, shape) in looks.items())
+    key = legend(((look, _MEANING.get(label, label), shape) for label, (look, shape) in looks.items()), line=True)
     said = caption(source, tag("b", "Answers and KL to dense against the ratio of keys."), sweeps.asked(source))
     more = sweeps.numbers(
         source,

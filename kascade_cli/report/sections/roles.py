@@ -35,42 +35,27 @@ def build(content: Content) -> Section | None:
 def _budget(profile: "Profile") -> Safe:
     budget, selection = profile.budget, profile.selection
     anchors, full = profile.anchors, profile.attention_layers
+    lengths = ratio_rows(budget)
+    share = "a share by length (table)" if lengths else f"{100 * budget.ratio:.4g} %"
     sentence = (
         f"{len(anchors)} of {len(full)} layers choose keys (layers {', '.join(map(str, anchors))}). A query reads "
-        f"{100 * budget.ratio:.4g} % of the keys that it sees, at least {budget.min_keys}, chosen for tiles of "
-        f"{budget.tile} queries in prefill."
+        f"{share} of the keys that it sees, at least {budget.min_keys}, chosen for tiles of {budget.tile} queries in "
+        "prefill."
     )
     parts = [tag("p", sentence)]
     if selection.get("why"):
         parts.append(tag("p", "Why these anchors: ", str(selection["why"]), ".", class_="lead"))
-    if rows := ratio_rows(budget):
-        heading = "Ratio by length: the smallest that kept the answers"
-        parts.append(table(["tokens", "ratio", "keys read at that length"], rows, caption=heading))
+    if lengths:
+        names = ["keys visible, from", "ratio", "keys read there"]
+        parts.append(table(names, lengths, caption="Ratio by length; below the first length its ratio holds too"))
     return join(parts)
 
 
 def ratio_rows(budget: Any) -> list[list[Any]]:
-    """(length, ratio, keys) of a budget that depends on the length, however the table is written; else nothing."""
+    """(length, ratio, keys read) of a budget with a table of lengths; nothing where one ratio serves all."""
     found = getattr(budget, "ratios", None)
-    if not found:
-        return []
-    pairs: list[tuple[Any, Any]] = []
-    if isinstance(found, Mapping):
-        pairs = list(found.items())
-    else:
-        for entry in found:
-            if not isinstance(entry, Mapping):
-                entry = entry.model_dump() if hasattr(entry, "model_dump") else entry
-            if isinstance(entry, Mapping):
-                length = next((v for k, v in entry.items() if k != "ratio"), None)
-                pairs.append((length, entry.get("ratio")))
-            else:
-                pairs.append((entry[0], entry[1]))
-    rows = []
-    for length, ratio in sorted(pairs, key=lambda pair: float(pair[0])):
-        keys = max(budget.min_keys, round(float(ratio) * float(length)))
-        rows.append([f"{int(length):,}", f"{100 * float(ratio):.4g} %", f"{min(int(length), keys):,}"])
-    return rows
+    pairs = sorted(found.items()) if isinstance(found, Mapping) else []
+    return [[f"{length:,}", f"{100 * ratio:.4g} %", f"{budget.count(length):,}"] for length, ratio in pairs]
 
 
 def _figure(source: Source) -> Safe:
@@ -106,8 +91,10 @@ def _stability(profile: "Profile") -> str:
 def _draw(profile: "Profile") -> Safe:
     groups, count = profile.model.kv_heads, len(profile.layers)
     cell = 26 if groups <= 8 else 20 if groups <= 16 else 12
-    starts = {"decode": _MAPS, "prefill": _MAPS + groups * cell + 34}
-    parts = [f'<text class="label" x="6" y="16">layer</text><text class="label" x="44" y="16">role</text>']
+    unmeasured = any(layer.role == "reuse" and layer.heads is None for layer in profile.layers)
+    block = max(groups * cell + 34, 210 if unmeasured else 150)
+    starts = {"decode": _MAPS, "prefill": _MAPS + block}
+    parts = ['<text class="label" x="6" y="16">layer</text><text class="label" x="44" y="16">role</text>']
     for phase, start in starts.items():
         parts.append(f'<text class="heading" x="{start}" y="16">{phase} head map</text>')
         every = 1 if cell > 18 else 4
@@ -124,10 +111,15 @@ def _draw(profile: "Profile") -> Safe:
             f'<rect class="{_ROLE[layer.role]}" x="44" y="{top + 1}" width="84" height="{_ROW - 2}" rx="3"/>'
             f'<text class="note middle {ink}" x="86" y="{top + 13.5}">{text(layer.role)}</text>'
         )
-        if layer.role == "reuse" and cells:
+        if layer.role == "reuse" and layer.heads is None:
+            for start in starts.values():
+                parts.append(
+                    f'<text class="note" x="{start + 2}" y="{top + 13.5}">pooled: one set for all heads</text>'
+                )
+        elif layer.role == "reuse" and cells:
             for phase, start in starts.items():
                 parts += _cells(profile.head_map(index, phase), layer.anchor, index, start, top, cell)
-    width = starts["prefill"] + groups * cell + 12
+    width = starts["prefill"] + block
     anchors = ", ".join(map(str, profile.anchors))
     return picture(
         parts, max(width, 560), _TOP + count * _ROW + 8, "The profile's layers, roles and head maps",
@@ -141,7 +133,7 @@ def _lines(profile: "Profile") -> list[str]:
     for index, layer in enumerate(profile.layers):
         if layer.role == "reuse":
             for phase in ("decode", "prefill"):
-                for anchor, _ in profile.head_map(index, phase):
+                for anchor in {anchor for anchor, _ in _entries(profile, index, phase)} or {layer.anchor}:
                     readers.setdefault(anchor, set()).add(index)
     several_read = any(
         len([anchor for anchor, who in readers.items() if index in who]) > 1 for index in range(len(profile.layers))
@@ -154,6 +146,11 @@ def _lines(profile: "Profile") -> list[str]:
         last = _TOP + max(who) * _ROW + _ROW / 2
         parts.append(f'<path class="arc" d="M128 {middle}H{x}V{last}{feet}"/>')
     return parts
+
+
+def _entries(profile: "Profile", layer: int, phase: Any) -> list[tuple[int, int]]:
+    """A reuse layer's head map; nothing where it has not been measured."""
+    return [] if profile.layers[layer].heads is None else profile.head_map(layer, phase)
 
 
 def _cells(
@@ -183,7 +180,7 @@ def _table(profile: "Profile") -> Safe:
         if layer.role == "reuse":
             maps = [
                 " ".join(f"{head}" if anchor == layer.anchor else f"{anchor}:{head}" for anchor, head in entries)
-                for entries in (profile.head_map(index, "decode"), profile.head_map(index, "prefill"))
+                for entries in (_entries(profile, index, "decode"), _entries(profile, index, "prefill"))
             ]
         rows.append([index, layer.role, "" if layer.anchor is None else layer.anchor, *maps])
     return table(["layer", "role", "reads", "decode heads", "prefill heads"], rows, left=5)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from kascade_cli.report.colours import series
-from kascade_cli.report.content import Content, Section, caption, difference, points, reach, several
+from kascade_cli.report.content import Content, Section, caption, difference, points, several
 from kascade_cli.report.files import Source, trusted
 from kascade_cli.report.markup import Safe, figure, join, legend, number, table, tag
 from kascade_cli.report.svg import Plot, Scale
@@ -78,9 +78,11 @@ def _cut(name: str) -> str:
 
 
 def _read(rows: list[Row], looks: dict[str, tuple[str, str]]) -> Safe:
+    least = min(100 * row["density"]["all"] for row in rows) / 1.4
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if tick > least]
     plot = Plot(
-        Scale(0, 105, ticks=(0, 20, 40, 60, 80, 100)), Scale(0, 104, ticks=(0, 20, 40, 60, 80, 100)),
-        x_label="keys read, % of those visible", y_label="right answers, points of 100",
+        Scale(max(0.01, least), 118, log=True, ticks=ticks), Scale(0, 104, ticks=(0, 20, 40, 60, 80, 100)),
+        x_label="keys read, % of those visible, log scale", y_label="right answers, points of 100",
         heading="Answers against keys read", height=320,
     )  # fmt: skip
     for label, (look, shape) in looks.items():
@@ -117,6 +119,3 @@ def _table(source: Source, rows: list[Row], ratios: list[float]) -> Safe:
             label = f"{label} ({len(row['draws'])} draws)"
         body.append([label, *cells])
     return table(names, body, caption="95 % intervals: ± the farther limit; − dense: on the same questions")
-
-
-__all__ = ["build", "name_of", "reach"]
