@@ -32,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "evaluate": ("kascade_cli.commands.evaluate:evaluate", "Score strategies on long-context tasks."),
     "bench": ("kascade_cli.commands.bench:bench", "Measure the attention kernels: ops, model, e2e."),
+    "sweep": ("kascade_cli.commands.sweep:sweep", "Measure figures 2, 5 and 6 of the paper: oracle, pooling, remap."),
+    "report": ("kascade_cli.commands.report:report", "Write one HTML page of captures, profiles and measurements."),
     "export": (
         "kascade_cli.commands.export:export",
         "Write a profile in the vocabulary of a serving engine.",

@@ -38,8 +38,8 @@ def test_json(run_kascade, profile, small):
     ):
         for question in case.questions:
             ids = torch.tensor([case.context + question.ids])
-            written = model.generate(ids, max_new_tokens=question.answer_tokens, do_sample=False)[0, ids.shape[1] :]
-            right.append(tokenizer.decode(written).split() == question.answer.split())
+            written = model.generate(ids, max_new_tokens=question.new_tokens, do_sample=False)[0, ids.shape[1] :]
+            right.append(tokenizer.decode(written).split() == question.answers[0].split())
     assert rows[0]["mean"]["score"] == pytest.approx(100 * sum(right) / len(right))
     assert rows[1]["mean"]["vs_dense"]["score"] == pytest.approx(rows[1]["mean"]["score"] - rows[0]["mean"]["score"])
 
@@ -141,7 +141,7 @@ def test_a_file_of_one_s_own(run_kascade, tmp_path):
         (
             ["--strategies", "dense,oracle:refresh=4"],
             2,
-            "strategy oracle has no option 'refresh': it has none",
+            "strategy oracle has no option 'refresh': it has pool",
         ),
         (["--strategies", "kascade-refresh"], 2, "strategy kascade-refresh needs a profile"),
         (["--strategies", "kascade-refresh:refresh=0"], 2, "kascade-refresh: refresh 0 must be 1 or more"),
