@@ -69,7 +69,7 @@ class Budget(Strict):
         return hash((self.ratio, tuple((self.ratios or {}).items()), self.min_keys, self.tile))
 
     def override(self, **given: Any) -> "Budget":
-        """With what is not None, unchecked. A ratio takes the place of a table, and a table (`ratios`) that of a ratio."""
+        """With what is not None, unchecked. A ratio takes the place of a table, `ratios` that of a ratio."""
         given = {name: value for name, value in given.items() if value is not None}
         if "ratios" in given:
             given["ratio"] = next(iter(given["ratios"].values()))
