@@ -60,7 +60,7 @@ figcaption b{color:var(--ink);font-weight:600}
 .panels>.legend{flex-basis:100%}
 .panels svg.plot{flex:1 1 340px;min-width:0;width:100%;height:auto}
 .wide{width:100%;overflow-x:auto}
-.wide svg.plot{min-width:560px;width:100%;height:auto;display:block}
+.wide svg.plot{min-width:640px;width:100%;height:auto;display:block}
 .legend{display:flex;flex-wrap:wrap;gap:2px 18px;list-style:none;margin:0;padding:0;font-size:13px;line-height:1.7}
 .swatch{height:12px;vertical-align:-1px;margin-right:6px}
 .box{display:inline-block;width:14px;height:12px;border-radius:2px;vertical-align:-1px;margin-right:6px}

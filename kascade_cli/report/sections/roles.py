@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kascade_cli.report.content import Content, Section, caption, several
-from kascade_cli.report.files import Source
+from kascade_cli.report.files import Source, trusted
 from kascade_cli.report.markup import Safe, details, figure, join, number, table, tag, text
 from kascade_cli.report.svg import picture
 
@@ -28,7 +28,8 @@ def build(content: Content) -> Section | None:
         return None
     parts: list[Safe] = []
     for source in profiles:
-        parts += [several(profiles, source), _budget(source.document), _figure(source)]
+        with trusted(source):
+            parts += [several(profiles, source), _budget(source.document), _figure(source)]
     return Section("profile", "The profile: roles, head maps, budget", join(parts))
 
 
