@@ -4,7 +4,8 @@ from kascade_cli.report import sweeps
 from kascade_cli.report.colours import series
 from kascade_cli.report.content import Content, Section, caption, several
 from kascade_cli.report.files import Source, trusted
-from kascade_cli.report.markup import Safe, figure, join, legend, tag
+from kascade_cli.report.legend import legend
+from kascade_cli.report.markup import Safe, figure, join, tag
 
 
 def build(content: Content) -> Section | None:
