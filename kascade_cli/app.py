@@ -21,6 +21,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "kascade_cli.commands.select_anchors:select_anchors",
         "Choose anchor layers and head maps from a capture; write a YAML profile.",
     ),
+    "import": (
+        "kascade_cli.commands.import_maps:import_maps",
+        "Read head maps of the public implementation (.npy) into a profile.",
+    ),
     "show": ("kascade_cli.commands.show:show", "Print a capture or a profile for people."),
     "generate": (
         "kascade_cli.commands.generate:generate",

@@ -73,14 +73,19 @@ def portable_name(name: str) -> str:
     """A model's or dev set's name as it means something on another machine too.
 
     Built-in names, hub ids and relative paths stay. Of an absolute path: what is below the current folder, or the
-    hub id of a folder in the hub's cache, or the last part.
+    hub id of a folder in the hub's cache, or the last part. Of a .gguf file without its ending, and `model.gguf` is
+    called what its folder is.
     """
     if not os.path.isabs(name):
         return name
     path = Path(os.path.normpath(name))
+    gguf = path.suffix.lower() == ".gguf"
     if cached := re.search(r"(?:^|/)(?:models|datasets)--([^/]+)/snapshots/", path.as_posix()):
-        return cached.group(1).replace("--", "/", 1)
+        hub_id = cached.group(1).replace("--", "/", 1)
+        return f"{hub_id}/{path.stem}" if gguf else hub_id  # such a repository holds many
     with contextlib.suppress(ValueError, OSError):
         if (below := path.relative_to(Path.cwd()).as_posix()) != ".":
             return below
+    if gguf:
+        return path.parent.name if path.stem == "model" and path.parent.name else path.stem
     return path.name or name

@@ -294,24 +294,24 @@ def test_loading_says_what_was_loaded():
 
 def test_weights_go_straight_to_where_they_run(monkeypatch):
     """With accelerate, transformers gets the device; without, the model is moved afterwards."""
-    from kascade_cli.models import loading
+    from kascade_cli.models import placement
 
     gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(loading, "resolve_device", lambda device: gpu)
+    monkeypatch.setattr(placement, "resolve_device", lambda device: gpu)
     for installed, expected in ((object(), ({"": gpu}, None)), (None, (None, gpu))):
-        monkeypatch.setattr(loading, "find_spec", lambda name, installed=installed: installed)
-        assert loading._placement("cuda", None) == expected
-        assert loading._placement("cpu", None) == (None, torch.device("cpu"))
+        monkeypatch.setattr(placement, "find_spec", lambda name, installed=installed: installed)
+        assert placement.placement("cuda", None) == expected
+        assert placement.placement("cpu", None) == (None, torch.device("cpu"))
 
 
 def test_device_maps(monkeypatch):
-    from kascade_cli.models import loading
+    from kascade_cli.models import placement
 
     with pytest.raises(UsageError, match="'balanced' is not known; use --device-map auto"):
         load_model("demo-small", device_map="balanced")
     with pytest.raises(UsageError, match="leave --device out"):
         load_model("demo-small", device="cpu", device_map="auto")
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(placement, "find_spec", lambda name: None)
     with pytest.raises(KascadeError, match="--device-map needs accelerate: pip install"):
         load_model("demo-small", device_map="auto")
 

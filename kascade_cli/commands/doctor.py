@@ -28,6 +28,7 @@ _PACKAGES: dict[str, tuple[str, str, str | None]] = {
     "apache-tvm-ffi": ("tvm_ffi", "Hopper kernels", "kernels"),
     "matplotlib": ("matplotlib", "pictures", "plot"),
     "accelerate": ("accelerate", "models spread over several GPUs", "accelerate"),
+    "gguf": ("gguf", "models in .gguf files", "gguf"),
     "datasets": ("datasets", "dev sets from the hub", "hub"),
     "pyarrow": ("pyarrow", "dev sets in parquet", "parquet"),
 }

@@ -26,7 +26,7 @@ def check_haystack(haystack: str | None) -> None:
         raise UsageError(f"--haystack {haystack}: no such file or folder")
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo / demo-small.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file, or demo / demo-small.")]
 Haystack = Annotated[
     str | None,
     typer.Option(

@@ -35,7 +35,7 @@ _MEASURED = "What is measured"
     "kascade profile org/model --dev-set prompts.jsonl --max-length 32k --resume",
 )
 def profile(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo / demo-small.")],
+    model: shared.Model,
     dev_set: Annotated[
         str | None,
         typer.Option(

@@ -3,15 +3,10 @@
 from kascade_cli.models.identity import fingerprint, fingerprint_problem
 from kascade_cli.models.implementation import attention_implementation
 from kascade_cli.models.info import ModelInfo, describe
-from kascade_cli.models.loading import (
-    check_revision,
-    load_config,
-    load_model,
-    resolve_device,
-    resolve_dtype,
-    resolve_name,
-)
+from kascade_cli.models.loading import load_config, load_model
 from kascade_cli.models.logits import logits_at
+from kascade_cli.models.names import check_revision, resolve_name
+from kascade_cli.models.placement import resolve_device, resolve_dtype
 from kascade_cli.models.tree import attention_modules, decoder_layers, full_attention_layers, text_config, unwrap
 
 __all__ = [

@@ -1,0 +1,52 @@
+"""Where a model's weights go, and in which type."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from kascade_cli.errors import KascadeError, UsageError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU. Raises UsageError."""
+    if device.split(":")[0] == "meta":
+        raise UsageError("device 'meta' holds no weights, so nothing can run there; use --device cpu or auto")
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device '{device}' is not available here; use --device cpu or auto") from error
+    return resolved
+
+
+def resolve_dtype(dtype: str) -> torch.dtype | str:
+    """`auto` is what the checkpoint was saved in. Raises UsageError."""
+    if dtype == "auto":
+        return dtype
+    if dtype not in _DTYPES:
+        raise UsageError(f"dtype '{dtype}' is not known; use auto, float32, bfloat16 or float16")
+    return _DTYPES[dtype]
+
+
+def placement(device: str, device_map: str | None) -> tuple[Any, torch.device | None]:
+    """(transformers' device_map, where to move the model once it is loaded).
+
+    Without accelerate, which device maps need, weights are read to main memory first and then moved.
+    """
+    accelerate = find_spec("accelerate") is not None
+    if device_map is None:
+        target = torch.device("cpu") if device == "cpu" else resolve_device(device)
+        return ({"": target}, None) if accelerate and target.type != "cpu" else (None, target)
+    if device_map != "auto":
+        raise UsageError(f"device map '{device_map}' is not known; use --device-map auto, or leave it out")
+    if device != "auto":
+        raise UsageError("--device-map auto chooses the devices itself: leave --device out")
+    if not accelerate:
+        raise KascadeError("--device-map needs accelerate: pip install 'kascade-cli[accelerate]'")
+    return "auto", None
