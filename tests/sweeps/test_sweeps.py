@@ -33,7 +33,7 @@ def make_cases(count, vocabulary=64):
     for number in range(count):
         context = random.integers(3, vocabulary, 97 + 7 * number).tolist()
         questions = [
-            EncodedQuestion(kind, random.integers(3, vocabulary, 3 + n).tolist(), "7 8", 2 + n)
+            EncodedQuestion(kind, random.integers(3, vocabulary, 3 + n).tolist(), ("7 8",), 2 + n)
             for n, kind in enumerate(("one", "two"))
         ]
         cases.append(Case(context, questions))
@@ -62,9 +62,9 @@ def test_kl_at_the_answers_against_loops(llama, strategy):
         question = case.questions[kind]
         ids = case.context + question.ids
         with torch.no_grad():
-            whole = llama.generate(torch.tensor([ids]), max_new_tokens=question.answer_tokens, do_sample=False)[0]
+            whole = llama.generate(torch.tensor([ids]), max_new_tokens=question.new_tokens, do_sample=False)[0]
         answer = whole[len(ids) :].tolist()
-        assert len(answer) == question.answer_tokens
+        assert len(answer) == question.new_tokens
         given = ids + answer[:-1]
         segments = [(0, len(ids)), *[(i, i + 1) for i in range(len(ids), len(given))]]
         sparse = Naive(llama, profile, strategy, segments, 0.2, 4).logits(given)[len(ids) - 1 :]
