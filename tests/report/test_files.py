@@ -103,4 +103,4 @@ def test_a_capture_without_a_finished_prompt(tmp_path, prompts):
 def test_a_profile_that_names_no_file(tmp_path):
     path = tmp_path / "p.yaml"
     make_profile().model_copy(update={"provenance": {}}).save(path)
-    assert load(path).command == "kascade select-anchors CAPTURE -o p.yaml"
+    assert load(path).command == ""

@@ -302,6 +302,16 @@ def test_a_budget_by_length_and_head_maps_that_were_not_measured():
     assert drawn.count('class="arc"') == 2
 
 
+@pytest.mark.parametrize("name", ["llama-3.1-8b-instruct", "demo-small"])
+def test_the_ready_profiles_have_a_page(build, name):
+    from pathlib import Path
+
+    text = build(Path(__file__).parents[2] / "profiles" / f"{name}.yaml")
+    assert 'id="profile"' in text
+    assert ("have not been measured" in text) == (name != "demo-small")
+    assert ("none: for every model of this shape" in text) == (name != "demo-small")
+
+
 def damage(files, name, change):
     found = json.loads(files[name].read_text())
     change(found)
