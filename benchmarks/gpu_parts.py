@@ -277,7 +277,7 @@ def evaluate_both(ctx: Context, model: Any, tokenizer: Any, profile: Profile) ->
 
     prompts, length = (1, 512) if ctx.dry else (24, 1024)
     settings = {"length": length, "num_prompts": prompts, "questions": 8, "seed": 0}
-    kinds, layout, _ = split_sources([DEMO_TASKS["demo"]], DEMO_TASKS["demo"])
+    kinds, layout, *_ = split_sources([DEMO_TASKS["demo"]], DEMO_TASKS["demo"])
     cases = built_in_cases(kinds, layout, tokenizer, **settings)
     few = cases[: max(1, prompts // 6)]
     backends = ("torch",) if ctx.dry else ("torch", "tilelang")

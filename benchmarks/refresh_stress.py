@@ -48,7 +48,7 @@ class Decode:
         self.answers: list[range] = []  # decode steps whose logits predict an answer's tokens
         for question in case.questions:
             self.tokens += question.ids
-            answer = encode_more(tokenizer, question.answer)
+            answer = encode_more(tokenizer, question.answers[0])
             self.answers.append(range(len(self.tokens) - 1, len(self.tokens) - 1 + len(answer)))
             self.tokens += answer
 
@@ -132,7 +132,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model, tokenizer = load_model(options.model, device="cpu", dtype="float32")
     profile = Profile.load(options.profile)
-    kinds, layout, _ = split_sources([DEMO_TASKS[options.model]], DEMO_TASKS[options.model])
+    kinds, layout, *_ = split_sources([DEMO_TASKS[options.model]], DEMO_TASKS[options.model])
     asked = {"num_prompts": options.num_prompts, "questions": options.questions, "seed": options.seed}
     cases = built_in_cases(kinds, layout, tokenizer, length=parse_size(options.max_length), **asked)
     rows = [Decode(case, tokenizer) for case in cases]

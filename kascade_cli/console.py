@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -96,6 +97,43 @@ def progress(description: str = "", *, total: float | None = None):
     )
     bar.first = bar.add_task(description, total=total) if description else None
     return bar
+
+
+class Steps:
+    """How far a long run is: a bar with time left on a terminal, elsewhere a plain line now and then on stderr.
+
+    A context manager. `update(done, total, text)` is called after each step, with what it showed.
+    """
+
+    EVERY = 30.0  # seconds between two lines; sooner when another tenth is done, but not within SOON
+    SOON = 5.0
+
+    def __init__(self, description: str, unit: str = "runs", *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.description, self.unit, self._clock = description, unit, clock
+        self._bar = progress(description)
+        self._began = self._said = clock()
+        self._share = 0.0
+
+    def __enter__(self) -> "Steps":
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+
+    def update(self, done: int, total: int, text: str = "") -> None:
+        shown = f"{self.description}: {text}" if text else self.description
+        self._bar.update(self._bar.first, completed=done, total=total, description=shown)
+        if err.is_terminal:
+            return
+        now, share = self._clock(), done / max(total, 1)
+        waited = now - self._said
+        if waited >= self.EVERY or (waited >= self.SOON and share >= self._share + 0.1):
+            self._said, self._share = now, share
+            left = (now - self._began) * (total - done) / max(done, 1)
+            about = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+            detail = f", {text}" if text else ""
+            note(f"{self.description}: {done} of {total} {self.unit}{detail}, about {about} left")
 
 
 def to_json(document: Any) -> str:

@@ -17,8 +17,9 @@ import numpy as np
 
 from kascade_cli.documents import Document, open_documents, source_kind
 from kascade_cli.errors import KascadeError, UsageError, require_extra
+from kascade_cli.tasks import natural
 from kascade_cli.tasks.chat import encode_turns
-from kascade_cli.tasks.encoding import EncodedPrompt, check_words, encode_prompt, encode_text
+from kascade_cli.tasks.encoding import EncodedPrompt, check_words, encode_prompt, encode_text, knows_words, predicting
 from kascade_cli.tasks.haystack import LAYOUTS
 from kascade_cli.tasks.questions import TASKS, make_prompt, member_tasks, prompt_rng
 
@@ -33,9 +34,9 @@ _MAX_TASK_TOKENS = 256 << 20  # of all prompts of a built-in task, which are bui
 class DevSet:
     """Token ids of `prompts`, at most `max_length` each.
 
-    sha256: of all token ids in order. answer_positions: per prompt, the token positions whose logits predict
-    an answer (built-in tasks; empty lists otherwise). too_short, duplicates: documents passed over for that
-    reason.
+    sha256: of all token ids in order. answers: per prompt, the half-open token spans of its answers, and questions:
+    those of its questions with their answers (tasks; empty lists otherwise). too_short, duplicates: documents passed
+    over for that reason.
     """
 
     name: str
@@ -43,13 +44,19 @@ class DevSet:
     prompts: list[list[int]]
     seed: int
     max_length: int
-    answer_positions: list[list[int]] = field(default_factory=list)
+    answers: list[list[tuple[int, int]]] = field(default_factory=list)
+    questions: list[list[tuple[int, int]]] = field(default_factory=list)
     too_short: int = 0
     duplicates: int = 0
 
     @property
     def tokens(self) -> int:
         return sum(map(len, self.prompts))
+
+    @property
+    def answer_positions(self) -> list[list[int]]:
+        """Per prompt, the token positions whose logits predict answer tokens, ascending."""
+        return [predicting(spans) for spans in self.answers]
 
     def notes(self) -> list[str]:
         """What a user should know about the choice, one line each."""
@@ -83,8 +90,13 @@ def check_source(source: str, text_field: str | None = None, chat_template: bool
     what = f"the built-in task '{source}'" if kind == "task" else source
     if text_field is not None and kind in ("task", "folder"):
         raise UsageError(f"{what} is plain text without fields: leave --text-field out")
-    if chat_template and kind == "task":
+    if chat_template and kind == "task" and not natural.natural_names(source):
         raise UsageError(f"{what} is plain text: leave --chat-template out")
+
+
+def default_devset(tokenizer: Any) -> str:
+    """`hops` for a tokenizer whose tokens are the words of the demo tasks, `mix` for all others."""
+    return "hops" if knows_words(tokenizer) else natural.MIX
 
 
 def load_devset(
@@ -98,15 +110,17 @@ def load_devset(
     chat_template: bool | None = None,
     held_out: bool = False,
     positions: int | None = None,
+    haystack: str | None = None,
 ) -> DevSet:
     """Chooses and encodes `num_prompts` prompts of at most `max_length` tokens (fewer if there are no more).
 
-    source: a built-in task (`hops`, `pairs`, `single-hop` ...), a .jsonl or .parquet file, a folder of .txt
+    source: a built-in task (`mix`, `niah_multikey_1`, `hops` ...), a .jsonl or .parquet file, a folder of .txt
     files, or a dataset id `org/name[:config]:split`. text_field: which field of a record (default: the first
     known one). chat_template: True wraps plain text into one user turn; False joins the messages of a chat;
-    None uses the template for chats only. positions: how many tokens the model takes; a built-in task, whose prompts
-    are as long as asked for, is refused beyond that before it is built. Raises KascadeError or UsageError with one
-    line for anything unusable.
+    None uses the template for chats and for tasks in natural language. positions: how many tokens the model takes; a
+    built-in task, whose prompts are as long as asked for, is refused beyond that before it is built. haystack: file
+    or folder of texts for tasks in natural language (None: what every Python brings). Raises KascadeError or
+    UsageError with one line for anything unusable.
     """
     if num_prompts < 1:
         raise UsageError(f"a dev set needs at least one prompt, got {num_prompts}")
@@ -114,7 +128,10 @@ def load_devset(
         raise UsageError(f"the maximum length must be positive, got {max_length}")
     if max_length > MAX_TOKENS:
         raise UsageError(f"a maximum length of {max_length} tokens is beyond any model: take at most {MAX_TOKENS}")
-    if source in TASKS:
+    built_in = source_kind(source) == "task"
+    if haystack is not None and not natural.natural_names(source):
+        raise UsageError(f"--haystack is for tasks in natural language, such as {natural.MIX}: {source} has none")
+    if built_in:
         if positions is not None and max_length > positions:
             raise UsageError(f"the model takes {positions} tokens, not {max_length}: pass --max-length {positions}")
         if num_prompts * max_length > _MAX_TASK_TOKENS:
@@ -122,6 +139,9 @@ def load_devset(
             raise UsageError(
                 f"{num_prompts} prompts of {max_length} tokens do not fit in memory: take at most {most} of them"
             )
+    if natural.natural_names(source):
+        return _natural_devset(source, tokenizer, num_prompts, max_length, seed, chat_template, haystack, held_out)
+    if built_in:
         if chat_template:
             raise UsageError(f"the built-in task {source!r} is plain text: leave the chat template off")
         return _task_devset(source, tokenizer, num_prompts, max_length, seed, held_out)
@@ -145,9 +165,32 @@ def _task_devset(source: str, tokenizer: Any, num_prompts: int, max_length: int,
         least = next(limit for limit in itertools.count(max_length + 1) if encode(limit) is not None)
         raise KascadeError(f"{max_length} tokens cannot hold the task {source!r}: take at least {least}")
     prompts = [prompt.ids for prompt in encoded]
-    positions = [prompt.answer_positions for prompt in encoded]
     name = f"{source}/held-out" if held_out else source
-    return DevSet(name, ids_sha256(*prompts), prompts, seed, max_length, positions)
+    spans = [prompt.answers for prompt in encoded], [prompt.questions for prompt in encoded]
+    return DevSet(name, ids_sha256(*prompts), prompts, seed, max_length, *spans)
+
+
+def _natural_devset(
+    source: str,
+    tokenizer: Any,
+    num_prompts: int,
+    max_length: int,
+    seed: int,
+    chat_template: bool | None,
+    haystack: str | None,
+    held_out: bool,
+) -> DevSet:
+    """Dialogues about long texts, answers written out."""
+    chat = natural.use_template(tokenizer, chat_template)
+    corpus, split = natural.open_corpus(haystack), "held-out" if held_out else "dev"
+    found = [
+        natural.dialogue(source, tokenizer, corpus, natural.Draw(seed, split, index), max_length, chat)
+        for index in range(num_prompts)
+    ]
+    prompts = [prompt.ids for prompt in found]
+    name = f"{source}/held-out" if held_out else source
+    spans = [prompt.answers for prompt in found], [prompt.questions for prompt in found]
+    return DevSet(name, ids_sha256(*prompts), prompts, seed, max_length, *spans)
 
 
 def _task_prompt(source: str, tokenizer: Any, limit: int, stream: tuple[int, str, int]) -> EncodedPrompt | None:
@@ -201,8 +244,8 @@ def _document_devset(
             reason = f"{usable} usable documents, and only every {HELD_OUT_EVERY}th is held out"
         raise KascadeError(f"no prompts left of {source}: {reason}")
     name = f"{source}/held-out" if held_out else source
-    empty: list[list[int]] = [[] for _ in prompts]
-    return DevSet(name, ids_sha256(*prompts), prompts, seed, max_length, empty, too_short, duplicates)
+    nothing: list[list[tuple[int, int]]] = [[] for _ in prompts]
+    return DevSet(name, ids_sha256(*prompts), prompts, seed, max_length, nothing, nothing, too_short, duplicates)
 
 
 def _encode(tokenizer: Any, document: Document, chat_template: bool | None) -> list[int]:

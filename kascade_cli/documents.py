@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kascade_cli.errors import KascadeError, require_extra
+from kascade_cli.tasks import natural
 from kascade_cli.tasks.questions import TASKS
 
 TEXT_FIELDS = ("text", "prompt", "messages", "conversations", "content", "input", "context", "question")
@@ -21,7 +22,7 @@ Document = str | list[dict[str, Any]]
 def source_kind(source: str) -> str:
     """`task`, `folder`, `jsonl`, `parquet` or `hub`. Raises KascadeError for what is none of them."""
     path = Path(source)
-    if source in TASKS:
+    if source in TASKS or natural.natural_names(source):
         return "task"
     if source and path.is_dir():
         return "folder"
@@ -33,7 +34,7 @@ def source_kind(source: str) -> str:
         raise KascadeError(f"{source}: a dev set is a .jsonl or .parquet file or a folder of .txt files")
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return "hub"
-    tasks = ", ".join(TASKS)
+    tasks = ", ".join([natural.MIX, *natural.NATURAL, *TASKS])
     raise KascadeError(f"no dev set {source!r}: not a file, a folder, a built-in task ({tasks}) or a hub id org/name")
 
 

@@ -18,6 +18,7 @@ MAX_DEPTH = 20  # mappings and lists within each other
 MAX_NODES = 50_000  # values: a profile of 200 layers with 32 KV heads has 15,000; PyYAML reads some 10,000 a second
 _LONGEST_NUMBER = 40  # characters
 _TAG = "tag:yaml.org,2002:"
+_WHOLE = re.compile("[1-9][0-9]{0,9}")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _PLAIN_TAGS = {_TAG + name: name for name in ("null", "bool", "int", "float", "timestamp", "str", "seq", "map")}
 
@@ -30,10 +31,16 @@ class YamlProblem(ValueError):
         self.line = line
 
 
-def load(text: str) -> Any:
-    """dicts with text keys, lists, str, int, float (finite), bool and None. Raises YamlProblem."""
+def load(text: str, number_keys: Sequence[str] = ()) -> Any:
+    """dicts with text keys, lists, str, int, float (finite), bool and None. Raises YamlProblem.
+
+    number_keys: the place of a mapping whose keys may stand as whole numbers; they are read as their text.
+    """
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)  # looks at the first characters
+        node = loader.get_single_node()
+        _number_keys_as_text(node, number_keys)
+        return None if node is None else _construct(loader, node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or (str(error).splitlines() or ["unknown reason"])[0]
@@ -41,6 +48,18 @@ def load(text: str) -> Any:
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
         # PyYAML's scanner converts escapes and version numbers without a check.
         raise YamlProblem(f"{type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _number_keys_as_text(node: Node | None, place: Sequence[str]) -> None:
+    if not place:
+        return
+    for part in place:
+        if not isinstance(node, MappingNode):
+            return
+        node = next((value for key, value in node.value if key.value == part), None)
+    for key, _ in node.value if isinstance(node, MappingNode) else ():
+        if key.tag == _TAG + "int" and _WHOLE.fullmatch(key.value):
+            key.tag = _TAG + "str"
 
 
 def line_of(text: str, location: Sequence[str]) -> int | None:

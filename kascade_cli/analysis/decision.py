@@ -14,8 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kascade_cli.analysis import cost as costs
-from kascade_cli.analysis import record, selection, stability
-from kascade_cli.analysis.selection import Candidate, Choice, Row
+from kascade_cli.analysis import problem as problems
+from kascade_cli.analysis import record, rules, selection, stability, verdict
+from kascade_cli.analysis import rows as tables
+from kascade_cli.analysis.candidates import Candidate, neighbours, propose
+from kascade_cli.analysis.rows import Row
+from kascade_cli.analysis.rules import Choice
 from kascade_cli.analysis.similarity import Measured
 from kascade_cli.errors import UsageError
 from kascade_cli.schema import PHASES, Budget, ModelCard, Profile
@@ -29,7 +33,8 @@ class Settings:
 
     phase: decode, prefill or both; weights: importance or uniform; assignment: nearest or free. The rules:
     `anchors` (how many, or which absolute layers), `min_recovered`, `target_speedup`; None of them: the default.
-    max_anchors: the largest number to look at. kl_tolerance, in nats: where candidates were measured.
+    max_anchors: the largest number to look at. kl_tolerance (nats), lost_tolerance (share of the answers): what is as
+    good as the best, where candidates were measured.
     """
 
     phase: str = "both"
@@ -39,18 +44,25 @@ class Settings:
     min_recovered: float | None = None
     target_speedup: float | None = None
     max_anchors: int | None = None
-    kl_tolerance: float = selection.KL_TOLERANCE
+    kl_tolerance: float = verdict.KL_TOLERANCE
+    lost_tolerance: float = verdict.LOST_TOLERANCE
 
     def __post_init__(self) -> None:
-        selection.check_rules(self.anchors, self.min_recovered, self.target_speedup)
+        rules.check_rules(self.anchors, self.min_recovered, self.target_speedup)
         if not (math.isfinite(self.kl_tolerance) and self.kl_tolerance >= 0):
             raise UsageError(f"--kl-tolerance {self.kl_tolerance} must be a number, 0 or more")
+        if not 0 <= self.lost_tolerance <= 1:
+            raise UsageError(f"--lost-tolerance {self.lost_tolerance} is outside [0, 1]")
         if isinstance(self.anchors, tuple):
             selection.check_set(self.anchors)
 
     @property
     def phases(self) -> list[str]:
         return list(PHASES) if self.phase == "both" else [self.phase]
+
+    @property
+    def tolerance(self) -> verdict.Tolerance:
+        return verdict.Tolerance(self.kl_tolerance, self.lost_tolerance)
 
     @property
     def has_rule(self) -> bool:
@@ -78,11 +90,13 @@ class Settings:
 
 @dataclass
 class Decision:
-    """What was chosen and why. candidates: what was measured for it; verified: on what (for the profile's record)."""
+    """What was chosen and why. candidates: what was measured for it; verified: on what (for the profile's record);
+    notes: what the user should know about it."""
 
     choice: Choice
     candidates: list[Candidate] = field(default_factory=list)
     verified: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     stable: stability.Stability | None = None
 
     @property
@@ -108,13 +122,13 @@ class Search:
     ) -> None:
         self.measured, self.settings = measured, settings or Settings()
         self.cost, self.context = cost or costs.published(), context
-        self.problem = selection.make_problem(measured, self.settings.phase)
+        self.problem = problems.make_problem(measured, self.settings.phase)
         self.limit = self.settings.limit(self.problem.layers)
         asked = self.settings.anchors
         self.given = selection.positions(asked, self.problem.layers) if isinstance(asked, tuple) else None
         weights, assignment = self.settings.weights, self.settings.assignment
         sets = selection.search_sets(self.problem, weights, self.limit, assignment)
-        self.rows = [selection.make_row(self.problem, found, assignment, self.cost, context) for found in sets]
+        self.rows = [tables.make_row(self.problem, found, assignment, self.cost, context) for found in sets]
         self.nearest: list[float] | None = None
         if assignment == "free":
             nearest = selection.search_sets(self.problem, weights, self.limit, "nearest")
@@ -122,20 +136,20 @@ class Search:
 
     def row(self, anchors: tuple[int, ...]) -> Row:
         """The row of any set of positions, its objective under the settings' weights and assignment."""
-        found = selection.any_set(self.problem, anchors, self.settings.weights, self.settings.assignment)
-        return selection.make_row(self.problem, found, self.settings.assignment, self.cost, self.context)
+        found = tables.any_set(self.problem, anchors, self.settings.weights, self.settings.assignment)
+        return tables.make_row(self.problem, found, self.settings.assignment, self.cost, self.context)
 
     def candidates(self, count: int) -> list[Candidate]:
         """Sets to measure: the `count` best under both weightings, of every size or the rule's; or the given one."""
         assignment = self.settings.assignment
         if self.given is not None:
             objectives = {
-                name: selection.any_set(self.problem, self.given, name, assignment).objective
+                name: tables.any_set(self.problem, self.given, name, assignment).objective
                 for name in self.problem.weights
             }
             return [Candidate(self.given, objectives)]
         sizes = [self._by_rule().row.size] if self.settings.has_rule else range(1, self.limit + 1)
-        return selection.candidates(self.problem, sizes, count, assignment)
+        return propose(self.problem, sizes, count, assignment)
 
     def decide(self, candidates: Sequence[Candidate] = (), verified: dict[str, Any] | None = None) -> Decision:
         """Applies the rule, or with measured `candidates` their KL within what the rule leaves open.
@@ -145,23 +159,49 @@ class Search:
         if not candidates:
             return Decision(self._by_rule())
         by_rule = self._by_rule() if self.settings.has_rule else None
+        found = self.verdict(candidates)
+        notes = list(found.notes)
         if self.given is not None:
-            score = candidates[0].score
-            choice = Choice(by_rule.row, by_rule.rule, f"{by_rule.why}; their measured KL is {score:.4f} nats")
+            kept = f", {found.best.kept} of {found.best.given} answers kept" if found.best.given else ""
+            why = f"{by_rule.why}; their measured KL is {found.best.score:.4f} nats{kept}"
+            choice = Choice(by_rule.row, by_rule.rule, why)
         else:
-            size = by_rule.row.size if by_rule else None
-            best, why = selection.decide(candidates, size, self.settings.kl_tolerance)
-            row = self.row(best.anchors)
-            choice = (
-                Choice(row, by_rule.rule, f"{by_rule.why}; of these {why}") if by_rule else Choice(row, "verify", why)
-            )
-        return Decision(choice, list(candidates), verified or {})
+            row = self.row(found.best.anchors)
+            why = f"{by_rule.why}; of these {found.why}" if by_rule else found.why
+            choice = Choice(row, by_rule.rule if by_rule else "verify", why)
+            notes += self._overruled(found.best, candidates)
+        return Decision(choice, list(candidates), verified or {}, notes)
+
+    def verdict(self, candidates: Sequence[Candidate]) -> verdict.Verdict:
+        """What the measured `candidates` say, within what the rule leaves open."""
+        size = self._by_rule().row.size if self.settings.has_rule else None
+        return verdict.decide(candidates, size, self.settings.tolerance)
+
+    def neighbours(self, best: Candidate, known: Sequence[Candidate]) -> list[Candidate]:
+        """Same-size sets beside `best` that are worth measuring too; none of a set that was asked for."""
+        if self.given is not None:
+            return []
+        return neighbours(self.problem, best.anchors, [entry.anchors for entry in known], self.settings.assignment)
+
+    def _overruled(self, best: Candidate, candidates: Sequence[Candidate]) -> list[str]:
+        """A line where the chosen set is not the objective's best of its size."""
+        first = self.rows[len(best.anchors) - 1].anchors
+        if first == best.anchors:
+            return []
+        other = next((entry for entry in candidates if entry.anchors == first), None)
+        chosen, beaten = (" ".join(map(str, self.problem.absolute(entry))) for entry in (best.anchors, first))
+        lost = f", answers {other.kept} of {other.given}" if other is not None and other.given else ""
+        measured = f" (KL {other.score:.4f}{lost} on {other.prompts} prompts)" if other is not None else ""
+        return [
+            f"verification overrules the objective: {chosen} instead of {beaten}{measured}, the best of "
+            f"{len(best.anchors)} by {self.settings.weights}"
+        ]
 
     def _by_rule(self) -> Choice:
         if self.given is not None:
             return Choice(self.row(self.given), "anchors", "these anchors were asked for")
         options = self.settings
-        return selection.choose(
+        return rules.choose(
             self.rows,
             anchors=options.anchors,
             min_recovered=options.min_recovered,

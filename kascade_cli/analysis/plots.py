@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kascade_cli.analysis.anchors import layer_similarity
-from kascade_cli.analysis.selection import Row
+from kascade_cli.analysis.rows import Row
 from kascade_cli.analysis.similarity import Measured
 from kascade_cli.errors import KascadeError, plain, require_extra
 from kascade_cli.files import atomic_write

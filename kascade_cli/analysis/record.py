@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from kascade_cli import provenance
-from kascade_cli.analysis.selection import recovered_dict
+from kascade_cli.analysis.rows import recovered_dict
 from kascade_cli.capture.store import parts_folder
 from kascade_cli.errors import KascadeError
 from kascade_cli.schema import Budget, ModelCard
 
 if TYPE_CHECKING:
+    from kascade_cli.analysis.candidates import Candidate
     from kascade_cli.analysis.cost import CostTable
     from kascade_cli.analysis.decision import Decision
-    from kascade_cli.analysis.selection import Candidate, Problem, Row
+    from kascade_cli.analysis.problem import Problem
+    from kascade_cli.analysis.rows import Row
     from kascade_cli.analysis.similarity import Measured
     from kascade_cli.analysis.stability import Stability
 
@@ -92,6 +94,7 @@ def candidate_document(problem: "Problem", entry: "Candidate") -> dict[str, Any]
         "objectives": {name: number(value) for name, value in entry.objectives.items()},
         "kl": {phase: number(value) for phase, value in entry.kl.items()},
         "kl_mean": number(entry.score),
+        "answers": {"asked": entry.asked, "given": entry.given, "kept": entry.kept},
         "prompts": entry.prompts,
     }
 
@@ -127,8 +130,8 @@ def selection_document(
         "rule": choice.rule,
         "why": choice.why,
     }
-    if problem.notes:
-        document["notes"] = problem.notes
+    if notes := [*problem.notes, *decision.notes]:
+        document["notes"] = notes
     if decision.stable:
         document["stability"] = stability_document(problem, decision.stable)
     if verified := verify_document(problem, decision):

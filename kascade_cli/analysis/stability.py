@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kascade_cli.analysis import anchors as search
-from kascade_cli.analysis.selection import head_maps, problem_of
+from kascade_cli.analysis.problem import problem_of
+from kascade_cli.analysis.selection import head_maps
 from kascade_cli.analysis.similarity import Measured
 
 _BLOCK = 16  # resamples computed by one matrix product

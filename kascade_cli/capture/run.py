@@ -27,7 +27,8 @@ from kascade_cli.version import __version__
 class CaptureOptions:
     """What decides the content of a capture; all of it must match on resume.
 
-    tiles_per_prompt: None is all. num_prompts, max_length, text_field, chat_template: how the dev set was made.
+    tiles_per_prompt: None is all. num_prompts, max_length, text_field, chat_template, haystack: how the dev set
+    was made.
     """
 
     num_prompts: int
@@ -38,6 +39,7 @@ class CaptureOptions:
     seed: int = 0
     text_field: str | None = None
     chat_template: bool | None = None
+    haystack: str | None = None
 
     def __post_init__(self) -> None:
         if self.tile < 2:
@@ -92,8 +94,11 @@ def plan_capture(info: ModelInfo, devset: DevSet, options: CaptureOptions) -> Ca
                 f"prompt {index} has {len(prompt)} tokens{generated}; {info.name} takes {info.max_positions}: "
                 f"pass {advice}"
             )
+        spans = {}
+        if devset.questions:
+            spans = {"questions": devset.questions[index], "answers": devset.answers[index]}
         chosen = sample_tiles(
-            len(prompt), options.tiles_per_prompt, tile=options.tile, seed=options.seed, prompt=index
+            len(prompt), options.tiles_per_prompt, tile=options.tile, seed=options.seed, prompt=index, **spans
         )
         tiles.append(chosen)
         row = len(info.profiled_layers) * info.kv_heads * 2

@@ -11,7 +11,7 @@ from kascade_cli.errors import KascadeError, TargetMissed, UsageError, require_e
 from kascade_cli.files import check_output
 from kascade_cli.help import BUDGET, OUTPUT, PROMPTS, examples
 
-DEFAULT_LENGTH = 1024
+DEFAULT_LENGTH, NATURAL_LENGTH = 1024, 4096
 COMPARED = "How attention runs"
 _WIDTH = 120
 
@@ -60,8 +60,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="TASK",
-            help="Built-in tasks, comma-separated, or a .jsonl file of prompt and answer rows. "
-            "Default: the tasks that a demo model was trained on; all four for others.",
+            help="Built-in tasks, comma-separated (mix, niah_multikey_1, vt ...: docs/tasks.md), or a .jsonl file. "
+            "Default: mix, which is several; what a demo model was trained on.",
             rich_help_panel=PROMPTS,
         ),
     ] = None,
@@ -69,8 +69,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="N",
-            help="Tokens of the text before the questions, such as 1k,2k. "
-            "Default: 1k; of a file, what the model takes.",
+            help="Tokens of a prompt (of a demo task: before the questions), such as 1k,2k. "
+            "Default: 1k for demo tasks, 4k for others; of a file, what the model takes.",
             rich_help_panel=PROMPTS,
         ),
     ] = None,
@@ -85,13 +85,33 @@ def evaluate(
         ),
     ] = None,
     questions: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=1, max=1000, metavar="N", help="Questions of each task about one prompt.", rich_help_panel=PROMPTS
+            min=1,
+            max=1000,
+            metavar="N",
+            help="Questions of each task about one prompt. Default: 8 for demo tasks, 4 for others.",
+            rich_help_panel=PROMPTS,
         ),
-    ] = 8,
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=65536,
+            metavar="N",
+            help="Room for an answer. Default: each task's own.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    haystack: shared.Haystack = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Send prompts of a file through the chat template.", rich_help_panel=PROMPTS)
+        bool,
+        typer.Option(
+            "--chat",
+            help="Send prompts of a file through the chat template, as tasks like mix are.",
+            rich_help_panel=PROMPTS,
+        ),
     ] = False,
     seed: Annotated[
         int,
@@ -125,7 +145,7 @@ def evaluate(
     overwrite: shared.Overwrite = False,
     as_json: shared.AsJson = False,
 ) -> None:
-    """Score attention strategies on the same questions: exact match, 95 % intervals, density.
+    """Score attention strategies on the same questions: answers, 95 % intervals, density.
 
     Test prompts come from seeds that no dev set uses. Every question is answered greedily under its strategy.
     """
@@ -141,26 +161,28 @@ def evaluate(
 
     from kascade_cli.demo import DEMO_TASKS
     from kascade_cli.evaluation.anchors import parse_anchors
-    from kascade_cli.evaluation.cases import gather_cases, split_sources
+    from kascade_cli.evaluation.cases import Asking, gather_cases, split_sources
     from kascade_cli.evaluation.plan import anchors_label, check_strategies, parse_strategies, plan_runs
     from kascade_cli.evaluation.require import parse_requirement
     from kascade_cli.evaluation.run import run_table
     from kascade_cli.integrations.transformers import compile_ahead
     from kascade_cli.models import describe, load_model
     from kascade_cli.sparse import Setting
+    from kascade_cli.tasks.natural import MIX
 
+    shared.check_haystack(haystack)
     demo_task = DEMO_TASKS.get(model)
-    asked = [part.strip() for entry in task or [demo_task or "hops"] for part in entry.split(",")]
+    asked = [part.strip() for entry in task or [demo_task or MIX] for part in entry.split(",")]
     sources = split_sources(asked, demo_task)
     # A file has the lengths it has; built-in texts are made to one.
-    lengths = lengths or [DEFAULT_LENGTH if sources[0] else None]
+    lengths = lengths or [NATURAL_LENGTH if sources.natural else DEFAULT_LENGTH if sources.kinds else None]
     sets = {text: parse_anchors(text) for text in anchors or []}
     base = Setting(profile=loaded_profile, min_keys=min_keys, backend=backend, allow_other_weights=allow_other_weights)
     named = parse_strategies(strategies, base)
     check_strategies(named, ratios)
     _check(ratios, lengths, loaded_profile, sets, capture, chat, sources)
     labels = [label for label, _ in named] + list(dict.fromkeys(anchors_label(chosen) for chosen in sets.values()))
-    kinds = [*sources[0], *(path.stem for path in sources[2])]
+    kinds = sources.names
     targets = [parse_requirement(text, labels, kinds) for text in require or []]
 
     told: list[str] = []  # shown once nothing is left to refuse
@@ -174,8 +196,8 @@ def evaluate(
         notify=told.append,
     )
     info = describe(loaded, model)
-    asked_for = {"num_prompts": num_prompts, "questions": questions, "seed": seed, "chat": chat}
-    found = [(length, gather_cases(sources, tokenizer, info, length, **asked_for, note=note)) for length in lengths]
+    asking = Asking(num_prompts, questions, seed, chat, max_new_tokens, haystack, note)
+    found = [(length, gather_cases(sources, tokenizer, info, length, asking)) for length in lengths]
     cases = {length or max(case.tokens for case in part): part for length, part in found}
     runs, maps = plan_runs(named, ratios, sets, capture, info, base, seed)
 
@@ -191,7 +213,7 @@ def evaluate(
         def show(what: str, tokens: int) -> None:
             bar.update(bar.first, description=what, advance=tokens)
 
-        rows = run_table(loaded, tokenizer, cases, runs, show)
+        rows = run_table(loaded, tokenizer, cases, runs, show, note)
     verdicts = [verdict for target in targets for verdict in target.check(rows)]
     document = {
         "model": model,
@@ -233,9 +255,9 @@ def _check(
         raise UsageError("--anchors varies the anchors of a profile: pass --profile")
     if capture and not sets:
         raise UsageError("--capture gives the head maps of --anchors: pass --anchors too")
-    if chat and not sources[2]:
-        raise UsageError("--chat is for prompts of a file: the built-in tasks are plain text")
-    for path in sources[2]:
+    if chat and not sources.files:
+        raise UsageError("--chat is for prompts of a file: built-in tasks know what they need")
+    for path in sources.files:
         if not path.is_file():
             raise KascadeError(f"cannot read {path}: No such file or directory")
     if capture:
@@ -267,16 +289,18 @@ def _render(document: dict[str, Any]) -> None:
             scores = [row["scores"][task] for task in tasks] + ([row["mean"]] if len(tasks) > 1 else [])
             table.add_row(
                 row["strategy"],
-                "" if row["ratio"] is None else f"{row['ratio']:g}",
+                "" if row["ratio"] is None else f"{row['ratio']:g}{'*' if 'ratios' in row else ''}",
                 _density(row["density"]),
                 *(_cell(score) for score in scores),
             )
         out.print(table)
     out.print(
-        "exact match in points of 100, ± the farther 95 % limit (prompts as clusters); second line: difference to "
+        "answers in points of 100, ± the farther 95 % limit (prompts as clusters); second line: difference to "
         "dense on the same questions\nkeys read: prefill / decode, in % of the keys visible",
         soft_wrap=True,
     )
+    if any("ratios" in row for row in document["rows"]):
+        out.print("* at the longest prompt: the profile's budget is a table by context length (kascade show)")
     randoms = [row for row in document["rows"] if "draws" in row]
     for row in randoms:
         out.print(
@@ -285,6 +309,9 @@ def _render(document: dict[str, Any]) -> None:
             f"{min(row['draws']):.1f} to {max(row['draws']):.1f}",
             soft_wrap=True,
         )
+    pooled = [row["strategy"] for row in document["rows"] if "head_maps" in row]
+    if pooled:
+        note(f"note: head maps not measured: {', '.join(dict.fromkeys(pooled))} ran pooled, one key set for all heads")
     full = [row for row in document["rows"] if row["ratio"] is not None and row["density"]["all"] == 1.0]
     for row in full:
         note(

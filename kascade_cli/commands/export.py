@@ -88,7 +88,7 @@ def index_topk_pattern(profile: Any) -> str:
                 f"layer {index} reads anchor {layer.anchor}, not the nearest one before it ({source}); "
                 "index_topk_pattern can only share the nearest: choose anchors with --assignment nearest"
             )
-        else:
+        elif profile.heads_measured:
             far = {anchor for phase in ("decode", "prefill") for anchor, _ in profile.head_map(index, phase)} - {
                 source
             }
@@ -105,6 +105,7 @@ def _short_config(profile: Any) -> dict[str, Any]:
     config: dict[str, Any] = {
         "algorithm": profile.algorithm,
         "topk_ratio": profile.budget.ratio,
+        **({} if profile.budget.ratios is None else {"topk_ratios": dict(profile.budget.ratios)}),
         "min_topk": profile.budget.min_keys,
         "query_tile": profile.budget.tile,
         "dense_layers": [index for index, layer in enumerate(profile.layers) if layer.role == "dense"],
@@ -114,16 +115,16 @@ def _short_config(profile: Any) -> dict[str, Any]:
 
 
 def _full_config(profile: Any, pattern: str) -> dict[str, Any]:
-    """Everything that running the profile takes, head maps included."""
+    """Everything that running the profile takes, head maps included (null: not measured, all heads pooled)."""
     maps = {
         str(index): {phase: [head for _, head in profile.head_map(index, phase)] for phase in ("decode", "prefill")}
         for index, layer in enumerate(profile.layers)
-        if layer.role == "reuse"
+        if layer.role == "reuse" and profile.heads_measured
     }
     return _short_config(profile) | {
         "index_topk_pattern": pattern,
         "anchor_layers": profile.anchors,
-        "head_map": maps,
+        "head_map": maps if profile.heads_measured else None,
         "model": profile.model.name,
         "model_fingerprint": profile.model.fingerprint,
     }

@@ -116,7 +116,7 @@ def generate(
     if task is None and max_length is not None:
         raise UsageError("--max-length is the length of the text of --task: leave it out")
     if task is not None and chat:
-        raise UsageError("--chat is for --prompt and --prompt-file: the built-in tasks are plain text")
+        raise UsageError("--chat is for --prompt and --prompt-file: built-in tasks know what they need")
     length = parse_size(DEFAULT_LENGTH if max_length is None else max_length, "--max-length")
 
     from kascade_cli.schema import Profile
@@ -124,10 +124,10 @@ def generate(
     loaded_profile = Profile.load(profile) if profile else None
 
     from kascade_cli import generation
+    from kascade_cli.evaluation.cases import split_sources
     from kascade_cli.integrations.transformers import compile_ahead
     from kascade_cli.models import describe, load_model
     from kascade_cli.sparse import Setting
-    from kascade_cli.tasks import TASKS
     from kascade_cli.tasks.chat import encode_request
 
     given = {
@@ -140,8 +140,8 @@ def generate(
     settings = [one if one.ratio is not None else one.override(ratio=ratio) for one in settings]
     for setting in settings:
         setting.check()
-    if task is not None and task not in TASKS:
-        raise UsageError(f"no task is called '{task}'; use {', '.join(TASKS)}")
+    if task is not None and not split_sources([task]).built_in:
+        raise UsageError(f"--task {task}: ask a file's questions with --prompt-file, or kascade evaluate")
     told: list[str] = []  # shown once nothing is left to refuse
     loaded, tokenizer = load_model(
         model,
@@ -155,8 +155,8 @@ def generate(
     info = describe(loaded, model)
     expected = None
     if task:
-        ids, expected, answer_tokens = _question(model, tokenizer, task, length, seed)
-        max_new_tokens = max_new_tokens or answer_tokens
+        ids, expected = _question(model, tokenizer, info, task, length, seed)
+        max_new_tokens = max_new_tokens or expected.new_tokens
     else:
         ids = encode_request(tokenizer, text, chat=chat)
     max_new_tokens = max_new_tokens or DEFAULT_NEW_TOKENS
@@ -186,7 +186,7 @@ def generate(
             "fingerprint": info.fingerprint,
             "profile": str(profile) if profile else None,
             "prompt_tokens": len(ids),
-            "expected": expected,
+            "expected": _answers(expected) if expected else None,
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "device": loaded.device.type,
             "runs": [_run_document(run) for _, run in runs],
@@ -199,6 +199,8 @@ def generate(
         _figures(len(ids), expected, runs[0][1])
     _note_unknown(tokenizer, ids)
     for _, run in runs:
+        if "head_maps" in run.report:
+            note(f"note: head maps not measured: {run.report['strategy']} ran pooled, one key set for all heads")
         _note_density(run.report, len(ids))
 
 
@@ -225,15 +227,14 @@ def _text(prompt: str | None, prompt_file: Path | None, task: str | None) -> str
     return text
 
 
-def _question(model: str, tokenizer: Any, task: str, length: int, seed: int) -> tuple[list[int], str, int]:
-    """(token ids of a text and a question about it, the answer, its tokens): the first test prompt of the seed."""
+def _question(model: str, tokenizer: Any, info: Any, task: str, length: int, seed: int) -> tuple[list[int], Any]:
+    """(token ids of a text and a question about it, the question): the first test prompt of the seed."""
     from kascade_cli.demo import DEMO_TASKS
-    from kascade_cli.evaluation.cases import built_in_cases, split_sources
+    from kascade_cli.evaluation.cases import Asking, gather_cases, split_sources
 
-    kinds, layout, _ = split_sources([task], DEMO_TASKS.get(model))
-    case = built_in_cases(kinds, layout, tokenizer, length=length, num_prompts=1, questions=1, seed=seed)[0]
-    question = case.questions[0]
-    return case.context + question.ids, question.answer, question.answer_tokens
+    sources = split_sources([task], DEMO_TASKS.get(model))
+    case = gather_cases(sources, tokenizer, info, length, Asking(num_prompts=1, questions=1, seed=seed))[0]
+    return case.context + case.questions[0].ids, case.questions[0]
 
 
 def _write(text: str) -> None:
@@ -252,24 +253,37 @@ def _note_unknown(tokenizer: Any, ids: list[int]) -> None:
 
 def _note_density(report: dict[str, Any], prompt_tokens: int) -> None:
     """Says plainly when a sparse strategy had nothing to leave out."""
+    from kascade_cli.schema import Budget
+
     if report["strategy"] != "dense" and report["density"] == 1.0:
-        budget = report["budget"]
+        budget = Budget(**report["budget"])
         note(
             f"note: {report['strategy']} read every key: the prompt of {prompt_tokens} tokens is too short for a "
-            f"budget of {budget['ratio']:g} with at least {budget['min_keys']} keys, so this was dense attention"
+            f"budget of {budget.ratio_at(prompt_tokens):g} with at least {budget.min_keys} keys, so this was dense "
+            "attention"
         )
 
 
-def _verdict(expected: str | None, text: str) -> str:
+def _answers(expected: Any) -> str:
+    return ", ".join(expected.answers)
+
+
+def _verdict(expected: Any, text: str) -> str:
     from kascade_cli.tasks import exact_match
+    from kascade_cli.tasks.scoring import score_answer
 
-    return "" if expected is None else ("right" if exact_match(text, expected, prefix=True) else "wrong")
+    if expected is None:
+        return ""
+    if expected.score == "exact":
+        return "right" if exact_match(text, expected.answers[0], prefix=True) else "wrong"
+    score = score_answer(text, expected.answers, expected.score)
+    return {0.0: "wrong", 1.0: "right"}.get(score, f"{score:.0%} of them")
 
 
-def _figures(prompt_tokens: int, expected: str | None, run: Any) -> None:
+def _figures(prompt_tokens: int, expected: Any, run: Any) -> None:
     report = run.report
     if expected is not None:
-        note(f"expected: {expected} ({_verdict(expected, run.text)})")
+        note(f"expected: {_answers(expected)} ({_verdict(expected, run.text)})")
     phases = ", ".join(
         f"{name} {report['phases'][name]['density']:.1%}" for name in PHASES if name in report["phases"]
     )
@@ -284,7 +298,7 @@ def _rate(run: Any, template: str) -> str:
     return template.format(run.tokens_per_s) if run.tokens_per_s else ""
 
 
-def _side_by_side(prompt_tokens: int, expected: str | None, comparison: Any) -> None:
+def _side_by_side(prompt_tokens: int, expected: Any, comparison: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -295,7 +309,7 @@ def _side_by_side(prompt_tokens: int, expected: str | None, comparison: Any) -> 
         table.add_column(run.report["strategy"], overflow="fold")
     table.add_row("text", *(Text(run.text) for run in runs))
     if expected is not None:
-        table.add_row("expected", *(Text(f"{expected} ({_verdict(expected, run.text)})") for run in runs))
+        table.add_row("expected", *(Text(f"{_answers(expected)} ({_verdict(expected, run.text)})") for run in runs))
     table.add_row("new tokens", *(str(len(run.tokens)) for run in runs))
     table.add_row("time to first token", *(f"{run.first_token_s:.3f} s" for run in runs))
     table.add_row("tokens/s after it", *(_rate(run, "{:.1f}") or "-" for run in runs))

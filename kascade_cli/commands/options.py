@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kascade_cli.errors import UsageError
-from kascade_cli.help import BUDGET, MODEL, OUTPUT
+from kascade_cli.help import BUDGET, MODEL, OUTPUT, PROMPTS
 
 # What fits an int64 of a capture's attributes; counts beyond are typing mistakes, refused before anything is built.
 LARGEST_SEED = 2**63 - 1
@@ -20,7 +20,21 @@ def check_device(device: str) -> str:
     return device
 
 
+def check_haystack(haystack: str | None) -> None:
+    """Raises UsageError for a path that is not there, before a model is loaded."""
+    if haystack is not None and not Path(haystack).exists():
+        raise UsageError(f"--haystack {haystack}: no such file or folder")
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file, or demo / demo-small.")]
+Haystack = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="File or folder of texts that tasks like mix hide things in. Default: what every Python brings.",
+        rich_help_panel=PROMPTS,
+    ),
+]
 ProfileFile = Annotated[
     Path | None,
     typer.Option(

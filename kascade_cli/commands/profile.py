@@ -13,6 +13,7 @@ from kascade_cli.console import (
     MAX_SIZE,
     cell,
     format_bytes,
+    format_size,
     note,
     out,
     parse_size,
@@ -24,7 +25,6 @@ from kascade_cli.errors import KascadeError, UsageError, plain
 from kascade_cli.files import check_name, check_output
 from kascade_cli.help import OUTPUT, PROMPTS, examples
 
-DEFAULT_LENGTH = 8192
 LARGEST_TILE = 4096  # queries; the kernels' is 32
 _MEASURED = "What is measured"
 
@@ -41,7 +41,7 @@ def profile(
         typer.Option(
             metavar="SET",
             help="Built-in task, hub id (org/name[[:config]:split]), .jsonl, .parquet, folder of .txt. "
-            "Default: what a built-in model was trained on; hops for others.",
+            "Default: mix, look-ups and other questions in long prose and code; what a built-in model was trained on.",
             rich_help_panel=PROMPTS,
         ),
     ] = None,
@@ -55,7 +55,7 @@ def profile(
         str | None,
         typer.Option(
             metavar="N",
-            help="Longest prompt in tokens, such as 32k. Default: 8k, or what the model takes.",
+            help="Longest prompt in tokens, such as 32k. Default: what the machine can afford, 16k at most.",
             rich_help_panel=PROMPTS,
         ),
     ] = None,
@@ -69,10 +69,11 @@ def profile(
         bool | None,
         typer.Option(
             "--chat-template/--no-chat-template",
-            help="Wrap text in the model's chat template, or never use it. Default: for chats only.",
+            help="Wrap text in the model's chat template, or never use it. Default: for chats and tasks like mix.",
             rich_help_panel=PROMPTS,
         ),
     ] = None,
+    haystack: shared.Haystack = None,
     seed: Annotated[
         int,
         typer.Option(
@@ -131,11 +132,15 @@ def profile(
     from kascade_cli.analysis.summary import captured
     from kascade_cli.capture.run import CaptureOptions, plan_capture, run_capture
     from kascade_cli.demo import DEMO_TASKS
-    from kascade_cli.devset import check_source, load_devset
+    from kascade_cli.devset import check_source, default_devset, load_devset
     from kascade_cli.models import check_revision, describe, load_model
 
-    dev_set = DEMO_TASKS.get(model, "hops") if dev_set is None else dev_set
-    check_source(dev_set, text_field, chat_template)
+    if resume and output.exists():
+        dev_set, length = _as_before(output, dev_set, length)
+    dev_set = DEMO_TASKS.get(model) if dev_set is None else dev_set
+    if dev_set is not None:
+        check_source(dev_set, text_field, chat_template)
+    shared.check_haystack(haystack)
     check_revision(model, revision)
     options: dict[str, Any] = {
         "num_prompts": num_prompts,
@@ -145,6 +150,7 @@ def profile(
         "seed": seed,
         "text_field": text_field,
         "chat_template": chat_template,
+        "haystack": haystack,
     }
     CaptureOptions(max_length=1, **options)  # refuse bad values before a model is loaded
     if resume and output.exists():
@@ -160,7 +166,8 @@ def profile(
             notify=note,
         )
         info = describe(loaded, model)
-        length = _length(model, info.max_positions, length, decode_tokens)
+        dev_set = dev_set or default_devset(tokenizer)
+        length = _length(loaded, info, length, num_prompts, decode_tokens)
         chosen = CaptureOptions(max_length=length, **options)
         devset = load_devset(
             dev_set,
@@ -171,6 +178,7 @@ def profile(
             text_field=text_field,
             chat_template=chat_template,
             positions=info.max_positions,
+            haystack=haystack,
         )
         for line in devset.notes():
             note(f"{dev_set}: {line}")
@@ -214,17 +222,30 @@ def _tile_count(text: str) -> int | None:
     return count
 
 
-def _length(model: str, limit: int | None, length: int | None, decode_tokens: int) -> int:
+def _length(loaded: Any, info: Any, length: int | None, num_prompts: int, decode_tokens: int) -> int:
     """The longest prompt, bounded by what the model takes before any prompt is made. Raises UsageError."""
+    model, limit = info.name, info.max_positions
     room = limit - decode_tokens if limit else None
     if room is not None and room < 1:
         raise UsageError(f"--decode-tokens {decode_tokens} leaves no room: {model} takes {limit} tokens")
     if length is None:
-        return min(DEFAULT_LENGTH, room or DEFAULT_LENGTH)
+        from kascade_cli.capture.afford import affordable_length
+
+        length = affordable_length(loaded, num_prompts, room)
+        note(f"prompts of up to {format_size(length)} tokens, what this machine can afford (--max-length changes it)")
+        return length
     if room is not None and length > room:
         generated = f", and {decode_tokens} of them are to be generated" if decode_tokens else ""
         raise UsageError(f"{model} takes {limit} tokens{generated}: pass --max-length {room} or less")
     return length
+
+
+def _as_before(output: Path, dev_set: str | None, length: int | None) -> tuple[str, int]:
+    """What an unfinished capture was made from, where the command does not say."""
+    from kascade_cli.capture.store import open_capture
+
+    with open_capture(output) as capture:
+        return dev_set or capture.meta["dev_set_name"], length or capture.meta["max_length"]
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ import typer
 from rich.text import Text
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import note, out, parse_ints, parse_size, print_json, progress
-from kascade_cli.errors import UsageError, require_extra
+from kascade_cli.console import Steps, note, out, parse_ints, parse_size, print_json, progress
+from kascade_cli.errors import KascadeError, UsageError, require_extra
 from kascade_cli.files import check_name, check_output, check_output_folder
 from kascade_cli.help import BUDGET, OUTPUT, examples
 
@@ -19,7 +19,7 @@ _SPEED = "Predicted speed-up"
 
 
 @examples(
-    "kascade select-anchors capture.h5 -o profile.yaml --verify 2 --max-anchors 5",
+    "kascade select-anchors capture.h5 -o profile.yaml",
     "kascade select-anchors capture.h5 --anchors 5 --plots figures",
     "kascade select-anchors capture.h5 --anchors 0,2,8,13,14   # these layers",
 )
@@ -53,20 +53,29 @@ def select_anchors(
         int | None,
         typer.Option(
             metavar="M",
-            help="The largest number of anchors to look at. Default: half of the layers.",
+            help="The largest number of anchors to look at. Default: a quarter of the layers.",
             rich_help_panel=_CHOICE,
         ),
     ] = None,
     verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Measure sets on held-out prompts, or choose by the similarity. Default: if the model is here.",
+            show_default=False,
+            rich_help_panel=_VERIFY,
+        ),
+    ] = None,
+    candidates: Annotated[
         int,
         typer.Option(
             metavar="N",
-            min=0,
+            min=1,
             max=1000,
-            help="Measure the N best sets of every size on held-out prompts; needs the model. 0: do not.",
+            help="Best sets of every size and weighting to measure.",
             rich_help_panel=_VERIFY,
         ),
-    ] = 0,
+    ] = 1,
     verify_prompts: Annotated[
         int,
         typer.Option(
@@ -95,6 +104,16 @@ def select_anchors(
             metavar="NATS", min=0, help="Without a rule: KL above the best that is as good.", rich_help_panel=_VERIFY
         ),
     ] = 0.02,
+    lost_tolerance: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Answers lost, above what the best set loses, that are as good.",
+            rich_help_panel=_VERIFY,
+        ),
+    ] = 0.01,
     model: Annotated[
         str | None,
         typer.Option(
@@ -187,7 +206,8 @@ def select_anchors(
     from kascade_cli.analysis import record, similarity
     from kascade_cli.capture.store import open_capture
     from kascade_cli.commands import selection_report as report
-    from kascade_cli.evaluation.verification import Verification
+    from kascade_cli.evaluation.journal import journal_path
+    from kascade_cli.evaluation.session import Verification
     from kascade_cli.evaluation.verification import verify as measure_candidates
 
     settings = deciding.Settings(
@@ -199,6 +219,7 @@ def select_anchors(
         target_speedup=target_speedup,
         max_anchors=max_anchors,
         kl_tolerance=kl_tolerance,
+        lost_tolerance=lost_tolerance,
     )
     verification = Verification(
         model=model,
@@ -212,7 +233,7 @@ def select_anchors(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    _check_verification(verify, verification)
+    wanted = _check_verification(verify, verification)
     if plots is not None:
         _check_plots(plots, overwrite)
     deciding.capture_budget({"tile": 1}, ratio, min_keys)  # refused before the capture is read, which takes longer
@@ -221,8 +242,10 @@ def select_anchors(
         settings.limit(file.profiled_layers)
         budget = deciding.capture_budget(file.meta, ratio, min_keys)
         record.model_card(file.meta)
-        if verify:
+        if verify is not False:
             verification.check_capture(file.meta)
+            if wanted:
+                verification.check_model(file.meta)
         if not file.complete:
             note(f"{capture}: {len(file)} of {file.meta['num_prompts']} prompts are captured; using these")
 
@@ -237,19 +260,18 @@ def select_anchors(
     search = deciding.Search(measured, settings, cost=table, context=length)
     for line in search.problem.notes:
         note(line)
-    candidates, verified = [], {}
-    if verify:
-        candidates = search.candidates(verify)
-        with progress("verifying") as bar:
-            verified = measure_candidates(
-                search,
-                candidates,
-                budget,
-                verification,
-                begin=lambda total: bar.update(bar.first, total=total),
-                advance=lambda: bar.update(bar.first, advance=1),
-            )
-    decision = search.decide(candidates, verified)
+    measured_sets, verified = [], {}
+    journal = journal_path(output)
+    session = None if verify is False else _session(search, verification, wanted)
+    if session is not None:
+        with Steps("verifying") as steps:
+            measured_sets, verified = measure_candidates(
+                search, search.candidates(candidates), budget,
+                session=session, journal=journal, report=steps.update, notify=note,
+            )  # fmt: skip
+    decision = search.decide(measured_sets, verified)
+    for line in decision.notes:
+        note(line)
     search.bootstrap(decision, bootstrap)
     origin = record.provenance_document(capture, measured, table, length)
     profile = search.profile(decision, budget, provenance=origin)
@@ -262,6 +284,8 @@ def select_anchors(
     document = report.result_document(output, search, decision, drawn)
     shown = [] if as_json else report.renderables(document)
     profile.save(output, overwrite=overwrite)
+    if session is not None:
+        journal.unlink(missing_ok=True)
     if as_json:
         print_json(document)
     for part in shown:
@@ -288,16 +312,35 @@ def _check_plots(folder: Path, overwrite: bool) -> None:
     require_extra("matplotlib", "plot")
 
 
-def _check_verification(count: int, verification: Any) -> None:
-    """Refuses what verification cannot use, or options of it without --verify. Raises UsageError."""
-    if count:
-        verification.check()
-        return
+def _check_verification(verify: bool | None, verification: Any) -> bool:
+    """Whether verification is asked for, so that it must not fail. Raises UsageError for options that fit together
+    badly, or name what is not there."""
     given = {
         "--model": verification.model,
         "--verify-dev-set": verification.dev_set,
         "--verify-length": verification.max_length,
         "--revision": verification.revision,
     }
-    if unused := [name for name, value in given.items() if value is not None]:
-        raise UsageError(f"{unused[0]} is for verification: pass --verify N too")
+    named = [name for name, value in given.items() if value is not None]
+    if verify is not False:
+        verification.check()
+        return verify is True or bool(named)
+    if named:
+        raise UsageError(f"{named[0]} is for verification: leave --no-verify out")
+    return False
+
+
+def _session(search: Any, verification: Any, wanted: bool) -> Any:
+    """The model and its prompts; None and a line that says why, where they are not there and nobody asked for them."""
+    from kascade_cli.evaluation.session import open_session
+
+    meta = search.measured.meta
+    try:
+        if not wanted and (missing := verification.missing(meta)):
+            raise KascadeError(missing)
+        return open_session(meta, search.settings.phases, verification)
+    except KascadeError as error:
+        if wanted:
+            raise
+        note(f"not verified: {error}; pass --model, or --no-verify to choose by the similarity alone")
+        return None

@@ -28,7 +28,7 @@ def result_document(output: Path, search: Any, decision: Any, plots: Sequence[Pa
         "cost": {"source": search.cost.source, "context": search.context},
         "stability": stability_document(problem, decision.stable) if decision.stable else None,
         "verify": verify_document(problem, decision),
-        "notes": problem.notes,
+        "notes": [*problem.notes, *decision.notes],
         "plots": [str(path) for path in plots],
     }
 
@@ -76,7 +76,10 @@ def budget_table(budgets: Sequence[dict[str, Any]], chosen: Sequence[int], cost:
 def verify_table(verified: dict[str, Any], chosen: Sequence[int]) -> Any:
     """Candidates beside their measured KL; the chosen one is marked."""
     title = f"Measured on {verified['prompts']} held-out prompts of '{verified['dev_set']}': KL(dense || sparse), nats"
-    numbers = ["importance", "uniform", *verified["phases"], "mean", "prompts"]
+    asked, given = verified["answers"]["asked"], verified["answers"]["given"]
+    if asked:
+        title += f"; dense answers {given} of {asked}"
+    numbers = ["importance", "uniform", *verified["phases"], "mean", *(["answers"] if given else []), "prompts"]
     table = plain_table(["", "M", "anchors", *numbers], title=title, right=["M", *numbers])
     for entry in verified["candidates"]:
         objectives = [entry["objectives"].get(name) for name in ("importance", "uniform")]
@@ -87,10 +90,12 @@ def verify_table(verified: dict[str, Any], chosen: Sequence[int]) -> Any:
             *("-" if value is None else f"{value:.4f}" for value in objectives),
             *(_nats(entry["kl"][phase]) for phase in verified["phases"]),
             _nats(entry["kl_mean"]),
+            *([f"{entry['answers']['kept']}/{entry['answers']['given']}"] if given else []),
             str(entry["prompts"]),
         )
     table.caption = cell(
-        "importance, uniform: objective under the weighting that proposes the set; fewer prompts: given up early"
+        "importance, uniform: objective under the weighting that proposes the set (both: one anchor swapped); "
+        "fewer prompts: given up early"
     )
     table.caption_justify = "left"
     return table

@@ -12,6 +12,7 @@ from kascade_cli.files import check_name
 from kascade_cli.help import examples
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
+_ANY_WEIGHTS = "(any weights of this shape)"
 
 
 @examples("kascade show profile.yaml", "kascade show capture.h5 --json")
@@ -111,25 +112,31 @@ def _render_profile(path: Path, profile: Any) -> None:
     card, budget, selection, origin = profile.model, profile.budget, profile.selection, profile.provenance
     facts = [
         ("profile", f"{path} ({profile.schema_})"),
-        ("model", f"{card.name} {card.fingerprint[:19]}"),
+        ("model", f"{card.name} {card.fingerprint[:19] if card.fingerprint else _ANY_WEIGHTS}"),
         ("heads", f"{card.query_heads} query, {card.kv_heads} KV, size {card.head_dim}"),
         (
             "budget",
-            f"{budget.ratio:.0%} of the visible keys, at least {budget.min_keys}; tiles of {budget.tile} queries",
+            f"{budget.describe()} of the visible keys, at least {budget.min_keys}; tiles of {budget.tile} queries",
         ),
         (
             "anchors",
             f"{' '.join(map(str, profile.anchors))} ({len(profile.anchors)} of {len(profile.attention_layers)})",
         ),
     ]
+    if not profile.heads_measured:
+        facts.append(("head maps", "not measured: pooled (kascade select-anchors measures them)"))
     out.print(_facts(facts))
     out.print()
     title = "Roles; heads: per KV head, the anchor head whose keys it reads (= its own number)"
+    if not profile.heads_measured:
+        title = "Roles; heads: all read one key set per anchor"
     table = plain_table(
         ["layer", "role", "reads", "decode heads", "prefill heads"], title=title, right=["layer", "reads"]
     )
     for index, layer in enumerate(profile.layers):
-        if layer.role == "reuse":
+        if layer.role == "reuse" and not profile.heads_measured:
+            table.add_row(str(index), "reuse", str(layer.anchor), "pooled", "pooled")
+        elif layer.role == "reuse":
             maps = [compact_map(profile.head_map(index, phase), layer.anchor) for phase in ("decode", "prefill")]
             table.add_row(str(index), "reuse", str(layer.anchor), *maps)
         else:

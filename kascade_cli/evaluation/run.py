@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from kascade_cli.console import format_size
-from kascade_cli.evaluation.answers import greedy_answers
-from kascade_cli.evaluation.cases import Case, is_right
+from kascade_cli.errors import KascadeError
+from kascade_cli.evaluation.batched import Asked, answer_all
+from kascade_cli.evaluation.cases import Case, score_question
 from kascade_cli.integrations.transformers import attach_setting
+from kascade_cli.schema import Budget
 from kascade_cli.sparse import Setting
 from kascade_cli.sparse.strategy import strategy_class
 from kascade_cli.tasks import Interval, cluster_interval, paired_interval
@@ -37,7 +39,7 @@ class Run:
 
 @dataclass
 class Outcome:
-    """What a run gave. right: float64 [draws, questions] of 0 and 1; density per phase and `all`, mean over draws."""
+    """What a run gave. right: float64 [draws, questions], 0 to 1; density per phase and `all`, mean over draws."""
 
     run: Run
     right: np.ndarray
@@ -46,6 +48,7 @@ class Outcome:
     backend: str
     seconds: float
     fallbacks: dict[str, str] = field(default_factory=dict)
+    head_maps: str | None = None  # what is to say of them
 
     @property
     def values(self) -> np.ndarray:
@@ -65,19 +68,18 @@ def run_cases(
     began = time.perf_counter()
     right, densities = [], []
     for setting in run.settings:
-        row: list[bool] = []
+        row: list[float] = []
         with attach_setting(model, setting) as attachment:
-            for case in cases:
-                answers = greedy_answers(
-                    model,
-                    case.context,
-                    [question.ids for question in case.questions],
-                    [question.answer_tokens for question in case.questions],
-                    tile=attachment.budget.tile,
-                )
+            asked = [
+                Asked(case.context, [q.ids for q in case.questions], [q.new_tokens for q in case.questions])
+                for case in cases
+            ]
+            written = answer_all(
+                model, asked, tile=attachment.budget.tile, advance=lambda index: advance(cases[index].tokens)
+            )
+            for case, answers in zip(cases, written, strict=True):
                 pairs = zip(answers, case.questions, strict=True)
-                row += [is_right(tokenizer, tokens, question) for tokens, question in pairs]
-                advance(case.tokens)
+                row += [score_question(tokenizer, tokens, question) for tokens, question in pairs]
             report = attachment.report()
         right.append(row)
         densities.append({"all": report["density"]} | {p: v["density"] for p, v in report["phases"].items()})
@@ -90,6 +92,7 @@ def run_cases(
         report["backend"],
         time.perf_counter() - began,
         report["fallbacks"],
+        report.get("head_maps"),
     )
 
 
@@ -99,10 +102,12 @@ def run_table(
     cases: Mapping[int, Sequence[Case]],
     runs: Sequence[Run],
     progress: Callable[[str, int], None] = lambda what, tokens: None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
     """One JSON row (`summarise`) per length and run; the first dense run is what the others are compared with.
 
-    `progress(what runs, tokens read since the last call)`.
+    `progress(what runs, tokens read since the last call)`. Raises KascadeError, before anything else is run, if dense
+    attention answers nothing; `tell` gets one line for a task of several of which that is true.
     """
     rows = []
     for length, part in cases.items():
@@ -111,10 +116,25 @@ def run_table(
             what = f"{run.label} at {format_size(length)}"
             progress(what, 0)
             outcome = run_cases(model, tokenizer, part, run, advance=lambda tokens, what=what: progress(what, tokens))
-            if run.strategy == "dense":
-                dense = dense or outcome
+            if run.strategy == "dense" and dense is None:
+                dense = outcome
+                check_answered(outcome, part, tell)
             rows.append({"length": length} | summarise(outcome, part, dense))
     return rows
+
+
+def check_answered(dense: Outcome, cases: Sequence[Case], tell: Callable[[str], None]) -> None:
+    """Tables of zeros say nothing: see `run_table`."""
+    kinds = [question.task for case in cases for question in case.questions]
+    lost = [name for name in dict.fromkeys(kinds) if not _scores_of(dense, kinds, name).any()]
+    if lost and len(lost) == len(set(kinds)):
+        raise KascadeError(f"dense answers 0 of {len(kinds)}: choose another task or model")
+    for name in lost:
+        tell(f"{name}: dense answers 0 of {kinds.count(name)}, so its column says nothing")
+
+
+def _scores_of(outcome: Outcome, kinds: Sequence[str], name: str) -> np.ndarray:
+    return outcome.values[np.array([kind == name for kind in kinds])]
 
 
 def draws_interval(
@@ -158,10 +178,10 @@ def summarise(outcome: Outcome, cases: Sequence[Case], baseline: Outcome | None)
     weights = np.ones_like(weights) if even else weights
     reference = baseline.values * weights if baseline else None
     overall = _score(outcome, outcome.right * weights, reference, clusters, plain=even)
-    run = outcome.run
+    run, budget = outcome.run, Budget(**outcome.budget)
     row = {
         "strategy": run.label,
-        "ratio": None if run.strategy == "dense" else outcome.budget["ratio"],
+        "ratio": None if run.strategy == "dense" else budget.ratio_at(max(case.tokens for case in cases)),
         "min_keys": None if run.strategy == "dense" else outcome.budget["min_keys"],
         "density": {key: round(value, 4) for key, value in outcome.density.items()},
         "scores": scores,
@@ -169,6 +189,10 @@ def summarise(outcome: Outcome, cases: Sequence[Case], baseline: Outcome | None)
         "seconds": round(outcome.seconds, 2),
         "backend": outcome.backend,
     }
+    if budget.ratios is not None and run.strategy != "dense":
+        row["ratios"] = budget.ratios  # `ratio` is that of the longest prompt
+    if outcome.head_maps is not None:
+        row["head_maps"] = outcome.head_maps
     if run.needs_profile:
         anchors = [setting.profile.anchors for setting in run.settings]
         row["anchors"] = anchors if run.draws else anchors[0]

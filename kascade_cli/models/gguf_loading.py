@@ -5,7 +5,6 @@ import functools
 import struct
 import threading
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -68,9 +67,11 @@ def load_gguf(header: GgufHeader, config: Any, name: str, *, show: bool, **optio
 
 def gguf_tokenizer(header: GgufHeader, name: str) -> Any:
     """The tokenizer of a GGUF file, chat template included."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, tokenization_utils_tokenizers
 
-    with _quick_reading(header, show=False):
+    # Releases up to 5.17 make the tokenizer of what the quick reader passes over.
+    old = hasattr(tokenization_utils_tokenizers, "load_gguf_checkpoint")
+    with contextlib.nullcontext() if old else _quick_reading(header, show=False):
         try:
             return AutoTokenizer.from_pretrained(header.path.parent, gguf_file=header.path.name)
         except _FAILURES as error:
@@ -129,11 +130,9 @@ def _quick_reading(header: GgufHeader, show: bool) -> Iterator[None]:
                 self.fields[key] = ReaderField(offs, key, [np.array([tokens], np.uint32)], [0], kind)
             return end
 
-    own_tokenizers = find_spec("transformers.integrations.gguf") is not None
     with _reading, contextlib.ExitStack() as stack:
-        if own_tokenizers:
-            stack.callback(setattr, gguf, "GGUFReader", gguf.GGUFReader)
-            gguf.GGUFReader = Reader
+        stack.callback(setattr, gguf, "GGUFReader", gguf.GGUFReader)
+        gguf.GGUFReader = Reader
         stack.callback(setattr, gguf, "get_tensor_name_map", gguf.get_tensor_name_map)
         gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
         stack.callback(setattr, legacy, "tqdm", legacy.tqdm)

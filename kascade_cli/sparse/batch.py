@@ -93,14 +93,19 @@ class Batch:
 
     def count(self, visible: Tensor) -> Tensor:
         """k(N) for a tensor of N, int32: `Budget.count` without leaving the device."""
-        wanted = torch.ceil(visible.double() * self.budget.ratio - 1e-6).clamp_min(self.budget.min_keys)
-        return torch.minimum(wanted, visible.double()).int()
+        seen, ratio = visible.double(), self.budget.ratio
+        if self.budget.ratios is not None:
+            lengths, ratios = _table(self.budget, visible.device)
+            ratio = ratios[torch.bucketize(seen, lengths, right=True)]
+        wanted = torch.ceil(seen * ratio - 1e-6).clamp_min(self.budget.min_keys)
+        return torch.minimum(wanted, seen).int()
 
     @functools.cached_property
     def width(self) -> int:
         """The widest choice possible with this many slots; depends on shapes only."""
-        aligned = self.phase == "prefill" and self.plain
-        return max(1, self.budget.count((self.slots - 1) // self.tile * self.tile if aligned else self.slots))
+        if self.phase == "prefill" and self.plain:
+            return max(1, self.budget.most((self.slots - 1) // self.tile * self.tile, self.tile))
+        return max(1, self.budget.most(self.slots))
 
     @functools.cached_property
     def positions(self) -> tuple[Tensor, Tensor]:
@@ -126,3 +131,18 @@ class Batch:
         local = position // self.tile - first_tile(query_start, kv_start, self.tile)[:, None]
         chosen = counts.gather(1, local.clamp(0, self.tiles - 1).long())
         return ((chosen + position % self.tile + 1) * real).sum().double()
+
+
+@functools.cache
+def _table(budget: Budget, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Lengths float64 [n] and ratios [n + 1]: the first below the smallest length.
+
+    Made once per device and never dropped: a copy from the host in every step would keep decoding out of CUDA graphs,
+    and a graph may still read it.
+    """
+    lengths, ratios = zip(*budget.ratios.items(), strict=True)
+    with torch.inference_mode(False):  # else later steps outside of it could not use them everywhere
+        return (
+            torch.tensor(lengths, dtype=torch.float64, device=device),
+            torch.tensor((budget.ratio, *ratios), dtype=torch.float64, device=device),
+        )

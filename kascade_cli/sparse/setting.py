@@ -14,7 +14,10 @@ _BUDGET = {"ratio": float, "min_keys": int, "tile": int}
 
 @dataclass(frozen=True)
 class Setting:
-    """What `attach` takes. ratio, min_keys and tile override the profile's budget; options are the strategy's own."""
+    """What `attach` takes. ratio, min_keys and tile override the profile's budget; options are the strategy's own.
+
+    A ratio drops the profile's table by context length.
+    """
 
     strategy: str = "kascade"
     profile: Profile | None = None
@@ -74,8 +77,7 @@ class Setting:
             if value is not None and value < 1:
                 raise UsageError(f"{name.replace('_', '-')} {value} must be 1 or more")
         base = self.profile.budget if self.profile else Budget()
-        given = {name: getattr(self, name) for name in _BUDGET}
-        return base.model_copy(update={name: value for name, value in given.items() if value is not None})
+        return base.override(**{name: getattr(self, name) for name in _BUDGET})
 
     def make(self, layers: list[int]) -> Strategy:
         """The strategy for a model with these full-attention layers. Raises UsageError."""

@@ -100,6 +100,10 @@ class Strategy:
         """dense, anchor, reuse ... (for the report)."""
         return self.name
 
+    def facts(self) -> dict[str, Any]:
+        """What the report shall say besides, such as what of the profile could not be followed."""
+        return {}
+
     def memory(self) -> Any:
         """A new object that is handed from pass to pass of one thread (`layer.state.memory`), or None."""
         return None

@@ -4,6 +4,7 @@ prompts = make_prompts("hops", length=1024, count=8, questions_per_task=8, seed=
 encoded = encode_prompt(prompts[0], tokenizer)
 """
 
+from kascade_cli.tasks import natural
 from kascade_cli.tasks.encoding import EncodedPrompt, check_words, encode_prompt
 from kascade_cli.tasks.haystack import LAYOUTS
 from kascade_cli.tasks.questions import (
@@ -37,6 +38,7 @@ __all__ = [
     "make_prompt",
     "make_prompts",
     "member_tasks",
+    "natural",
     "paired_interval",
     "prompt_rng",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +16,24 @@ class EncodedPrompt:
     """Token ids of a whole prompt, answers included.
 
     answers: per question of the prompt, the half-open token span [start, stop) of its answer. The logits at
-    [start - 1, stop - 1) predict it. haystack_tokens: tokens before the first question, BOS included.
+    [start - 1, stop - 1) predict it. questions: the spans of the questions, each with its answer.
+    haystack_tokens: tokens before the first question, BOS included.
     """
 
     ids: list[int]
     answers: list[tuple[int, int]]
+    questions: list[tuple[int, int]]
     haystack_tokens: int
 
     @property
     def answer_positions(self) -> list[int]:
         """Token positions whose logits predict answer tokens, ascending."""
-        return [p for start, stop in self.answers for p in range(start - 1, stop - 1)]
+        return predicting(self.answers)
+
+
+def predicting(answers: Iterable[tuple[int, int]]) -> list[int]:
+    """Positions whose logits predict the tokens of answers (half-open token spans), ascending."""
+    return [position for start, stop in answers for position in range(start - 1, stop - 1)]
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -66,14 +74,23 @@ def check_words(tokenizer: Any) -> None:
     raise KascadeError("this tokenizer joins the words of the built-in tasks: use other texts")
 
 
+def knows_words(tokenizer: Any) -> bool:
+    """Whether the words of the demo tasks are one token each, as for the models that were trained on them."""
+    text = " ".join(TASK_WORDS)
+    ids = encode_more(tokenizer, text)
+    return len(ids) == len(TASK_WORDS) and _round_trips(tokenizer, ids, text)
+
+
 def encode_prompt(prompt: Prompt, tokenizer: Any) -> EncodedPrompt:
     """Token ids and answer spans. Encoded piece by piece, so that every span is exact for any tokenizer."""
     ids = encode_text(tokenizer, prompt.haystack)
     haystack_tokens = len(ids)
-    answers = []
+    answers, questions = [], []
     for question in prompt.questions:
+        asked = len(ids)
         ids += encode_more(tokenizer, question.prompt)
         start = len(ids)
         ids += encode_more(tokenizer, question.answer)
         answers.append((start, len(ids)))
-    return EncodedPrompt(ids, answers, haystack_tokens)
+        questions.append((asked, len(ids)))
+    return EncodedPrompt(ids, answers, questions, haystack_tokens)

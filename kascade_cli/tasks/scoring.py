@@ -1,4 +1,4 @@
-"""Exact match, and its uncertainty when questions come in prompts."""
+"""How answers are scored, and the uncertainty of the mean when questions come in prompts."""
 
 from __future__ import annotations
 
@@ -32,6 +32,21 @@ def exact_match(prediction: str, answer: str, *, prefix: bool = False) -> bool:
     return (got[: len(wanted)] if prefix else got) == wanted
 
 
+SCORES = ("exact", "all", "any")
+
+
+def score_answer(prediction: str, answers: Sequence[str], how: str) -> float:
+    """Between 0 and 1. `exact`: all words of the first answer and no others. `all`: the share of the answers that the
+    prediction holds somewhere, case aside (RULER's string_match_all). `any`: whether it holds one of them
+    (string_match_part). White space counts as one blank.
+    """
+    if how == "exact":
+        return float(exact_match(prediction, answers[0]))
+    text = " ".join(prediction.lower().split())
+    found = [" ".join(answer.lower().split()) in text for answer in answers]
+    return float(any(found)) if how == "any" else sum(found) / len(found)
+
+
 def _by_cluster(values: Sequence[float], clusters: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """(sum of values, number of values) per cluster, float64 [C] each."""
     x = np.asarray(values, np.float64)
@@ -51,7 +66,7 @@ def _quantile(clusters: int, level: float) -> float:
 
 
 def cluster_interval(values: Sequence[float], clusters: Sequence[int], level: float = 0.95) -> Interval:
-    """Interval of a proportion when the 0/1 `values` of one cluster (prompt) are correlated.
+    """Interval of a proportion when the `values` (0 to 1) of one cluster (prompt) are correlated.
 
     Wilson's interval at the effective sample size n / deff, `deff` being the variance of the ratio estimator
     over clusters divided by the binomial one (Kish's design effect, floored at 1), with a t quantile for few

@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from kascade_cli.analysis import decision, selection
+from kascade_cli.analysis import decision
 from kascade_cli.analysis.decision import Search, Settings
+from kascade_cli.analysis.rules import choose
 from kascade_cli.analysis.similarity import measure
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.schema import Budget, Profile
@@ -160,5 +161,5 @@ def test_a_profile_in_four_lines(measured, tmp_path):
     search.profile(found, Budget(ratio=0.2, min_keys=16)).save(tmp_path / "profile.yaml")
     profile = Profile.load(tmp_path / "profile.yaml")
     assert profile.budget == Budget(ratio=0.2, min_keys=16)
-    assert profile.anchors == [LAYERS[place] for place in selection.choose(search.rows, anchors=3).row.anchors]
+    assert profile.anchors == [LAYERS[place] for place in choose(search.rows, anchors=3).row.anchors]
     assert search.profile(found).budget == Budget()

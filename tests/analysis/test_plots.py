@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from kascade_cli.analysis import cost, plots, selection
+from kascade_cli.analysis.candidates import Candidate
+from kascade_cli.analysis.problem import make_problem
+from kascade_cli.analysis.rows import make_row
 from kascade_cli.analysis.similarity import measure
 from kascade_cli.errors import KascadeError
 
@@ -11,9 +14,9 @@ from kascade_cli.errors import KascadeError
 @pytest.fixture
 def parts(capture):
     measured = measure(capture, top_k=9)
-    problem = selection.make_problem(measured, "both")
+    problem = make_problem(measured, "both")
     sets = selection.search_sets(problem, "importance", 3, "nearest")
-    rows = [selection.make_row(problem, found, "nearest", cost.published(), 131072) for found in sets]
+    rows = [make_row(problem, found, "nearest", cost.published(), 131072) for found in sets]
     return measured, problem, rows
 
 
@@ -25,7 +28,7 @@ def read(path):
 
 def test_four_figures_with_something_in_them(parts, tmp_path):
     measured, problem, rows = parts
-    candidates = [selection.Candidate(row.anchors, {}, {"decode": 0.1 / row.size}, 2) for row in rows]
+    candidates = [Candidate(row.anchors, {}, {"decode": 0.1 / row.size}, 2) for row in rows]
     paths = plots.draw_all(tmp_path / "new" / "folder", measured, rows, rows[1], candidates)
     assert sorted(path.name for path in paths) == ["importance.png", "pareto.png", "similarity.png", "sparsity.png"]
     for path in paths:

@@ -3,6 +3,7 @@ import pytest
 
 from kascade_cli.analysis import anchors as search
 from kascade_cli.analysis import selection
+from kascade_cli.analysis.problem import make_problem
 from kascade_cli.analysis.similarity import Measured, measure
 from kascade_cli.analysis.stability import bootstrap
 from tests.toy_captures import random_prompt, write_capture
@@ -88,7 +89,7 @@ def test_prompts_without_one_kind_of_tile(tmp_path):
     assert [len(measured.sim[phase]) for phase in ("decode", "prefill")] == [4, 1]
     stable = bootstrap(measured, "both", "importance", (0, 2), "nearest", 40)
     assert np.isfinite(stable.chosen).all()
-    problem = selection.make_problem(measured, "both")
+    problem = make_problem(measured, "both")
     assert stable.searched == selection.search_sets(problem, "importance", 2, "nearest")[1].anchors
 
 

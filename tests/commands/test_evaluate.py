@@ -38,8 +38,8 @@ def test_json(run_kascade, profile, small):
     ):
         for question in case.questions:
             ids = torch.tensor([case.context + question.ids])
-            written = model.generate(ids, max_new_tokens=question.answer_tokens, do_sample=False)[0, ids.shape[1] :]
-            right.append(tokenizer.decode(written).split() == question.answer.split())
+            written = model.generate(ids, max_new_tokens=question.new_tokens, do_sample=False)[0, ids.shape[1] :]
+            right.append(tokenizer.decode(written).split() == question.answers[0].split())
     assert rows[0]["mean"]["score"] == pytest.approx(100 * sum(right) / len(right))
     assert rows[1]["mean"]["vs_dense"]["score"] == pytest.approx(rows[1]["mean"]["score"] - rows[0]["mean"]["score"])
 
@@ -141,7 +141,7 @@ def test_a_file_of_one_s_own(run_kascade, tmp_path):
         (
             ["--strategies", "dense,oracle:refresh=4"],
             2,
-            "strategy oracle has no option 'refresh': it has none",
+            "strategy oracle has no option 'refresh': it has pool",
         ),
         (["--strategies", "kascade-refresh"], 2, "strategy kascade-refresh needs a profile"),
         (["--strategies", "kascade-refresh:refresh=0"], 2, "kascade-refresh: refresh 0 must be 1 or more"),
@@ -211,3 +211,37 @@ def test_files_are_looked_for_before_the_model_is_loaded(run_kascade, tmp_path, 
         code, out, err = run_kascade(*SMALL, "--profile", tmp_path / "p.yaml", *arguments)
         assert (code, out) == (1, "")
         assert problem in err
+
+
+def test_a_budget_by_length_and_head_maps_not_measured(run_kascade, profile, tmp_path):
+    from kascade_cli.schema import Budget, Profile
+
+    made = Profile.load(profile)
+    path = tmp_path / "v2.yaml"
+    Profile.build(
+        model=made.model, anchors=made.anchors, profiled_layers=made.attention_layers, head_maps=None,
+        budget=Budget(ratios={64: 0.4, 256: 0.1}, min_keys=4),
+    ).save(path)  # fmt: skip
+    options = ["--profile", path, "--max-length", "128,256", "--num-prompts", "1", "--questions", "1"]
+    options += ["--strategies", "dense,kascade,kascade-no-remap"]
+    code, out, err = run_kascade(*SMALL, *options)
+    assert code == 0
+    assert "0.4*" in out
+    assert "0.1*" in out
+    assert "* at the longest prompt: the profile's budget is a table" in out
+    assert "note: head maps not measured: kascade ran pooled, one key set for all heads\n" in err
+    code, out, _ = run_kascade(*SMALL, *options, "--json")
+    rows = {(row["length"], row["strategy"]): row for row in json.loads(out)["rows"]}
+    assert "ratios" not in rows[128, "dense"]
+    assert (rows[128, "kascade"]["ratio"], rows[256, "kascade"]["ratio"]) == (0.4, 0.1)
+    assert rows[128, "kascade"]["ratios"] == {"64": 0.4, "256": 0.1}
+    assert rows[128, "kascade"]["head_maps"] == "not measured: pooled"
+    assert "head_maps" not in rows[128, "kascade-no-remap"]
+    decode = {length: rows[length, "kascade"]["density"]["decode"] for length in (128, 256)}
+    assert decode[128] > 0.4 > decode[256]  # the dense layer reads all keys
+    code, out, _ = run_kascade(*SMALL, *options, "--ratio", "0.2", "--json")
+    assert all("ratios" not in row and row["ratio"] in (None, 0.2) for row in json.loads(out)["rows"])
+    text = ["generate", "demo-small", "--task", "single-hop", "--max-length", "128", "--profile", path]
+    code, out, err = run_kascade(*text)
+    assert code == 0
+    assert "note: head maps not measured: kascade ran pooled, one key set for all heads\n" in err

@@ -134,7 +134,7 @@ def test_unknown_words_are_mentioned(run_kascade):
         (["--prompt", "a", "--strategy", "dense", "--backend", "tilelang"], 1, "need a CUDA GPU"),
         (["--task", "nope", "--strategy", "dense"], 2, "no task is called 'nope'"),
         (["--task", "two-hop", "--strategy", "dense", "--max-length", "2x"], 2, "--max-length: '2x' is not a size"),
-        (["--task", "two-hop", "--strategy", "dense", "--max-length", "8k"], 1, "takes 4096 positions: shorten it"),
+        (["--task", "two-hop", "--strategy", "dense", "--max-length", "8k"], 1, "has 4096: lower --max-length"),
         (
             ["--prompt", "? k1", "--strategy", "dense", "--max-new-tokens", "4094"],
             1,

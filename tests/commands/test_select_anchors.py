@@ -239,7 +239,7 @@ def real_capture(tmp_path_factory):
 def test_verify_measures_and_decides(run_kascade, real_capture, tmp_path):
     target = tmp_path / "profile.yaml"
     code, text, error = run_kascade(
-        "select-anchors", real_capture, "-o", target, "--verify", "1", "--max-anchors", "4", "--verify-prompts", "1",
+        "select-anchors", real_capture, "-o", target, "--verify", "--max-anchors", "4", "--verify-prompts", "1",
         "--min-keys", "32", "--device", "cpu", "--json",
     )  # fmt: skip
     assert code == 0, error
@@ -257,14 +257,15 @@ def test_verify_measures_and_decides(run_kascade, real_capture, tmp_path):
     assert all(entry["kl_mean"] > best + 0.02 for entry in fewer)
     assert max(entry["kl_mean"] for entry in fewer) > 1  # layer 0 alone cannot answer
     assert document["verify"]["candidates"] == profile.selection["verify"]["candidates"]
-    assert document["why"].startswith("the fewest anchors with a measured KL")
+    assert document["why"].startswith("the fewest anchors that keep the answers")
 
 
 def test_verify_keeps_to_the_number_asked_for(run_kascade, real_capture, tmp_path):
     target = tmp_path / "profile.yaml"
     code, text, error = run_kascade(
-        "select-anchors", real_capture, "-o", target, "--verify", "2", "--anchors", "3", "--verify-prompts", "1",
-        "--min-keys", "32", "--device", "cpu", "--phase", "decode", "--verify-dev-set", "single-hop",
+        "select-anchors", real_capture, "-o", target, "--verify", "--candidates", "2", "--anchors", "3",
+        "--verify-prompts", "1", "--min-keys", "32", "--device", "cpu", "--phase", "decode",
+        "--verify-dev-set", "single-hop",
     )  # fmt: skip
     assert code == 0, error
     selection = Profile.load(target).selection
@@ -278,7 +279,7 @@ def test_verify_keeps_to_the_number_asked_for(run_kascade, real_capture, tmp_pat
 
 def test_verify_refuses_another_model(run_kascade, real_capture, tmp_path):
     code, _, error = run_kascade(
-        "select-anchors", real_capture, "-o", tmp_path / "p.yaml", "--verify", "1", "--model", "demo"
+        "select-anchors", real_capture, "-o", tmp_path / "p.yaml", "--verify", "--model", "demo"
     )
     assert code == 1
     assert "weights are not those of demo" in error
@@ -288,13 +289,13 @@ def test_verify_refuses_another_model(run_kascade, real_capture, tmp_path):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--verify", "1", "--backend", "nope"], "backend 'nope' is not known"),
-        (["--verify", "1", "--dtype", "nope"], "dtype 'nope' is not known"),
-        (["--verify", "1", "--device", "nope"], "device 'nope' is not available"),
-        (["--model", "demo"], "--model is for verification"),
-        (["--verify-dev-set", "hops"], "--verify-dev-set is for verification"),
-        (["--verify-length", "1k"], "--verify-length is for verification"),
-        (["--revision", "main"], "--revision is for verification"),
+        (["--verify", "--backend", "nope"], "backend 'nope' is not known"),
+        (["--verify", "--dtype", "nope"], "dtype 'nope' is not known"),
+        (["--verify", "--device", "nope"], "device 'nope' is not available"),
+        (["--no-verify", "--model", "demo"], "--model is for verification"),
+        (["--no-verify", "--verify-dev-set", "hops"], "--verify-dev-set is for verification"),
+        (["--no-verify", "--verify-length", "1k"], "--verify-length is for verification"),
+        (["--no-verify", "--revision", "main"], "--revision is for verification"),
         (["--plots", __file__], "is a file; name a folder"),
         (["--plots", "/proc/plots"], "cannot write into the folder /"),
     ],
@@ -311,7 +312,7 @@ def test_verify_refuses_a_revision_of_a_local_model(run_kascade, real_capture, t
     monkeypatch.setattr("kascade_cli.analysis.similarity.measure", lambda *_, **__: pytest.fail("read the capture"))
     options = [] if model == "demo-small" else ["--model", model]  # the capture's own is demo-small
     code, out, error = run_kascade(
-        "select-anchors", real_capture, "-o", tmp_path / "p.yaml", "--verify", "1", "--revision", "main", *options
+        "select-anchors", real_capture, "-o", tmp_path / "p.yaml", "--verify", "--revision", "main", *options
     )
     assert (code, out) == (2, "")
     assert error.startswith(f"error: {model} is shipped with the package and has no revisions")
@@ -329,7 +330,7 @@ def test_plots_without_matplotlib_are_refused_before_the_capture_is_read(run_kas
 
 def test_verify_refuses_prompts_longer_than_the_model_takes(run_kascade, real_capture, tmp_path):
     code, _, error = run_kascade(
-        "select-anchors", real_capture, "-o", tmp_path / "p.yaml", "--verify", "1", "--verify-length", "1m"
+        "select-anchors", real_capture, "-o", tmp_path / "p.yaml", "--verify", "--verify-length", "1m"
     )
     assert code == 2
     assert "positions" in error
@@ -379,8 +380,8 @@ def test_anchors_that_cannot_be_are_one_line(select, anchors, line):
 def test_verify_measures_an_explicit_set_and_no_other(run_kascade, real_capture, tmp_path):
     target = tmp_path / "profile.yaml"
     code, text, error = run_kascade(
-        "select-anchors", real_capture, "-o", target, "--verify", "3", "--anchors", "0,1,5", "--verify-prompts", "1",
-        "--min-keys", "32", "--device", "cpu", "--json", "--bootstrap", "0",
+        "select-anchors", real_capture, "-o", target, "--verify", "--candidates", "3", "--anchors", "0,1,5",
+        "--verify-prompts", "1", "--min-keys", "32", "--device", "cpu", "--json", "--bootstrap", "0",
     )  # fmt: skip
     assert code == 0, error
     selection = Profile.load(target).selection
@@ -389,19 +390,6 @@ def test_verify_measures_an_explicit_set_and_no_other(run_kascade, real_capture,
     assert only["kl"]["decode"] > 0
     assert set(only["objectives"]) == {"importance", "uniform"}
     assert json.loads(text)["why"].startswith("these anchors were asked for; their measured KL is ")
-
-
-def test_a_prompt_too_short_names_the_option_of_this_command(run_kascade, real_capture, tmp_path):
-    code, out, error = run_kascade(
-        "select-anchors", real_capture, "-o", tmp_path / "p.yaml", "--verify", "1", "--verify-length", "17",
-        "--device", "cpu",
-    )  # fmt: skip
-    assert (code, out) == (1, "")
-    assert error.splitlines()[-1] == (
-        "error: a held-out prompt of 13 tokens is too short to verify on: raise --verify-length"
-    )
-    assert "--max-length" not in error
-    assert not (tmp_path / "p.yaml").exists()
 
 
 HOSTILE = "a[/b]:smile:[red]\x1b[31mR\x1b]0;t\x07"
@@ -487,14 +475,14 @@ def test_old_figures_are_kept_unless_told(select, tmp_path):
         (["--kl-tolerance", "nan"], "--kl-tolerance"),
         (["--kl-tolerance", "inf"], "--kl-tolerance inf must be a number"),
         (["--context", "999m"], "--context: 999m is too much: the most is 16m"),
-        (["--verify-length", "999m", "--verify", "1"], "--verify-length: 999m is too much"),
+        (["--verify-length", "999m", "--verify"], "--verify-length: 999m is too much"),
         (["--bootstrap", "1" + "0" * 20], "--bootstrap"),
         (["--top-k", "1" + "0" * 20], "--top-k"),
-        (["--verify", "1" + "0" * 20], "--verify"),
+        (["--candidates", "1" + "0" * 20], "--candidates"),
         (["--min-keys", "1" + "0" * 20], "--min-keys"),
         (["--workers", "1" + "0" * 20], "--workers"),
         (["--ratio", "nan"], "--ratio nan is outside (0, 1]"),
-        (["--verify", "1", "--device", "meta"], "device 'meta' holds no data"),
+        (["--verify", "--device", "meta"], "device 'meta' holds no data"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused_before_the_capture_is_read(run_kascade, tmp_path, options, problem):
@@ -518,3 +506,38 @@ def test_names_that_no_file_can_have(run_kascade, tmp_path):
         assert (code, out) == (2, "")
         assert "too long for a name" in error
         assert error.count("\n") == 1
+
+
+def test_without_the_model_the_similarity_decides_and_says_so(select):
+    code, _, error, target = select("--anchors", "2")
+    assert code == 0
+    (line,) = error.splitlines()
+    assert line == (
+        "not verified: model toy is not on this machine; pass --model, or --no-verify to choose by the similarity "
+        "alone"
+    )
+    assert "verify" not in Profile.load(target).selection
+    code, _, error, _ = select("--anchors", "2", "--no-verify", "--overwrite")
+    assert (code, error) == (0, "")
+    for options in (["--verify"], ["--model", "nowhere/at-all"], ["--verify-dev-set", "hops"]):
+        code, out, error, target = select("--anchors", "2", *options, output="other.yaml")
+        assert (code, out) == (1, "")
+        assert error.count("\n") == 1
+        assert error.startswith("error: cannot load ")
+        assert not target.exists()
+
+
+def test_verification_is_what_happens_where_the_model_is(run_kascade, real_capture, tmp_path):
+    target = tmp_path / "profile.yaml"
+    code, text, error = run_kascade(
+        "select-anchors", real_capture, "-o", target, "--verify-prompts", "1", "--min-keys", "32", "--device", "cpu",
+        "--anchors", "3", "--bootstrap", "0",
+    )  # fmt: skip
+    assert code == 0, error
+    verified = Profile.load(target).selection["verify"]
+    proposed = [entry for entry in verified["candidates"] if len(entry["objectives"]) == 1]
+    assert {name for entry in proposed for name in entry["objectives"]} == {"importance", "uniform"}
+    assert len(verified["candidates"]) == len(proposed) + 8  # and the neighbours of the best
+    assert all(entry["answers"]["given"] == verified["answers"]["given"] > 0 for entry in verified["candidates"])
+    assert "dense answers" in text
+    assert not list(tmp_path.glob("*.jsonl"))  # the journal goes when the profile is written

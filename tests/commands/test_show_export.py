@@ -263,3 +263,45 @@ def test_show_a_capture_counts_its_parts(run_kascade, capture_file):
     assert document["tokens"] == 97 + 130
     assert document["tiles"] == {"prefill": 4, "decode": 2}
     assert len(document["prompts"]) == len(prompts)
+
+
+TABLE = {1024: 0.3, 4096: 0.15}
+
+
+@pytest.fixture
+def v2_file(tmp_path):
+    made = Profile.build(
+        model=ModelCard(layers=4, **CARD | {"fingerprint": None}), anchors=[0, 2], profiled_layers=range(4),
+        head_maps=None, budget=Budget(ratios=TABLE), selection={"source": "a paper"},
+    )  # fmt: skip
+    made.save(tmp_path / "v2.yaml")
+    return tmp_path / "v2.yaml"
+
+
+def test_show_says_what_a_v2_profile_leaves_out(run_kascade, v2_file):
+    code, text, _ = run_kascade("show", v2_file)
+    assert code == 0
+    for fact in (
+        "kascade/v2",
+        "toy (any weights of this shape)",
+        "30%, from 4096 keys 15% of the visible keys, at least 128",
+        "head maps  not measured: pooled",
+    ):
+        assert fact in text
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()[:1].isdigit()}
+    assert rows["1"] == ["reuse", "0", "pooled", "pooled"]
+    code, text, _ = run_kascade("show", v2_file, "--json")
+    assert Profile.model_validate(json.loads(text)) == Profile.load(v2_file)
+
+
+def test_export_of_a_v2_profile(run_kascade, v2_file):
+    code, text, _ = run_kascade("export", v2_file)
+    assert code == 0
+    document = yaml.safe_load(text)
+    assert document["index_topk_pattern"] == "FSFS"
+    assert document["sparse_attention_config"]["topk_ratio"] == 0.3
+    assert document["sparse_attention_config"]["topk_ratios"] == TABLE
+    code, text, _ = run_kascade("export", v2_file, "--format", "sparse_attention_config", "--json")
+    config = json.loads(text)["sparse_attention_config"]
+    assert (code, config["head_map"], config["model_fingerprint"]) == (0, None, None)
+    assert config["topk_ratios"] == {"1024": 0.3, "4096": 0.15}

@@ -10,7 +10,7 @@ from kascade_cli import attach
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.evaluation.anchors import HeadMaps, parse_anchors, random_sets, with_anchors
 from kascade_cli.evaluation.answers import greedy_answers, shared_tokens
-from kascade_cli.evaluation.cases import Case, EncodedQuestion, built_in_cases, file_cases, split_sources
+from kascade_cli.evaluation.cases import Asking, Case, EncodedQuestion, built_in_cases, file_cases, split_sources
 from kascade_cli.evaluation.require import describe_verdict, parse_requirement
 from kascade_cli.evaluation.run import Outcome, Run, draws_interval, run_cases, summarise
 from kascade_cli.models import describe, load_model
@@ -72,7 +72,7 @@ def test_the_bound_on_repeated_cache_is_kept(make_tiny_model, monkeypatch, rows)
     model = make_tiny_model("llama")  # 4 layers, 2 KV heads of 8, float64
     shared, rest, length, new = 64, 6, 3, 4
     row = 4 * 2 * 2 * 8 * 8 * (shared + rest + length + new)
-    ran, held, decode, take = [], [], answers._decode, answers._Repeated.take
+    ran, held, decode, take = [], [], answers._decode, answers.Repeated.take
 
     def noted(model, cache, seen, chunk, steps):
         ran.append(len(chunk))
@@ -83,7 +83,7 @@ def test_the_bound_on_repeated_cache_is_kept(make_tiny_model, monkeypatch, rows)
         return take(self, rows)
 
     monkeypatch.setattr(answers, "_decode", noted)
-    monkeypatch.setattr(answers._Repeated, "take", taken)
+    monkeypatch.setattr(answers.Repeated, "take", taken)
     questions = [ids_of(length, seed=i) for i in range(11)]
     bound = rows * row + row // 2
     with attach(model, strategy="oracle"):
@@ -141,13 +141,13 @@ def test_words_of_several_tokens_shrink_the_haystack(small):
 
     case = built_in_cases(["single-hop"], "hops", TwoPieces(), length=256, num_prompts=1, questions=2, seed=0)[0]
     assert 200 < len(case.context) <= 256
-    assert case.questions[0].answer_tokens == 4
+    assert case.questions[0].new_tokens == 4
 
 
 def test_sources(tmp_path):
-    assert split_sources(["single-hop"], "pairs") == (["single-hop"], "pairs", [])
-    assert split_sources(["single-hop"], "hops") == (["single-hop"], "hops", [])
-    assert split_sources(["silent-two-hop"], "pairs") == (["silent-two-hop"], "hops", [])
+    assert split_sources(["single-hop"], "pairs") == (["single-hop"], "pairs", [], [])
+    assert split_sources(["single-hop"], "hops") == (["single-hop"], "hops", [], [])
+    assert split_sources(["silent-two-hop"], "pairs") == (["silent-two-hop"], "hops", [], [])
     assert split_sources(["hops", "q.jsonl"])[0][-1] == "silent-three-hop"
     with pytest.raises(UsageError, match="no task is called 'nope'"):
         split_sources(["nope"])
@@ -163,10 +163,10 @@ def test_file_cases(small, tmp_path):
         {"prompt": "@ k1 v2 v3 " * 20 + "? k1", "answer": "v2 v3"},
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    cases, dropped = file_cases(path, tokenizer, max_length=20, limit=None, chat=False)
+    cases, dropped = file_cases(path, tokenizer, max_length=20, room=None, asking=Asking())
     assert dropped == 1
     assert tokenizer.decode(cases[0].context + cases[0].questions[0].ids).split()[1:] == rows[0]["prompt"].split()
-    assert cases[0].questions[0].answer_tokens == 2
+    assert cases[0].questions[0].new_tokens == 2
     for text, problem in [
         ('{"prompt": "a"}', 'line 1: needs a non-empty text "answer"'),
         ("{", "line 1: not JSON"),
@@ -176,12 +176,12 @@ def test_file_cases(small, tmp_path):
     ]:
         path.write_text(text)
         with pytest.raises(KascadeError, match=problem):
-            file_cases(path, tokenizer, max_length=20, limit=None, chat=False)
+            file_cases(path, tokenizer, max_length=20, room=None, asking=Asking())
     path.write_text(json.dumps(rows[1]))
     with pytest.raises(KascadeError, match="longer than 16 tokens"):
-        file_cases(path, tokenizer, max_length=20, limit=None, chat=False, room=16)
+        file_cases(path, tokenizer, max_length=20, room=16, asking=Asking())
     with pytest.raises(KascadeError, match="cannot read"):
-        file_cases(tmp_path / "none.jsonl", tokenizer, max_length=20, limit=None, chat=False)
+        file_cases(tmp_path / "none.jsonl", tokenizer, max_length=20, room=None, asking=Asking())
 
 
 # -- scores --
@@ -200,8 +200,8 @@ def test_run_cases_scores_like_generate_question_by_question(small):
         for case in cases:
             for question in case.questions:
                 ids = torch.tensor([case.context + question.ids])
-                out = model.generate(ids, max_new_tokens=question.answer_tokens, do_sample=False)
-                want.append(tokenizer.decode(out[0, ids.shape[1] :]).split() == question.answer.split())
+                out = model.generate(ids, max_new_tokens=question.new_tokens, do_sample=False)
+                want.append(tokenizer.decode(out[0, ids.shape[1] :]).split() == question.answers[0].split())
     assert outcome.right[0].tolist() == want
     assert 0 < sum(want) < len(want) + 1
     assert outcome.density["prefill"] < 1
@@ -215,7 +215,7 @@ def outcome_of(right, strategy="kascade", draws=False):
 
 
 def cases_of(tasks):
-    return [Case([1], [EncodedQuestion(task, [2], "v1", 1) for task in prompt]) for prompt in tasks]
+    return [Case([1], [EncodedQuestion(task, [2], ("v1",), 1) for task in prompt]) for prompt in tasks]
 
 
 def test_summary_has_the_intervals_of_the_questions():

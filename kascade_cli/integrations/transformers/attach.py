@@ -193,6 +193,7 @@ class Attachment:
             "fallbacks": dict(self.backend.fallbacks),
             "budget": self.budget.model_dump(),
             "roles": roles,
+            **self.strategy.facts(),
             **counted,
         }
 
@@ -239,7 +240,10 @@ def attach_setting(model: nn.Module, setting: Setting, progress: Progress | None
 
 
 def check_profile(info: ModelInfo, profile: Profile, allow_other_weights: bool = False) -> None:
-    """Raises KascadeError unless `profile` was made for this model (or, if allowed, for one of its shape)."""
+    """Raises KascadeError unless `profile` was made for this model (or, if allowed, for one of its shape).
+
+    A profile without a fingerprint is for every model of its shape.
+    """
     card = profile.model
     for name in ("layers", "query_heads", "kv_heads", "head_dim"):
         if getattr(card, name) != getattr(info, name):
@@ -249,7 +253,9 @@ def check_profile(info: ModelInfo, profile: Profile, allow_other_weights: bool =
             )
     if profile.attention_layers != info.profiled_layers:
         raise KascadeError(f"the profile's full-attention layers are not those of {info.name}; profile it again")
-    problem = None if allow_other_weights else fingerprint_problem(card.fingerprint, info, name=card.name)
+    if allow_other_weights or card.fingerprint is None:
+        return
+    problem = fingerprint_problem(card.fingerprint, info, name=card.name)
     if problem:
         advice = "" if problem.endswith("again") else "; profile this model"
         raise KascadeError(f"{problem}{advice}, or pass --allow-other-weights to use it all the same")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,21 @@ from kascade_cli.sparse.strategy import Strategy
 
 
 class Kascade(Strategy):
-    """Paper, section 3: layer 0 is dense and an anchor; anchors attend to their own Top-k; reuse layers to theirs."""
+    """Paper, section 3: layer 0 is dense and an anchor; anchors attend to their own Top-k; reuse layers to theirs.
+
+    A profile whose head maps have not been measured runs pooled: one key set per anchor for all heads.
+    """
 
     name, summary, rank = "kascade", "anchors choose keys, reuse layers read them through the head map", 1
-    needs_profile, pooled = True, False
+    needs_profile, pooled, needs_head_maps = True, False, True
+
+    def prepare(self) -> None:
+        if self.needs_head_maps and not self.profile.heads_measured:
+            self.pooled = True
+
+    def facts(self) -> dict[str, Any]:
+        unmeasured = self.needs_head_maps and not self.profile.heads_measured
+        return {"head_maps": "not measured: pooled"} if unmeasured else {}
 
     def attend(self, layer: Layer) -> Tensor:
         role = self.role(layer.index)
@@ -37,7 +49,9 @@ class Kascade(Strategy):
         return None
 
     def sources(self, layer: int, phase: Phase) -> list[tuple[int, int]]:
-        """Per KV head of a reuse layer, (anchor layer, anchor head)."""
+        """Per KV head of a reuse layer, (anchor layer, anchor head); pooled, an anchor has one set."""
+        if self.pooled:
+            return [(self.profile.layers[layer].anchor, 0)] * self.profile.model.kv_heads
         return self.profile.head_map(layer, phase)
 
     def reads(self, layer: int, phase: Phase) -> Iterable[int]:
@@ -76,18 +90,18 @@ class Pooled(Kascade):
     """The paper's all-heads-pooled variant (method: section 4)."""
 
     name, summary, rank = "kascade-pooled", "one key set per anchor and tile, pooled over all heads", 2
-    pooled = True
-
-    def sources(self, layer: int, phase: Phase) -> list[tuple[int, int]]:
-        return [(self.profile.layers[layer].anchor, 0) for _ in super().sources(layer, phase)]
+    pooled, needs_head_maps = True, False
 
 
 class NoRemap(Kascade):
     """The ablation of the paper's figure 6: the identity head map."""
 
     name, summary, rank = "kascade-no-remap", "reuse layers read the keys of the anchor head with their own number", 3
+    needs_head_maps = False
 
     def sources(self, layer: int, phase: Phase) -> list[tuple[int, int]]:
+        if not self.profile.heads_measured:
+            return [(self.profile.layers[layer].anchor, head) for head in range(self.profile.model.kv_heads)]
         return [(anchor, head) for head, (anchor, _) in enumerate(super().sources(layer, phase))]
 
 

@@ -21,16 +21,22 @@ NAIVE = (
 
 
 class Naive:
-    def __init__(self, model, profile, strategy, segments, ratio, min_keys, tile=32, refresh=8, **options):
+    def __init__(
+        self, model, profile, strategy, segments, ratio, min_keys, tile=32, refresh=8, pooled=False, **options
+    ):
         self.model, self.profile, self.strategy, self.segments = model, profile, strategy, segments
         self.ratio, self.min_keys, self.tile = ratio, min_keys, tile
         self.refresh = refresh if strategy == "kascade-refresh" else 1
+        self.pooled = pooled or strategy == "kascade-pooled"
         self.options = {"sinks": 4} | options
         self.sets = {}
         self.read = self.visible = 0
 
     def count(self, visible):
-        return min(visible, max(self.min_keys, math.ceil(round(self.ratio * visible, 6))))
+        ratio = self.ratio
+        if isinstance(ratio, dict):  # by length
+            ratio = ratio[max((length for length in ratio if length <= visible), default=min(ratio))]
+        return min(visible, max(self.min_keys, math.ceil(round(ratio * visible, 6))))
 
     def top(self, scores, candidates, count):
         order = sorted(candidates, key=lambda j: (-float(scores[j]), j))
@@ -39,7 +45,7 @@ class Naive:
     def select(self, probability, groups):
         """Per segment piece (queries, own keys always kept): a key set per KV head."""
         pooled = probability.unflatten(0, (groups, -1)).sum(1)
-        if self.strategy == "kascade-pooled":
+        if self.pooled:
             pooled = pooled.sum(0, keepdim=True).expand(groups, -1, -1)
         chosen = {}
         for queries, before in self.pieces():
@@ -164,6 +170,16 @@ class Naive:
                 return self.model(torch.tensor([ids]), use_cache=False).logits[0]
         finally:
             self.model.set_attn_implementation("sdpa")
+
+
+def without_head_maps(profile):
+    """The same profile, head maps not measured."""
+    from kascade_cli.schema import Profile
+
+    return Profile.build(
+        model=profile.model, anchors=profile.anchors, profiled_layers=profile.attention_layers, head_maps=None,
+        budget=profile.budget,
+    )  # fmt: skip
 
 
 def some_profile(info, anchors=None, pairs=False, ratio=0.2, min_keys=4):

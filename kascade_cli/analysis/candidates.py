@@ -1,0 +1,85 @@
+"""Anchor sets that are worth measuring on the model, and what was measured of each."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kascade_cli.analysis import anchors as search
+from kascade_cli.analysis.problem import Problem
+from kascade_cli.analysis.rows import any_set
+
+NEIGHBOURS = 8
+
+
+@dataclass
+class Candidate:
+    """An anchor set to be verified. objectives: weighting -> objective, for the weightings that propose it (both for a
+    neighbour: a set with one anchor swapped).
+
+    kl: phase -> mean KL(dense || sparse) in nats; prompts: how many were measured; in these, asked: answers; given:
+    those that dense gives; kept: those of them that the set gives too.
+    """
+
+    anchors: tuple[int, ...]
+    objectives: dict[str, float]
+    kl: dict[str, float] = field(default_factory=dict)
+    prompts: int = 0
+    asked: int = 0
+    given: int = 0
+    kept: int = 0
+    neighbour: bool = False
+
+    @property
+    def score(self) -> float:
+        """Mean over the phases measured; infinity before that."""
+        return float(np.mean(list(self.kl.values()))) if self.kl else float("inf")
+
+    @property
+    def lost(self) -> int:
+        return self.given - self.kept
+
+
+def propose(problem: Problem, sizes: Sequence[int], count: int, assignment: str) -> list[Candidate]:
+    """The `count` best sets of every size under both weightings, deduplicated, in order of size and rank.
+
+    Under free assignment the MILP's optimum is added, and every objective is that of the free assignment.
+    """
+    found: dict[tuple[int, ...], Candidate] = {}
+    for name in problem.weights:
+        best = search.k_best_sets(problem.gains(name), max(sizes), count)
+        gains = problem.client_gains(name) if assignment == "free" else None
+        for size in sizes:
+            entries = [(entry.anchors, entry.objective) for entry in best[size - 1]]
+            if gains is not None:
+                optimum = search.free_set(gains, len(problem.layers), size, entries[0][0])
+                chosen = dict.fromkeys([optimum.anchors, *(anchors for anchors, _ in entries)])
+                entries = [(anchors, search.free_value(gains, anchors) / search.ONE) for anchors in chosen]
+            for anchors, objective in entries:
+                found.setdefault(anchors, Candidate(anchors, {})).objectives[name] = objective
+    return sorted(found.values(), key=lambda entry: len(entry.anchors))
+
+
+def neighbours(
+    problem: Problem,
+    anchors: tuple[int, ...],
+    known: Iterable[tuple[int, ...]],
+    assignment: str,
+    count: int = NEIGHBOURS,
+) -> list[Candidate]:
+    """Sets of the same size with one anchor swapped (never layer 0) that are not `known`: the most promising `count`,
+    taken in turn from the order of each weighting's objective."""
+    others = [layer for layer in range(1, len(problem.layers)) if layer not in anchors]
+    swapped = {
+        tuple(sorted({*anchors} - {gone} | {new})) for gone, new in itertools.product(anchors[1:], others)
+    } - set(known)
+    values = {
+        name: {entry: any_set(problem, entry, name, assignment) for entry in swapped} for name in problem.weights
+    }
+    orders = [sorted(swapped, key=lambda entry: (-found[entry].value, entry)) for found in values.values()]
+    chosen = list(dict.fromkeys(itertools.chain.from_iterable(zip(*orders, strict=True))))[:count]
+    return [
+        Candidate(entry, {name: found[entry].objective for name, found in values.items()}, neighbour=True)
+        for entry in chosen
+    ]

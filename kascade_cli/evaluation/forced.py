@@ -1,0 +1,182 @@
+"""One prompt, run with its own tokens: where it is divided, what dense says there, what a sparse run says.
+
+A sparse run prefills the first `split` tokens and decodes the rest one by one, so that one pass measures both phases
+as they follow each other in use. An answer is given if the most likely token is the answer's at every position that
+predicts one of its tokens.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kascade_cli.errors import KascadeError
+from kascade_cli.evaluation.behind import logits_behind
+from kascade_cli.integrations.transformers import attach_setting
+from kascade_cli.models import logits_at
+from kascade_cli.sparse import Setting
+from kascade_cli.tasks.encoding import predicting
+
+DECODE_TOKENS = 32  # of each prompt, decoded
+LAST_POSITIONS = 64  # of the prefilled part, where no answer is marked
+_DECODED = 4  # answer tokens that shall be decoded, if 32 steps have so many
+
+Span = tuple[int, int]  # an answer's tokens, half-open
+
+
+@dataclass(frozen=True)
+class PromptKL:
+    """What one run over one prompt shows.
+
+    kl: phase -> mean KL(dense || sparse), nats. asked: answers in the prompt; given: those that dense gives; kept:
+    those of them that the sparse run gives too.
+    """
+
+    kl: dict[str, float]
+    asked: int = 0
+    given: int = 0
+    kept: int = 0
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where a prompt is measured: `prefill` within the first `split` tokens, `decode` at or after them, ascending.
+
+    answers: the spans that are judged, those of which some token is predicted at a measured position.
+    """
+
+    split: int
+    prefill: list[int]
+    decode: list[int]
+    answers: list[Span]
+
+    @property
+    def measured(self) -> list[int]:
+        return [*self.prefill, *self.decode]
+
+
+def split_positions(
+    length: int, answers: Sequence[Span], phases: Sequence[str], decode_tokens: int = DECODE_TOKENS
+) -> Positions:
+    """Divides a prompt of `length` tokens. Raises KascadeError for one too short.
+
+    With answers, where one of them begins, so that its first token is predicted by the last prefilled position, as
+    in generation: at the last answer from which on at least 4 answer tokens are decoded, or as many as there are in
+    `decode_tokens` steps. Without any, these steps are the last ones, as of a text without answers. There KL is taken
+    at the last positions; the very last predicts nothing that the prompt holds, but can be compared all the same.
+    """
+    decoding = "decode" in phases
+    split = _split(length, answers, decode_tokens) if decoding else length
+    if answers:
+        wanted = predicting(answers)
+        prefill = [position for position in wanted if 0 <= position < split]
+        decode = [position for position in wanted if position >= split]
+    else:
+        prefill = list(range(max(0, split - LAST_POSITIONS), split))
+        decode = list(range(split, length))
+    if "prefill" not in phases:
+        prefill = []
+    if ("prefill" in phases and not prefill) or (decoding and not decode):
+        raise KascadeError(
+            f"a held-out prompt of {length} tokens is too short to verify on; use a longer --max-length"
+        )
+    measured = {*prefill, *decode}
+    judged = [span for span in answers if span[0] > 0 and measured.intersection(predicting([span]))]
+    return Positions(split, prefill, decode, judged)
+
+
+def _split(length: int, answers: Sequence[Span], decode_tokens: int) -> int:
+    end = max((stop - 1 for _, stop in answers), default=length)  # behind the last step
+    best, most = max(1, end - decode_tokens), 0
+    for start, _ in sorted(answers, reverse=True):
+        if start < 1 or end - start > decode_tokens:
+            break
+        decoded = sum(stop - begin - (begin == start) for begin, stop in answers if begin >= start)
+        if decoded > most:
+            best, most = start, decoded
+        if most >= _DECODED:
+            break
+    return best
+
+
+class DensePrompt:
+    """A prompt and what the dense model says at its measured positions.
+
+    Attributes: ids int64 [1, T]; positions; logs: log-probabilities [P, vocabulary] of positions.measured;
+    given: per judged answer, whether dense gives it.
+    """
+
+    def __init__(self, model: Any, ids: Sequence[int], answers: Sequence[Span], phases: Sequence[str],
+                 decode_tokens: int = DECODE_TOKENS) -> None:  # fmt: skip
+        """Runs the model once. Raises KascadeError if it gives NaN, or the prompt is too short."""
+        self.phases = tuple(phases)
+        self.positions = split_positions(len(ids), answers, phases, decode_tokens)
+        self.ids = torch.tensor([list(ids)], device=next(model.parameters()).device)
+        # Judging an answer needs all of its positions, those that are not measured too.
+        places = sorted({*self.positions.measured, *predicting(self.positions.answers)})
+        logits = logits_at(model, self.ids, places, use_cache=False)[0][0]
+        if torch.isnan(logits).any():
+            raise KascadeError("the dense model gives NaN logits; use another --dtype")
+        self.given = self.answered(dict(zip(places, logits.argmax(-1).tolist(), strict=True)))
+        row = {place: index for index, place in enumerate(places)}
+        self.logs = log_probabilities(logits[[row[place] for place in self.positions.measured]])
+
+    def answered(self, likeliest: dict[int, int]) -> list[bool]:
+        """Per judged answer, whether the likeliest token is right at every position that `likeliest` has."""
+        ids = self.ids[0].tolist()
+        return [
+            all(likeliest[place] == ids[place + 1] for place in predicting([span]) if place in likeliest)
+            for span in self.positions.answers
+        ]
+
+    def prefilled(self, model: Any) -> Any:
+        """The cache of a dense prefill, where only decoding is measured; None otherwise."""
+        if "prefill" in self.phases:
+            return None
+        return logits_at(model, self.ids[:, : self.positions.split], use_cache=True)[1].past_key_values
+
+    def compare(self, model: Any, setting: Setting, cache: Any = None) -> PromptKL:
+        """One run under `setting`. `cache` is what `prefilled` gave; it is left as it is."""
+        with attach_setting(model, setting) as attached:
+            logits = torch.cat([rows.float() if rows.dtype != torch.float64 else rows
+                                for rows in self._sparse(model, copy.deepcopy(cache))])  # fmt: skip
+            attached.report()  # raises if the model did not run the plan
+        divergence = kl_divergence(self.logs, log_probabilities(logits))
+        border, kl = len(self.positions.prefill), {}
+        for phase, part in (("prefill", divergence[:border]), ("decode", divergence[border:])):
+            if phase in self.phases:
+                value = float(part.mean())
+                kl[phase] = value if value == value else float("inf")  # NaN logits are infinitely wrong
+        likeliest = logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1).tolist()
+        sparse = self.answered(dict(zip(self.positions.measured, likeliest, strict=True)))
+        kept = sum(dense and too for dense, too in zip(self.given, sparse, strict=True))
+        return PromptKL(kl, len(self.given), sum(self.given), kept)
+
+    def _sparse(self, model: Any, cache: Any) -> Iterator[Tensor]:
+        """Logits at the measured positions, in order, [n, vocabulary] at a time."""
+        positions = self.positions
+        if "prefill" in self.phases:
+            prompt = self.ids[:, : positions.split]
+            logits, output = logits_at(model, prompt, positions.prefill, use_cache="decode" in self.phases)
+            yield logits[0]
+            cache = output.past_key_values
+        wanted = set(positions.decode)
+        for position in range(positions.split, max(positions.decode, default=-1) + 1):
+            logits, output = logits_behind(model, self.ids[:, position : position + 1], cache, position)
+            cache = output.past_key_values
+            if position in wanted:
+                yield logits[0, -1:]
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """At least in float32."""
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats over the last dimension, float64, from log-probabilities; never below 0."""
+    terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), torch.zeros_like(log_p))
+    return terms.double().sum(-1).clamp_min(0.0)

@@ -1,0 +1,80 @@
+"""Which candidates are measured on which prompts: all on few, the better half of every size on more.
+
+Knows no model: `measure(candidates, prompt)` gives what each does on one prompt.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+from kascade_cli.analysis.candidates import Candidate
+from kascade_cli.evaluation.forced import PromptKL
+from kascade_cli.evaluation.kl import MeanKL
+
+HOPELESS_KL = 0.25  # nats above the best of all: a number of anchors that is measured no further
+HOPELESS_LOST = 0.25  # of the answers, above the best of all (and 2 at least)
+
+Measure = Callable[[Sequence[Candidate], int], Sequence[PromptKL]]
+
+
+def rounds(prompts: int) -> Iterator[range]:
+    """The prompts of every round: a quarter of them, then half, then all."""
+    done = 0
+    for until in (math.ceil(prompts / 4), math.ceil(prompts / 2), prompts):
+        if until > done:
+            yield range(done, until)
+            done = until
+
+
+def race(entrants: Sequence[Candidate], prompts: int, measure: Measure, incumbent: Candidate | None = None) -> None:
+    """Measures `entrants`, filling in what they do; those that are dropped on the way keep fewer prompts.
+
+    After each round the worse half of every size is dropped (first by answers lost, then by KL), and every size whose
+    best set is hopeless against the best of all. With an `incumbent` (one of the entrants, which may have been
+    measured before) only those go on that are ahead of it on the same prompts.
+    """
+    running, sums = list(entrants), {id(entry): MeanKL() for entry in entrants}
+    for prompts_of_round in rounds(prompts):
+        for prompt in prompts_of_round:
+            for entry, result in zip(running, measure(running, prompt), strict=True):
+                mean = sums[id(entry)]
+                mean.add(result)
+                if mean.prompts >= entry.prompts:  # a set that has been in a race before knows more
+                    entry.kl, entry.prompts = dict(mean.kl), mean.prompts
+                    entry.asked, entry.given, entry.kept = mean.asked, mean.given, mean.kept
+        if prompts_of_round.stop < prompts:
+            running = survivors([(entry, sums[id(entry)]) for entry in running], incumbent)
+            if running == [incumbent]:
+                return
+
+
+def survivors(measured: Sequence[tuple[Candidate, MeanKL]], incumbent: Candidate | None = None) -> list[Candidate]:
+    """Who goes on, in the order given; at least one of the best size."""
+    sizes: dict[int, list[tuple[Candidate, MeanKL]]] = defaultdict(list)
+    for entry, mean in measured:
+        sizes[len(entry.anchors)].append((entry, mean))
+    best_kl = min(mean.score for _, mean in measured)
+    fewest = min(mean.given - mean.kept for _, mean in measured)
+    going = set()
+    for group in sizes.values():
+        group.sort(key=lambda pair: (pair[1].given - pair[1].kept, pair[1].score, pair[0].anchors))
+        least_kl = min(mean.score for _, mean in group)
+        lost = group[0][1].given - group[0][1].kept
+        slack = max(2, HOPELESS_LOST * group[0][1].given)
+        if least_kl <= best_kl + HOPELESS_KL and lost <= fewest + slack:
+            ahead = [id(entry) for entry, _ in group]
+            if incumbent is not None and id(incumbent) in ahead:
+                ahead = ahead[: ahead.index(id(incumbent)) + 1]
+            going.update(ahead[: math.ceil(len(group) / 2)])
+    if not going:  # the size with the lowest KL loses answers, and the one that keeps them has a high KL
+        going = {id(min(measured, key=lambda pair: (pair[1].given - pair[1].kept, pair[1].score))[0])}
+    return [entry for entry, _ in measured if id(entry) in going]
+
+
+def planned(sizes: Sequence[int], prompts: int) -> int:
+    """The most runs that a race of so many sets of each size can take."""
+    left, total = list(sizes), 0
+    for part in rounds(prompts):
+        total += len(part) * sum(left)
+        left = [math.ceil(count / 2) for count in left]
+    return total

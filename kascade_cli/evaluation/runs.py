@@ -1,0 +1,83 @@
+"""Sparse runs over held-out prompts: each is made once, remembered, and written down."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kascade_cli.evaluation.forced import DECODE_TOKENS, DensePrompt, PromptKL
+from kascade_cli.schema import Profile
+from kascade_cli.sparse import Setting
+
+if TYPE_CHECKING:
+    from kascade_cli.devset import DevSet
+    from kascade_cli.evaluation.journal import Journal
+
+Advance = Callable[[str, PromptKL], None]
+
+
+class Runs:
+    """The prompts of a dev set and a model to run them with.
+
+    `advance(what, result)` is called after each run, also of one that the journal knew.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        devset: "DevSet",
+        phases: Sequence[str],
+        *,
+        backend: str = "auto",
+        journal: "Journal | None" = None,
+        advance: Advance | None = None,
+    ) -> None:
+        self.model, self.devset, self.phases, self.backend = model, devset, list(phases), backend
+        self.journal, self.advance = journal, advance
+        self._dense: dict[int, DensePrompt] = {}
+        self._known: dict[tuple[str, int], PromptKL] = {}
+
+    def measure(self, profiles: Sequence[tuple[str, Profile]], prompt: int) -> list[PromptKL]:
+        """What each (description, profile) does on one prompt. Raises KascadeError if the dense model gives NaN."""
+        keys = [layout_key(profile) for _, profile in profiles]
+        cache = None
+        found = []
+        with torch.no_grad():
+            for key, (what, profile) in zip(keys, profiles, strict=True):
+                result = self._known.get((key, prompt)) or self._read(key, prompt)
+                if result is None:
+                    dense = self.dense(prompt)
+                    cache = dense.prefilled(self.model) if cache is None else cache
+                    result = dense.compare(self.model, Setting(profile=profile, backend=self.backend), cache)
+                    self._write(key, prompt, result)
+                if (key, prompt) not in self._known and self.advance:
+                    self.advance(what, result)
+                self._known[key, prompt] = result
+                found.append(result)
+        return found
+
+    def dense(self, prompt: int) -> DensePrompt:
+        """Kept: the log-probabilities of a few positions."""
+        if prompt not in self._dense:
+            ids, answers = self.devset.prompts[prompt], self.devset.answers[prompt]
+            self._dense[prompt] = DensePrompt(self.model, ids, answers, self.phases, DECODE_TOKENS)
+        return self._dense[prompt]
+
+    def _prompt_key(self, prompt: int) -> str:
+        from kascade_cli.evaluation.journal import digest
+
+        return digest(self.devset.prompts[prompt], self.devset.answers[prompt], self.phases, DECODE_TOKENS)
+
+    def _read(self, key: str, prompt: int) -> PromptKL | None:
+        return None if self.journal is None else self.journal.get(key, self._prompt_key(prompt))
+
+    def _write(self, key: str, prompt: int, result: PromptKL) -> None:
+        if self.journal is not None:
+            self.journal.add(key, self._prompt_key(prompt), result)
+
+
+def layout_key(profile: Profile) -> str:
+    """What a run depends on: model, budget, layers and head maps; not how they were found."""
+    from kascade_cli.evaluation.journal import digest
+
+    return digest(profile.model_dump(mode="json", by_alias=True, exclude={"selection", "provenance"}))

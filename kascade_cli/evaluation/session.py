@@ -1,0 +1,195 @@
+"""A model and the held-out prompts that anchor sets are measured on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kascade_cli.errors import KascadeError, UsageError
+
+if TYPE_CHECKING:
+    from kascade_cli.devset import DevSet
+    from kascade_cli.evaluation.journal import Journal
+    from kascade_cli.evaluation.runs import Advance, Runs
+    from kascade_cli.models import ModelInfo
+
+
+@dataclass(frozen=True)
+class Verification:
+    """On what candidates are measured. None: as the capture was made.
+
+    model: where the model is now; dev_set, prompts, max_length: the held-out prompts.
+    """
+
+    model: str | None = None
+    dev_set: str | None = None
+    prompts: int = 4
+    max_length: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    backend: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Raises UsageError for what is wrong whatever the capture holds."""
+        from kascade_cli.kernels.backend import check_backend
+        from kascade_cli.models import resolve_device, resolve_dtype
+
+        check_backend(self.backend)
+        resolve_dtype(self.dtype)
+        resolve_device(self.device)
+
+    def check_capture(self, meta: dict[str, Any]) -> None:
+        """Raises UsageError for a revision of a model that has none."""
+        from kascade_cli.models import check_revision
+
+        check_revision(self.model or meta["model_name"], self.revision)
+
+    def check_model(self, meta: dict[str, Any]) -> None:
+        """Raises KascadeError for a model that is nowhere: before a capture is read, which takes longer."""
+        from kascade_cli.models import load_config
+
+        load_config(self.model or meta["model_name"], revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    def missing(self, meta: dict[str, Any]) -> str | None:
+        """Why the model is not on this machine; None if it is. Asks no hub: a capture may name anything."""
+        from kascade_cli.models import resolve_name
+
+        name = self.model or meta["model_name"]
+        if Path(resolve_name(name)).exists():
+            return None
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        with contextlib.suppress(HFValidationError):
+            if isinstance(try_to_load_from_cache(name, "config.json", revision=self.revision), str):
+                return None
+        return f"model {name} is not on this machine"
+
+
+@dataclass
+class Session:
+    """A loaded model whose weights are the capture's, and its held-out prompts. phases: those to measure."""
+
+    model: Any
+    tokenizer: Any
+    info: ModelInfo
+    name: str
+    devset: DevSet
+    phases: list[str]
+    options: Verification
+    meta: dict[str, Any]
+
+    def runs(
+        self, journal: Journal | None = None, advance: Advance | None = None, devset: DevSet | None = None
+    ) -> Runs:
+        """What runs profiles over the prompts (of another dev set than the session's)."""
+        from kascade_cli.evaluation.runs import Runs
+
+        return Runs(
+            self.model, devset or self.devset, self.phases,
+            backend=self.options.backend, journal=journal, advance=advance,
+        )  # fmt: skip
+
+    def journal(self, path: Path | None, notify: Callable[[str], None]) -> Journal | None:
+        """The journal at `path`, of runs with this model, dtype and backend."""
+        if path is None:
+            return None
+        from kascade_cli.evaluation.journal import Journal
+        from kascade_cli.kernels import get_backend
+        from kascade_cli.provenance import tool
+
+        device = next(self.model.parameters()).device
+        context = {
+            "tool": tool(),
+            "model": self.info.fingerprint,
+            "dtype": str(self.model.dtype),
+            "device": device.type,
+            "backend": get_backend(self.options.backend, device).name,
+        }
+        return Journal(path, context, notify)
+
+    def held_out(self, length: int, prompts: int | None = None) -> DevSet:
+        """Held-out prompts of at most `length` tokens. Raises KascadeError where one is too short to measure on."""
+        source = self.options.dev_set or self.meta["dev_set_name"]
+        count = prompts or self.options.prompts
+        devset = held_out_prompts(self.meta, self.tokenizer, source, num_prompts=count, max_length=length)
+        _check_lengths(devset, self.phases)
+        return devset
+
+
+def open_session(meta: dict[str, Any], phases: Sequence[str], options: Verification) -> Session:
+    """Loads the model and makes the prompts. `meta`: the capture's root attributes.
+
+    Raises KascadeError if the model cannot be loaded or is not the capture's, or a prompt is too short; UsageError for
+    a length that the model does not take.
+    """
+    from kascade_cli.models import describe, load_model
+
+    name = options.model or meta["model_name"]
+    model, tokenizer = load_model(
+        name,
+        dtype=options.dtype,
+        device=options.device,
+        device_map=options.device_map,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+    )
+    info = describe(model, name)
+    if info.fingerprint != meta["model_fingerprint"]:
+        raise KascadeError(f"the capture was made from {meta['model_name']}, whose weights are not those of {name}")
+    length, limit = options.max_length or meta["max_length"], info.max_positions
+    if limit and length > limit:
+        if options.max_length:
+            raise UsageError(f"--verify-length {length} is more than the {limit} positions of {name}")
+        length = limit  # a capture of short texts may name more than the model takes
+    session = Session(model, tokenizer, info, name, None, list(phases), options, meta)
+    session.devset = session.held_out(length)
+    return session
+
+
+def held_out_prompts(
+    meta: dict[str, Any], tokenizer: Any, source: str, *, num_prompts: int, max_length: int
+) -> DevSet:
+    """The held-out twin of dev set `source`. If the capture was made from `source`, they share no prompt.
+
+    `meta`: the capture's root attributes; seed, text field, chat template and haystack are as it was made, each where
+    it means something.
+    """
+    from kascade_cli.devset import load_devset
+    from kascade_cli.tasks import TASKS
+    from kascade_cli.tasks.natural import natural_names
+
+    natural = bool(natural_names(source))
+    options = {} if source in TASKS else meta["options"]
+    return load_devset(
+        source,
+        tokenizer,
+        num_prompts=num_prompts,
+        max_length=max_length,
+        seed=meta["seed"],
+        text_field=None if natural else options.get("text_field"),
+        chat_template=options.get("chat_template"),
+        haystack=options.get("haystack") if natural else None,
+        held_out=True,
+    )
+
+
+def _check_lengths(devset: DevSet, phases: Sequence[str]) -> None:
+    """Refuses prompts without a position to measure at before any is run, naming the option that makes them longer."""
+    from kascade_cli.evaluation.forced import split_positions
+
+    for ids, answers in zip(devset.prompts, devset.answers, strict=True):
+        fits = False
+        with contextlib.suppress(KascadeError):
+            split_positions(len(ids), answers, phases)
+            fits = True
+        if not fits:
+            raise KascadeError(
+                f"a held-out prompt of {len(ids)} tokens is too short to verify on: raise --verify-length"
+            )

@@ -1,0 +1,60 @@
+"""What a profile was made for, and what every layer does."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from kascade_cli.schema.base import MOST_HEADS, Count, Index, Phase, Strict
+
+HeadEntry = Index | tuple[Index, Index]  # anchor head, or (anchor layer, anchor head) under free assignment
+
+
+class ModelCard(Strict):
+    """What a profile was made for. `fingerprint` identifies architecture and weights (models.fingerprint).
+
+    Without one the profile is for every model of this geometry.
+    """
+
+    name: str = Field(max_length=4096)
+    fingerprint: str | None = Field(None, pattern=r"^(v2-)?sha256:[0-9a-f]{64}$")
+    layers: Count
+    query_heads: Count
+    kv_heads: Count
+    head_dim: Count
+
+    @model_validator(mode="after")
+    def _heads_divide(self):
+        if self.query_heads % self.kv_heads:
+            raise ValueError(f"query_heads {self.query_heads} is not a multiple of kv_heads {self.kv_heads}")
+        return self
+
+
+class Heads(Strict):
+    """For each KV head of a reuse layer, the anchor head whose keys it reads, per phase."""
+
+    decode: list[HeadEntry] = Field(max_length=MOST_HEADS)
+    prefill: list[HeadEntry] = Field(max_length=MOST_HEADS)
+
+
+class Layer(Strict):
+    """One decoder layer's role. `anchor` and `heads` belong to reuse layers only.
+
+    A reuse layer without `heads`: its head map has not been measured (Profile.heads_measured).
+    """
+
+    role: Literal["dense", "anchor", "reuse", "passthrough"]
+    anchor: Index | None = None
+    heads: Heads | Annotated[list[HeadEntry], Field(max_length=MOST_HEADS)] | None = None
+
+    @model_validator(mode="after")
+    def _fields_fit_role(self):
+        if self.role == "reuse" and self.anchor is None:
+            raise ValueError("a reuse layer needs `anchor`")
+        if self.role != "reuse" and (self.anchor is not None or self.heads is not None):
+            raise ValueError(f"`anchor` and `heads` belong to reuse layers, not to role {self.role}")
+        return self
+
+    def entries(self, phase: Phase) -> list[tuple[int, int]]:
+        """Per KV head, (anchor layer, anchor head). Only for reuse layers whose head map has been measured."""
+        heads = getattr(self.heads, phase) if isinstance(self.heads, Heads) else self.heads
+        return [entry if isinstance(entry, tuple) else (self.anchor, entry) for entry in heads]

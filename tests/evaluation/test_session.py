@@ -1,0 +1,42 @@
+"""What a verification needs before it can start."""
+
+import pytest
+
+from kascade_cli.devset import DevSet
+from kascade_cli.errors import KascadeError
+from kascade_cli.evaluation import session
+from kascade_cli.evaluation.session import Verification
+
+
+def test_a_prompt_too_short_names_the_option_that_helps():
+    long, short = list(range(3, 80)), [3, 4, 5]
+    devset = DevSet("toy", "", [long, short], 0, 80, [[(40, 44)], [(2, 3)]], [[], []])
+    with pytest.raises(KascadeError) as error:
+        session._check_lengths(devset, ("decode", "prefill"))
+    assert str(error.value) == "a held-out prompt of 3 tokens is too short to verify on: raise --verify-length"
+    session._check_lengths(devset, ("prefill",))
+
+
+def test_a_model_is_here_if_it_is_a_path_or_in_the_cache(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *names, **_: asked.append(names))
+    for name in ("demo", str(tmp_path)):
+        assert Verification().missing({"model_name": name}) is None
+    for name in ("org/model", "no name at all", "/nowhere"):
+        assert Verification().missing({"model_name": name}) == f"model {name} is not on this machine"
+    assert Verification(model="demo").missing({"model_name": "/nowhere"}) is None
+    assert ("org/model", "config.json") in asked
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: "/cache/config.json")
+    assert Verification().missing({"model_name": "org/model"}) is None
+
+
+@pytest.mark.parametrize(("source", "passed"), [("hops", (None, None)), ("notes.jsonl", ("body", True))])
+def test_options_of_the_captured_texts_are_not_those_of_a_built_in_task(monkeypatch, tmp_path, source, passed):
+    seen = {}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.jsonl").write_text("{}")
+    monkeypatch.setattr("kascade_cli.devset.load_devset", lambda *_, **options: seen.update(options))
+    meta = {"seed": 3, "options": {"text_field": "body", "chat_template": True}}
+    session.held_out_prompts(meta, None, source, num_prompts=2, max_length=64)
+    assert (seen["text_field"], seen["chat_template"]) == passed
+    assert (seen["seed"], seen["held_out"]) == (3, True)
