@@ -329,8 +329,8 @@ def test_files_that_would_load_as_another_model(tmp_path, llama, byte_tokenizer)
         load_model(str(path), device="cpu")
 
 
-def test_every_command_takes_one(tmp_path, byte_tokenizer, capsys):
-    """Captured, profiled, run and scored under a name that means something on another machine."""
+def test_from_capture_to_generation(tmp_path, byte_tokenizer, capsys):
+    """Captured, profiled and run, under a name that means something on another machine."""
     folder = tmp_path / "tiny-model"
     folder.mkdir()
     model = tiny("llama", byte_tokenizer)
@@ -355,16 +355,12 @@ def test_every_command_takes_one(tmp_path, byte_tokenizer, capsys):
     document = yaml.safe_load(profile.read_text())
     assert document["model"]["name"] == "tiny-model"
     assert document["model"]["fingerprint"] == fingerprint(load_model(str(folder), device="cpu")[0])
-    asked = ("--prompt", "k1 v2 k3 v4 " * 12, "--profile", profile, "--max-new-tokens", 4, "--compare", "dense")
+    text = "k1 v2 k3 v4 " * 12
+    asked = ("--prompt", text, "--profile", profile, "--max-new-tokens", 4, "--compare", "dense")
     for name in (folder, folder / "model.gguf"):
         captured = run("generate", name, *asked, "--json", *shared)
         assert json.loads(captured.out)
         assert "MB on cpu, dequantised from Q8_0" in captured.err
-    rows = tmp_path / "task.jsonl"
-    rows.write_text(json.dumps({"prompt": "k1 v2 k3 v4 " * 12, "answer": "k1"}))
-    asked = ("--task", rows, "--strategies", "dense,kascade", "--profile", profile)
-    captured = run("evaluate", folder, *asked, "--json", *shared)
-    assert "kascade" in captured.out
 
 
 @pytest.mark.parametrize("package", ["gguf", "accelerate"])

@@ -17,6 +17,13 @@ from kascade_cli.models.gguf_file import GgufHeader
 _ARRAY, _STRING = 9, 8
 _SHORT = 4096  # elements of an array that may be of use: counts per layer, say
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError)
+_SPECIAL = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+_CONTROL = 3  # ggml's token type
 _reading = threading.Lock()
 
 
@@ -73,9 +80,17 @@ def gguf_tokenizer(header: GgufHeader, name: str) -> Any:
     old = hasattr(tokenization_utils_tokenizers, "load_gguf_checkpoint")
     with contextlib.nullcontext() if old else _quick_reading(header, show=False):
         try:
-            return AutoTokenizer.from_pretrained(header.path.parent, gguf_file=header.path.name)
+            tokenizer = AutoTokenizer.from_pretrained(header.path.parent, gguf_file=header.path.name)
         except _FAILURES as error:
             raise KascadeError(_problem(error, header, name)) from error
+    if old:  # they know the special tokens of a few families only, and take the end of text for its beginning
+        kinds = header.metadata.get("tokenizer.ggml.token_type") or []
+        control = tokenizer.convert_ids_to_tokens([number for number, kind in enumerate(kinds) if kind == _CONTROL])
+        tokenizer.add_tokens([token for token in control if token], special_tokens=True)
+        for token, key in _SPECIAL.items():
+            if (number := header.metadata.get(f"tokenizer.ggml.{key}")) is not None:
+                setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(number))
+    return tokenizer
 
 
 def loaded_from(header: GgufHeader) -> str:
