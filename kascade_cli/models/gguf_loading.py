@@ -49,10 +49,9 @@ def load_gguf(header: GgufHeader, config: Any, name: str, *, show: bool, **optio
 
     With `show`, transformers' progress bar is drawn where stderr is a terminal.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     require_extra("accelerate", "gguf")
-    source, file = header.path.parent, {"gguf_file": header.path.name}
     with contextlib.suppress(ImportError):  # releases without it always dequantise
         from transformers import GgufConfig
 
@@ -60,12 +59,22 @@ def load_gguf(header: GgufHeader, config: Any, name: str, *, show: bool, **optio
     with _quick_reading(header, show=show):
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
-                source, config=config, output_loading_info=True, **options, **file
+                header.path.parent, gguf_file=header.path.name, config=config, output_loading_info=True, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(source, **file)
         except _FAILURES as error:
             raise KascadeError(_problem(error, header, name)) from error
-    return model, tokenizer, found
+    return model, gguf_tokenizer(header, name), found
+
+
+def gguf_tokenizer(header: GgufHeader, name: str) -> Any:
+    """The tokenizer of a GGUF file, chat template included."""
+    from transformers import AutoTokenizer
+
+    with _quick_reading(header, show=False):
+        try:
+            return AutoTokenizer.from_pretrained(header.path.parent, gguf_file=header.path.name)
+        except _FAILURES as error:
+            raise KascadeError(_problem(error, header, name)) from error
 
 
 def loaded_from(header: GgufHeader) -> str:
