@@ -57,7 +57,8 @@ def _nats(value: float | None) -> str:
 def budget_table(budgets: Sequence[dict[str, Any]], chosen: Sequence[int], cost: dict[str, Any]) -> Any:
     """The Pareto table; the chosen row is marked."""
     free = any("objective_nearest" in row for row in budgets)
-    numbers = ["objective", *(["nearest"] if free else []), "recovered", "worst layer", "decode", "prefill"]
+    figures = ["similarity", "recovered", "worst layer"]
+    numbers = ["objective", *(["nearest"] if free else []), *figures, "decode", "prefill"]
     table = plain_table(["", "M", "anchors", *numbers], title="Best anchors for every budget", right=["M", *numbers])
     for row in budgets:
         mark = "*" if row["anchors"] == list(chosen) else ""
@@ -65,10 +66,14 @@ def budget_table(budgets: Sequence[dict[str, Any]], chosen: Sequence[int], cost:
         if free:
             nearest = row.get("objective_nearest")
             values.append("-" if nearest is None else f"{nearest:.4f}")
-        values += [f"{row['recovered_mean']:.1%}", f"{row['recovered_worst']:.1%} ({row['worst_layer']})"]
+        worst = f"{row['recovered_worst']:.1%} ({row['recovered_worst_layer']})"
+        values += [f"{row['similarity_mean']:.1%}", f"{row['recovered_mean']:.1%}", worst]
         values += [_times(row["speedup"][phase]) for phase in ("decode", "prefill")]
         table.add_row(mark, str(len(row["anchors"])), join(row["anchors"]), *values)
-    table.caption = cell(f"speed-up of attention at {format_size(cost['context'])} predicted from {cost['source']}")
+    table.caption = cell(
+        "recovered: attention kept at the budget, mean and worst layer; decode, prefill: speed-up of attention at "
+        f"{format_size(cost['context'])}, from {cost['source']}"
+    )
     table.caption_justify = "left"
     return table
 

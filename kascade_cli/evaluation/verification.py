@@ -1,7 +1,7 @@
 """Measures candidate anchor sets on the model that a capture was made from, on prompts held out from it.
 
 search = Search(measured, Settings())
-candidates, verified = verify(search, search.candidates(1), Budget(), Verification(prompts=4))
+candidates, verified = verify(search, search.candidates(1), Verification(prompts=4))
 decision = search.decide(candidates, verified)
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kascade_cli.analysis.candidates import NEIGHBOURS
 from kascade_cli.evaluation.session import Session, Verification, open_session
 from kascade_cli.provenance import portable_name
-from kascade_cli.schema import Budget, Profile
+from kascade_cli.schema import Profile
 
 if TYPE_CHECKING:
     from kascade_cli.analysis.candidates import Candidate
@@ -28,7 +28,6 @@ Report = Callable[[int, int, str], None]  # runs done, runs at most, what the la
 def verify(
     search: "Search",
     candidates: Sequence["Candidate"],
-    budget: Budget,
     options: Verification | None = None,
     *,
     session: Session | None = None,
@@ -52,10 +51,10 @@ def verify(
 
     def measure(entries: Sequence["Candidate"], prompt: int) -> Sequence["PromptKL"]:
         for entry in entries:
-            layouts.setdefault(entry.anchors, search.layout(entry.anchors, budget))
+            layouts.setdefault(entry.anchors, search.layout(entry.anchors))
         return runs.measure([(_label(entry), layouts[entry.anchors]) for entry in entries], prompt)
 
-    compile_ahead(session.model, search.layout(candidates[0].anchors, budget), backend=session.options.backend)
+    compile_ahead(session.model, search.layout(candidates[0].anchors), backend=session.options.backend)
     prompts = len(session.devset.prompts)
     sizes = [len(entry.anchors) for entry in candidates]
     beside = 0 if search.given is not None else NEIGHBOURS
