@@ -21,6 +21,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "kascade_cli.commands.select_anchors:select_anchors",
         "Choose anchor layers and head maps from a capture; write a YAML profile.",
     ),
+    "import": (
+        "kascade_cli.commands.import_maps:import_maps",
+        "Read head maps of the public implementation (.npy) into a profile.",
+    ),
     "show": ("kascade_cli.commands.show:show", "Print a capture or a profile for people."),
     "generate": (
         "kascade_cli.commands.generate:generate",
@@ -28,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "evaluate": ("kascade_cli.commands.evaluate:evaluate", "Score strategies on long-context tasks."),
     "bench": ("kascade_cli.commands.bench:bench", "Measure the attention kernels: ops, model, e2e."),
+    "sweep": ("kascade_cli.commands.sweep:sweep", "Measure figures 2, 5 and 6 of the paper: oracle, pooling, remap."),
+    "report": ("kascade_cli.commands.report:report", "Write one HTML page of captures, profiles and measurements."),
     "export": (
         "kascade_cli.commands.export:export",
         "Write a profile in the vocabulary of a serving engine.",

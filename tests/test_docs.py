@@ -60,7 +60,10 @@ def test_links_between_pages_lead_somewhere(page):
             assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings], target
 
 
-@pytest.mark.parametrize("script", ["scripts/strategies_page.py", "benchmarks/performance_table.py"])
+SCRIPTS = ["scripts/strategies_page.py", "scripts/published_profiles.py", "benchmarks/performance_table.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_what_is_made_by_a_script_is_current(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, "--check"])
     spec = importlib.util.spec_from_file_location("script", ROOT / script)

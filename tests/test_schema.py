@@ -416,3 +416,11 @@ def test_half_of_what_v2_may_leave_out(schema, old, new, message):
         Profile.loads(text.replace(old, new, 1), "p.yaml")
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_ratio_takes_the_place_of_a_table():
+    table = Budget(ratios=TABLE, min_keys=16)
+    assert table.override(ratio=0.2) == Budget(ratio=0.2, min_keys=16)
+    assert table.override(min_keys=8, ratio=None) == Budget(ratios=TABLE, min_keys=8)
+    assert table.override(tile=16).ratio_at(5000) == 0.15
+    assert table.override() == table

@@ -41,7 +41,7 @@ def base_row(shape: Shape, phase: str, batch: int, context: int, setting: Any) -
         "kv_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
         "dtype": setting.dtype_name,
-        "ratio": setting.budget.ratio,
+        "ratio": setting.budget.ratio_at(context),
         "backend": setting.backend.name,
     }
 

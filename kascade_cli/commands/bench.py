@@ -311,9 +311,7 @@ class _Job:
             chosen = shapes.named_shape("llama-3.1-8b" if gpu else "demo")
         if loaded and whole:
             chosen = shapes.with_layers(chosen, None, len(loaded.anchors))
-        given = {"ratio": ratio, "min_keys": min_keys}
-        base = loaded.budget if loaded else Budget()
-        budget = base.model_copy(update={name: value for name, value in given.items() if value is not None})
+        budget = (loaded.budget if loaded else Budget()).override(ratio=ratio, min_keys=min_keys)
         element = resolve_dtype(dtype or ("bfloat16" if gpu else "float32"))
         if isinstance(element, str):
             raise UsageError("dtype auto means nothing without a checkpoint: use bfloat16, float16 or float32")

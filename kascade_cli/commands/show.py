@@ -12,7 +12,7 @@ from kascade_cli.files import check_name
 from kascade_cli.help import examples
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_ANY_WEIGHTS = "(no fingerprint: any model of this shape)"
+_ANY_WEIGHTS = "(any weights of this shape)"
 
 
 @examples("kascade show profile.yaml", "kascade show capture.h5 --json")
@@ -128,6 +128,8 @@ def _render_profile(path: Path, profile: Any) -> None:
     out.print(_facts(facts))
     out.print()
     title = "Roles; heads: per KV head, the anchor head whose keys it reads (= its own number)"
+    if not profile.heads_measured:
+        title = "Roles; heads: all read one key set per anchor"
     table = plain_table(
         ["layer", "role", "reads", "decode heads", "prefill heads"], title=title, right=["layer", "reads"]
     )

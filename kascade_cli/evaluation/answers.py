@@ -18,10 +18,15 @@ from kascade_cli.evaluation.behind import continues_in_chunks, logits_behind
 from kascade_cli.models import logits_at
 
 # Bytes of repeated cache held at a time, by device type.
-_CACHE_BYTES = {"cpu": 256 * 1024**2, "cuda": 4 * 1024**3}
+_CACHE_BYTES = {"cpu": 1024**3, "cuda": 16 * 1024**3}
 
 
-class _SlotsLayer(DynamicLayer):
+def cache_bytes(device: torch.device) -> int:
+    """How much of a device's memory the caches of a batch may take."""
+    return _CACHE_BYTES.get(device.type, _CACHE_BYTES["cpu"])
+
+
+class SlotsLayer(DynamicLayer):
     """A cache layer that writes into slots allocated beforehand, where DynamicLayer would copy all keys each step."""
 
     def __init__(self, keys: Tensor, values: Tensor, filled: int):
@@ -44,7 +49,7 @@ class _SlotsLayer(DynamicLayer):
         return self.keys, self.values
 
 
-class _Repeated:
+class Repeated:
     """A prefilled cache of one row, as caches of several rows with room for `extra` tokens each.
 
     Plain layers are repeated once and written over by each `take`; others (sliding windows, linear attention) are
@@ -76,7 +81,7 @@ class _Repeated:
                 # Selects the first row again and again; only full-attention layers have a method for repeating.
                 layer.reorder_cache(torch.zeros(rows, dtype=torch.long))
             else:
-                layer = _SlotsLayer(slots[0][:rows], slots[1][:rows], self.filled)
+                layer = SlotsLayer(slots[0][:rows], slots[1][:rows], self.filled)
             taken.layers.append(layer)
         return taken
 
@@ -120,7 +125,8 @@ def greedy_answers(
     """For each question, the first `new_tokens[i]` tokens that greedy decoding writes after context + question.
 
     Runs whatever attention the model has attached. An answer ends before the model's end-of-sequence token. Rows of a
-    batch share the question's length; `max_bytes` bounds the repeated cache (default: 256 MB, 4 GB on a GPU).
+    batch share the question's length; `max_bytes` bounds the repeated cache (default: 1 GB,
+    16 GB on a GPU).
     """
     chunks = continues_in_chunks(model)
     shared = shared_tokens(len(context), min(map(len, questions)), tile) if chunks else 0
@@ -131,14 +137,14 @@ def greedy_answers(
     by_length: dict[int, list[int]] = {}
     for index, question in enumerate(questions):
         by_length.setdefault(len(question), []).append(index)
-    limit = max_bytes or _CACHE_BYTES.get(model.device.type, _CACHE_BYTES["cpu"])
+    limit = max_bytes or cache_bytes(model.device)
     answers: list[list[int]] = [[] for _ in questions]
     for length, members in by_length.items():
         extra = len(rest) + length + max(new_tokens[index] for index in members)
         batch, repeated = len(members) if chunks else 1, None
         if cache is not None and _repeatable(cache):
             batch = max(1, min(batch, limit // max(_row_bytes(cache, extra), 1)))
-            repeated = _Repeated(cache, batch, extra)
+            repeated = Repeated(cache, batch, extra)
         elif cache is not None:
             batch = 1
         for begin in range(0, len(members), batch):
@@ -147,7 +153,7 @@ def greedy_answers(
             chunk = torch.tensor([rest + list(questions[index]) for index in part], device=model.device)
             written = _decode(model, rows, shared, chunk, max(new_tokens[index] for index in part))
             for index, tokens in zip(part, written.tolist(), strict=True):
-                answers[index] = _until_end(tokens[: new_tokens[index]], model)
+                answers[index] = until_end(tokens[: new_tokens[index]], model)
     return answers
 
 
@@ -162,8 +168,13 @@ def _decode(model: nn.Module, cache: Any, seen: int, chunk: Tensor, steps: int) 
     return torch.cat(tokens, 1)
 
 
-def _until_end(tokens: list[int], model: nn.Module) -> list[int]:
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = [ends] if isinstance(ends, int) else ends or []
-    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+def ends(model: nn.Module) -> set[int]:
+    """The tokens that end what the model writes."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {found} if isinstance(found, int) else set(found or ())
+
+
+def until_end(tokens: list[int], model: nn.Module) -> list[int]:
+    stops = ends(model)
+    stop = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
     return tokens[:stop]

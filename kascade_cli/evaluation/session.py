@@ -158,21 +158,24 @@ def held_out_prompts(
 ) -> DevSet:
     """The held-out twin of dev set `source`. If the capture was made from `source`, they share no prompt.
 
-    `meta`: the capture's root attributes; seed, text field and chat template are as it was made, the last two only
-    where they mean something (a built-in task has neither).
+    `meta`: the capture's root attributes; seed, text field, chat template and haystack are as it was made, each where
+    it means something.
     """
     from kascade_cli.devset import load_devset
-    from kascade_cli.documents import source_kind
+    from kascade_cli.tasks import TASKS
+    from kascade_cli.tasks.natural import natural_names
 
-    options = {} if source_kind(source) == "task" else meta["options"]
+    natural = bool(natural_names(source))
+    options = {} if source in TASKS else meta["options"]
     return load_devset(
         source,
         tokenizer,
         num_prompts=num_prompts,
         max_length=max_length,
         seed=meta["seed"],
-        text_field=options.get("text_field"),
+        text_field=None if natural else options.get("text_field"),
         chat_template=options.get("chat_template"),
+        haystack=options.get("haystack") if natural else None,
         held_out=True,
     )
 

@@ -1,7 +1,10 @@
 """What kascade needs to know of a model, and which models it refuses."""
 
+import copy
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 
 from kascade_cli.errors import KascadeError
@@ -19,10 +22,13 @@ _UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What kascade needs to know of a model. `profiled_layers` are its full-attention layers (absolute indices)."""
+    """What kascade needs to know of a model. `profiled_layers` are its full-attention layers (absolute indices).
+
+    fingerprint: None where the weights have not been loaded (`outline`).
+    """
 
     name: str
-    fingerprint: str
+    fingerprint: str | None
     layers: int
     query_heads: int
     kv_heads: int
@@ -86,6 +92,28 @@ def describe(model: nn.Module, name: str | None = None) -> ModelInfo:
     """
     name = name or getattr(model, "name_or_path_given", None) or model.config._name_or_path or type(model).__name__
     check_supported(model, name)
+    return _info(model, name, fingerprint(model))
+
+
+def outline(config: Any, name: str, *, trust_remote_code: bool = False) -> ModelInfo:
+    """`describe` from the config alone: a model without weights is built, and the fingerprint is None.
+
+    Raises KascadeError for what `describe` refuses, and where the config makes no model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation="eager", trust_remote_code=trust_remote_code
+            )
+    except Exception as error:
+        raise KascadeError(f"{name}: its config makes no model: {' '.join(str(error).split())[:300]}") from error
+    check_supported(model, name)
+    return _info(model, name, None)
+
+
+def _info(model: nn.Module, name: str, found: str | None) -> ModelInfo:
     config = text_config(model)
     layers = full_attention_layers(model)
     module = attention_modules(model)[layers[0]]
@@ -94,7 +122,7 @@ def describe(model: nn.Module, name: str | None = None) -> ModelInfo:
     head_dim = getattr(module, "head_dim", None) or config.hidden_size // query_heads
     return ModelInfo(
         name=name,
-        fingerprint=fingerprint(model),
+        fingerprint=found,
         layers=config.num_hidden_layers,
         query_heads=query_heads,
         kv_heads=kv_heads,

@@ -12,12 +12,12 @@ selection: {...}
 provenance: {...}
 """
 
-from kascade_cli.schema.base import PHASES, Phase
+from kascade_cli.schema.base import MOST_HEADS, MOST_LAYERS, PHASES, Phase
 from kascade_cli.schema.budget import MOST_LENGTHS, Budget
 from kascade_cli.schema.layers import HeadEntry, Heads, Layer, ModelCard
 from kascade_cli.schema.profile import MAX_BYTES, V1, V2, Profile
 
 __all__ = [
-    "MAX_BYTES", "MOST_LENGTHS", "PHASES", "V1", "V2", "Budget", "HeadEntry", "Heads", "Layer", "ModelCard", "Phase",
-    "Profile",
+    "MAX_BYTES", "MOST_HEADS", "MOST_LAYERS", "MOST_LENGTHS", "PHASES", "V1", "V2", "Budget", "HeadEntry", "Heads",
+    "Layer", "ModelCard", "Phase", "Profile",
 ]  # fmt: skip

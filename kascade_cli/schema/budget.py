@@ -68,6 +68,11 @@ class Budget(Strict):
     def __hash__(self) -> int:
         return hash((self.ratio, tuple((self.ratios or {}).items()), self.min_keys, self.tile))
 
+    def override(self, **numbers: float | int | None) -> "Budget":
+        """With the numbers that are not None, unchecked. A ratio takes the table's place."""
+        given: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
+        return self.model_copy(update=given | ({"ratios": None} if "ratio" in given else {}))
+
     def ratio_at(self, visible: int) -> float:
         """The share for a query that sees `visible` keys."""
         ratio = self.ratio

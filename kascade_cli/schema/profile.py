@@ -180,7 +180,7 @@ class Profile(Strict):
         model: ModelCard,
         anchors: Sequence[int],
         profiled_layers: Sequence[int],
-        head_maps: Mapping[int, Mapping[str, Sequence[Any]]] | None,
+        head_maps: Mapping[int, Mapping[str, Sequence[Any]] | Sequence[Any]] | None,
         budget: Budget | None = None,
         selection: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
@@ -188,7 +188,8 @@ class Profile(Strict):
         """Lays out every layer from the chosen anchors.
 
         `head_maps[layer][phase]` gives, for each KV head of a reuse layer, an anchor head (of the nearest anchor
-        before it) or a pair (anchor layer, anchor head); None: they have not been measured. Layers outside
+        before it) or a pair (anchor layer, anchor head); `head_maps[layer]` may be one such list for both phases.
+        None: they have not been measured. Layers outside
         `profiled_layers` pass through. Raises KascadeError where that is no profile.
         """
         try:
@@ -202,7 +203,7 @@ class Profile(Strict):
         model: ModelCard,
         anchors: Sequence[int],
         profiled_layers: Sequence[int],
-        head_maps: Mapping[int, Mapping[str, Sequence[Any]]] | None,
+        head_maps: Mapping[int, Mapping[str, Sequence[Any]] | Sequence[Any]] | None,
         budget: Budget | None,
         selection: Mapping[str, Any] | None,
         provenance: Mapping[str, Any] | None,
@@ -218,7 +219,7 @@ class Profile(Strict):
                 layers.append(Layer(role="anchor"))
             else:
                 nearest = max((anchor for anchor in chosen if anchor < index), default=None)
-                heads = None if head_maps is None else Heads(**{p: list(head_maps[index][p]) for p in PHASES})
+                heads = None if head_maps is None else _heads(head_maps[index])
                 layers.append(Layer(role="reuse", anchor=nearest, heads=heads))
         return cls(
             schema=V2,
@@ -229,3 +230,7 @@ class Profile(Strict):
             selection=dict(selection or {}),
             provenance=dict(provenance or {}),
         )
+
+
+def _heads(given: Mapping[str, Sequence[Any]] | Sequence[Any]) -> Heads | list[Any]:
+    return Heads(**{phase: list(given[phase]) for phase in PHASES}) if isinstance(given, Mapping) else list(given)

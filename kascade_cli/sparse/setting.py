@@ -77,8 +77,7 @@ class Setting:
             if value is not None and value < 1:
                 raise UsageError(f"{name.replace('_', '-')} {value} must be 1 or more")
         base = self.profile.budget if self.profile else Budget()
-        given: dict[str, Any] = {name: getattr(self, name) for name in _BUDGET if getattr(self, name) is not None}
-        return base.model_copy(update=given | ({"ratios": None} if "ratio" in given else {}))
+        return base.override(**{name: getattr(self, name) for name in _BUDGET})
 
     def make(self, layers: list[int]) -> Strategy:
         """The strategy for a model with these full-attention layers. Raises UsageError."""

@@ -189,3 +189,19 @@ def test_results_are_not_overwritten(kascade, tmp_path):
     assert code == 2
     assert "--overwrite" in err
     assert path.read_text() == "{}"
+
+
+def test_a_profile_with_a_table_is_measured_at_the_ratio_of_each_length(kascade, tmp_path, profile):
+    made = Profile.load(profile)
+    made = made.model_copy(update={"budget": Budget(ratios={64: 0.5, 128: 0.25}, min_keys=8)})
+    made.save(tmp_path / "table.yaml")
+    options = ("bench", "model", "--profile", tmp_path / "table.yaml", "--context", "64,128", "--json", *QUICK)
+    code, out, _ = kascade(*options)
+    assert code == 0
+    document = json.loads(out)
+    assert {row["context"]: row["ratio"] for row in document["rows"]} == {64: 0.5, 128: 0.25}
+    assert document["settings"]["budget"]["ratios"] == {"64": 0.5, "128": 0.25}
+    code, out, _ = kascade(*options, "--ratio", "0.1")
+    document = json.loads(out)
+    assert {row["ratio"] for row in document["rows"]} == {0.1}
+    assert document["settings"]["budget"] == {"ratio": 0.1, "min_keys": 8, "tile": 32}

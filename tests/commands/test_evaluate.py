@@ -141,7 +141,7 @@ def test_a_file_of_one_s_own(run_kascade, tmp_path):
         (
             ["--strategies", "dense,oracle:refresh=4"],
             2,
-            "strategy oracle has no option 'refresh': it has none",
+            "strategy oracle has no option 'refresh': it has pool",
         ),
         (["--strategies", "kascade-refresh"], 2, "strategy kascade-refresh needs a profile"),
         (["--strategies", "kascade-refresh:refresh=0"], 2, "kascade-refresh: refresh 0 must be 1 or more"),

@@ -283,7 +283,7 @@ def test_show_says_what_a_v2_profile_leaves_out(run_kascade, v2_file):
     assert code == 0
     for fact in (
         "kascade/v2",
-        "toy (no fingerprint: any model of this shape)",
+        "toy (any weights of this shape)",
         "30%, from 4096 keys 15% of the visible keys, at least 128",
         "head maps  not measured: pooled",
     ):

@@ -72,7 +72,7 @@ def test_the_bound_on_repeated_cache_is_kept(make_tiny_model, monkeypatch, rows)
     model = make_tiny_model("llama")  # 4 layers, 2 KV heads of 8, float64
     shared, rest, length, new = 64, 6, 3, 4
     row = 4 * 2 * 2 * 8 * 8 * (shared + rest + length + new)
-    ran, held, decode, take = [], [], answers._decode, answers._Repeated.take
+    ran, held, decode, take = [], [], answers._decode, answers.Repeated.take
 
     def noted(model, cache, seen, chunk, steps):
         ran.append(len(chunk))
@@ -83,7 +83,7 @@ def test_the_bound_on_repeated_cache_is_kept(make_tiny_model, monkeypatch, rows)
         return take(self, rows)
 
     monkeypatch.setattr(answers, "_decode", noted)
-    monkeypatch.setattr(answers._Repeated, "take", taken)
+    monkeypatch.setattr(answers.Repeated, "take", taken)
     questions = [ids_of(length, seed=i) for i in range(11)]
     bound = rows * row + row // 2
     with attach(model, strategy="oracle"):

@@ -1,22 +1,39 @@
 """What exact Top-k can do at a budget, without reuse: the upper bounds of the paper's figure 2."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kascade_cli.sparse.layer import Layer
-from kascade_cli.sparse.strategy import Strategy
+from kascade_cli.kernels.reference import first_tile, select_topk, wide
+from kascade_cli.sparse.batch import Batch
+from kascade_cli.sparse.layer import Keys, Layer
+from kascade_cli.sparse.strategy import Option, Strategy
 
 _BLOCK_ELEMENTS = 1 << 22  # of the logits that exist at once
+POOLS = ("probabilities", "logits")
+
+
+def _pool(value: Any) -> str:
+    if value not in POOLS:
+        raise ValueError(f"must be {' or '.join(POOLS)}")
+    return value
 
 
 class Oracle(Strategy):
-    """Every layer chooses for itself as an anchor does, pooled over the tile and the KV head's group."""
+    """Every layer chooses for itself as an anchor does, pooled over the tile and the KV head's group.
+
+    `pool=logits` sums before the softmax instead of after it, in plain PyTorch: the ablation of the paper's figure 5.
+    """
 
     name, rank = "oracle", 10
     summary = "every layer chooses its own keys, pooled over tile and KV group as an anchor's; the first is dense"
+    options = {"pool": Option(_pool, POOLS[0], "what is summed over tile and group: `probabilities` or `logits`")}
 
     def attend(self, layer: Layer) -> Tensor:
-        return layer.dense() if layer.index == self.layers[0] else layer.attend(layer.choose())
+        if layer.index == self.layers[0]:
+            return layer.dense()
+        return layer.attend(layer.choose() if self.pool == POOLS[0] else _choose_by_logits(layer))
 
     def role(self, layer: int) -> str:
         return "dense" if layer == self.layers[0] else "anchor"
@@ -53,6 +70,38 @@ class OraclePerQuery(Strategy):
 
     def role(self, layer: int) -> str:
         return "dense" if layer == self.layers[0] else "own keys"
+
+
+def _choose_by_logits(layer: Layer) -> Keys:
+    """Keys with the highest sum of logits over the tile's queries and the group's heads.
+
+    The sum is that of one query, the sum of them all: every key before a tile is seen by all of its queries.
+    """
+    batch, key = layer.batch, wide(_contiguous(layer, layer.key))
+    kv_start, kv_len, counts = batch.lengths.kv_start, batch.lengths.kv_len, batch.counts
+    query = wide(layer.query).unflatten(1, (key.shape[1], -1)).sum(2)  # [B, G, T, D]; the scale changes no order
+    if batch.phase == "decode":
+        rows = (value[:, None] for value in (counts, kv_start, kv_len))
+        scores = (query @ key.transpose(-1, -2))[:, :, 0]
+        return Keys(select_topk(scores, *rows, max_count=batch.width), counts)
+    tiles, parts = _sum_tiles(query, batch), []
+    step = max(1, _BLOCK_ELEMENTS // (batch.rows * key.shape[1] * key.shape[2]))
+    for begin in range(0, batch.tiles, step):
+        here = slice(begin, begin + step)
+        scores = tiles[:, :, here] @ key.transpose(-1, -2)  # [B, G, tiles, S]
+        rows = (counts[:, None, here], kv_start[:, None, None], batch.before[:, None, here])
+        parts.append(select_topk(scores, *rows, max_count=batch.width))
+    return Keys(torch.cat(parts, 2), counts)
+
+
+def _sum_tiles(query: Tensor, batch: Batch) -> Tensor:
+    """[B, G, T, D] -> [B, G, NT, D], summed over the real queries of each local tile."""
+    position, real = batch.positions
+    query_start, kv_start, _ = batch.lengths
+    local = position // batch.tile - first_tile(query_start, kv_start, batch.tile)[:, None]
+    local = torch.where(real, local, 0).long()[:, None, :, None].expand_as(query)
+    out = query.new_zeros(*query.shape[:2], batch.tiles, query.shape[3])
+    return out.scatter_add_(2, local, query.masked_fill(~real[:, None, :, None], 0.0))
 
 
 def _contiguous(layer: Layer, cache: Tensor) -> Tensor:

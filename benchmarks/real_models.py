@@ -1,0 +1,223 @@
+"""The whole job on a real model, through the shipped commands: capture, anchors, answers of every strategy, look-ups.
+
+    python benchmarks/real_models.py MODEL -o FOLDER [--minutes 9] [--only STEP,STEP] [--lengths 8k,16k]
+
+Each step writes a file into FOLDER and is passed over when that is there, so that a run that was stopped (by
+`--minutes`, or a kill) goes on where it was. MODEL is anything that `kascade` takes; it is loaded once for all
+commands of a run.
+
+Steps: profile; anchors; auto (budgets by length); tasks (per length and task, all strategies); lookups (per length:
+records hidden in source files, worded unlike any built-in task; also with the budgets by length); report.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+TASKS = ("niah_multikey_1", "niah_multivalue", "niah_multiquery", "vt", "qa_multihop", "code_completion")
+STRATEGIES = (
+    "dense,kascade,kascade-pooled,kascade-no-remap,kascade-decode-only,kascade-reused-norm,"
+    "oracle,oracle-per-query,quest,omnikv,lessismore,streaming-llm,streaming-llm:ratio=0.3"
+)
+LOOKUPS = "dense,kascade,kascade-pooled,kascade-no-remap,oracle,streaming-llm"
+STEPS = ("profile", "anchors", "auto", "tasks", "lookups", "report")
+
+
+class Stopped(Exception):
+    """The time is over."""
+
+
+class Job:
+    """One model and one folder of results."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.folder = options, options.output
+        self.deadline = time.monotonic() + 60 * options.minutes
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @functools.cached_property
+    def model(self) -> tuple[Any, Any]:
+        from kascade_cli.models import load_model
+
+        return load_model(self.options.model, notify=lambda line: print(line, file=sys.stderr))
+
+    def kascade(self, *arguments: str, output: Path | None = None) -> None:
+        """Runs a command in this process, the model loaded once; stdout goes to `output`, whole or not at all."""
+        import kascade_cli.app
+        import kascade_cli.models
+
+        if time.monotonic() > self.deadline:
+            raise Stopped
+        began, written = time.perf_counter(), io.StringIO()
+        loaded, genuine = self.model, kascade_cli.models.load_model
+        kascade_cli.models.load_model = lambda *_, **__: loaded
+        try:
+            with contextlib.redirect_stdout(written):
+                kascade_cli.app.main(list(map(str, arguments)))
+        except SystemExit as stop:
+            if stop.code:
+                raise SystemExit(f"kascade {' '.join(map(str, arguments))}: exit {stop.code}") from None
+        finally:
+            kascade_cli.models.load_model = genuine
+        seconds = time.perf_counter() - began
+        print(f"{seconds:7.1f} s  kascade {' '.join(map(str, arguments))}", file=sys.stderr, flush=True)
+        with (self.folder / "commands.jsonl").open("a") as log:
+            log.write(json.dumps({"arguments": list(map(str, arguments)), "seconds": round(seconds, 1)}) + "\n")
+        if output is not None:
+            partial = output.with_suffix(".part")
+            partial.write_text(written.getvalue())
+            partial.rename(output)
+
+    # -- steps --
+
+    def profile(self) -> None:
+        capture = self.folder / "capture.h5"
+        if not capture.exists() or capture.with_name("capture.h5.parts").exists():
+            resume = ["--resume"] if capture.exists() else []
+            self.kascade("profile", self.options.model, "-o", capture, *self.options.profile, *resume)
+
+    def anchors(self) -> None:
+        self._select(self.folder / "profile.yaml")
+
+    def auto(self) -> None:
+        chosen = self._anchors()
+        self._select(self.folder / "profile-auto.yaml", "--anchors", ",".join(map(str, chosen)), "--ratio", "auto")
+
+    def _select(self, profile: Path, *more: str) -> None:
+        if not profile.exists():
+            shown = profile.with_suffix(".txt")
+            arguments = [self.folder / "capture.h5", "-o", profile, "--model", self.options.model]
+            self.kascade("select-anchors", *arguments, *self.options.select, *more, output=shown)
+
+    def _anchors(self) -> list[int]:
+        from kascade_cli.schema import Profile
+
+        return Profile.load(self.folder / "profile.yaml").anchors
+
+    def tasks(self) -> None:
+        for length in self.options.lengths:
+            for task in self.options.tasks:
+                found = self.folder / f"tasks-{length}-{task}.json"
+                if not found.exists():
+                    self.kascade(
+                        "evaluate", self.options.model, "--profile", self.folder / "profile.yaml", "--task", task,
+                        "--max-length", length, "--num-prompts", self.options.num_prompts, "--questions", "4",
+                        "--strategies", self.options.strategies, "--anchors", "random:3",
+                        "--capture", self.folder / "capture.h5", "--json", output=found,
+                    )  # fmt: skip
+
+    def lookups(self) -> None:
+        for length in self.options.lookup_lengths:
+            texts = self.folder / f"lookups-{length}.jsonl"
+            if not texts.exists():
+                rows = lookups(self.model[1], _size(length), self.options.lookups, seed=7)
+                texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            for name, profile in (("", "profile.yaml"), ("-auto", "profile-auto.yaml")):
+                found = self.folder / f"lookups-{length}{name}.json"
+                if not found.exists() and (self.folder / profile).exists():
+                    strategies = "dense,kascade" if name else LOOKUPS
+                    self.kascade(
+                        "evaluate", self.options.model, "--profile", self.folder / profile, "--task", texts, "--chat",
+                        "--strategies", strategies, "--json", output=found,
+                    )  # fmt: skip
+
+    def report(self) -> None:
+        page = self.folder / "report.html"
+        files = [self.folder / "capture.h5", self.folder / "profile.yaml", *sorted(self.folder.glob("tasks-*.json"))]
+        if not page.exists():
+            self.kascade("report", *files, "-o", page)
+
+
+def _size(text: str) -> int:
+    return int(float(text.removesuffix("k")) * 1024) if text.endswith("k") else int(text)
+
+
+def lookups(tokenizer: Any, length: int, count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` rows: source files of this Python joined to `length` tokens, 8 records hidden in them, one asked for."""
+    import random
+    import sysconfig
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(file for file in root.glob("*.py") if 4_000 < file.stat().st_size < 200_000)
+    places = ("fjord", "harbor", "summit", "canyon", "lagoon", "prairie", "glacier", "orchard", "meadow", "tundra")
+    colours = ("amber", "cobalt", "crimson", "ivory", "jade", "saffron", "violet", "umber", "teal", "scarlet")
+    rng, rows = random.Random(seed), []
+    while len(rows) < count:
+        lines: list[str] = []
+        for file in rng.sample(files, len(files)):
+            lines += file.read_text(encoding="utf-8", errors="ignore").splitlines()
+            if len(lines) * 14 > length * 4:
+                break
+        names = rng.sample([f"{colour}-{place}" for colour in colours for place in places], 8)
+        numbers = [str(rng.randrange(10**6, 10**7)) for _ in names]
+        asked = rng.randrange(8)
+
+        depths = [rng.random() for _ in names]
+        question = f"What is the secret number for {names[asked]}? Answer with the number only."
+
+        def prompt(used: int) -> str:
+            kept = lines[:used]  # noqa: B023 (called in this turn of the loop only)
+            for depth, name, number in sorted(zip(depths, names, numbers, strict=True), reverse=True):  # noqa: B023
+                kept.insert(int(depth * used), f"The secret number for {name} is {number}.")
+            return "\n".join(kept) + "\n\n" + question  # noqa: B023
+
+        low, high = 1, len(lines)
+        while low < high:  # the longest that fits
+            middle = (low + high + 1) // 2
+            tokens = len(tokenizer(prompt(middle), verbose=False)["input_ids"])
+            low, high = (middle, high) if tokens <= length - 64 else (low, middle - 1)
+        rows.append({"prompt": prompt(low), "answers": [numbers[asked]], "max_new_tokens": 24})
+    return rows
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """All evaluations in a folder, one row each."""
+    rows = []
+    for file in sorted([*folder.glob("tasks-*.json"), *folder.glob("lookups-*.json")]):
+        document = json.loads(file.read_text())
+        rows += [{"file": file.name, "tasks": document["tasks"], **row} for row in document["rows"]]
+    return {"rows": rows}
+
+
+def show(folder: Path) -> None:
+    for row in summary(folder)["rows"]:
+        mean, density = row["mean"], row["density"]
+        print(
+            f"{row['file']:40} {row['strategy']:24} {mean['score']:6.1f} [{mean['low']:5.1f}, {mean['high']:5.1f}] "
+            f"read {100 * density.get('prefill', 0):5.1f} / {100 * density.get('decode', 0):5.1f} % "
+            f"{row['seconds']:6.0f} s"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--only", default=",".join(STEPS), help="steps, comma-separated")
+    parser.add_argument("--lengths", default="8k,16k", type=lambda text: text.split(","))
+    parser.add_argument("--lookup-lengths", default="8k,16k,30k", type=lambda text: text.split(","))
+    parser.add_argument("--tasks", default=",".join(TASKS), type=lambda text: text.split(","))
+    parser.add_argument("--strategies", default=STRATEGIES)
+    parser.add_argument("--num-prompts", default="16")
+    parser.add_argument("--lookups", type=int, default=32)
+    parser.add_argument("--profile", default="", type=str.split, help="more options of kascade profile")
+    parser.add_argument("--select", default="", type=str.split, help="more options of kascade select-anchors")
+    options = parser.parse_args()
+    job = Job(options)
+    try:
+        for step in options.only.split(","):
+            getattr(job, step)()
+    except Stopped:
+        print(f"{options.minutes:g} minutes are over; run again to go on", file=sys.stderr)
+    show(options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What the commands of `kascade sweep` share: from options to a result file that grows row by row."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kascade_cli.commands.sweep_report import finished, render
+from kascade_cli.console import compiling, err, note, out, parse_size, print_json, progress
+from kascade_cli.files import check_output
+
+DEFAULT_LENGTH = 1024
+
+
+class Job:
+    """What the three commands share: where the result goes, and running it."""
+
+    def __init__(self, name: str, output: Path | None, overwrite: bool, as_json: bool) -> None:
+        self.name, self.overwrite, self.as_json = name, overwrite, as_json
+        self.output = output or Path(f"sweep-{name}.json")
+        # A result that is there is gone on with, if it is one of this sweep (document.open_result).
+        check_output(self.output, overwrite or self.output.is_file())
+
+    def run(
+        self,
+        points: Callable[..., Any],
+        model: str,
+        profile: Path | None,
+        task: list[str] | None,
+        max_length: str | None,
+        num_prompts: int,
+        questions: int,
+        kl_prompts: int,
+        chat: bool,
+        seed: int,
+        min_keys: int,
+        dtype: str,
+        device: str,
+        device_map: str | None,
+        backend: str,
+        revision: str | None,
+        trust_remote_code: bool,
+    ) -> None:
+        """Measures what the result lacks; `points(base setting, model info)` says what there is to measure."""
+        length = parse_size(max_length, "--max-length") if max_length is not None else None
+
+        from kascade_cli.demo import DEMO_TASKS
+        from kascade_cli.evaluation.cases import gather_cases, split_sources
+        from kascade_cli.integrations.transformers import compile_ahead
+        from kascade_cli.models import describe, load_model
+        from kascade_cli.sparse import Setting
+        from kascade_cli.sweeps.document import SCHEMA, open_result, read_result
+        from kascade_cli.sweeps.head import head
+        from kascade_cli.sweeps.plan import check_points
+        from kascade_cli.sweeps.run import run_sweep, tokens_to_read
+
+        demo_task = DEMO_TASKS.get(model)
+        asked = [part.strip() for entry in task or [demo_task or "hops"] for part in entry.split(",")]
+        sources = split_sources(asked, demo_task)
+        length = length or (DEFAULT_LENGTH if sources[0] else None)
+        base = Setting(min_keys=min_keys, backend=backend)
+        check_points(points(base))
+        if self.output.exists() and not self.overwrite:
+            read_result(self.output)
+
+        loaded, tokenizer = load_model(
+            model, dtype=dtype, device=device, device_map=device_map, revision=revision,
+            trust_remote_code=trust_remote_code, notify=note,
+        )  # fmt: skip
+        info = describe(loaded, model)
+        cases = gather_cases(
+            sources, tokenizer, info, length,
+            num_prompts=num_prompts, questions=questions, seed=seed, chat=chat, note=note,
+        )  # fmt: skip
+        kl_prompts = min(kl_prompts, len(cases))
+        plan = points(base, info)
+        check_points(plan)
+        settings = {
+            "tasks": asked, "length": length or max(case.tokens for case in cases), "prompts": len(cases),
+            "questions": questions, "seed": seed, "chat": chat, "kl_prompts": kl_prompts, "min_keys": min_keys,
+        }  # fmt: skip
+        about = head(SCHEMA, self.name, loaded, info, settings, cases, profile)
+        result = open_result(self.output, about, self.overwrite)
+        missing = [point for point in plan if not result.has(point)]
+        if len(missing) < len(plan):
+            note(f"{self.output} has {len(plan) - len(missing)} of {len(plan)} rows")
+        if missing:
+            compile_ahead(loaded, backend=backend, progress=compiling)
+        with progress(f"sweep {self.name}", total=tokens_to_read(cases, kl_prompts, len(missing))) as bar:
+            tell = finished(len(missing)) if not err.is_terminal else None
+            run_sweep(
+                loaded, tokenizer, cases, plan, result, kl_prompts=kl_prompts,
+                advance=lambda what, tokens: bar.update(bar.first, description=what, advance=tokens),
+                done=tell or (lambda point, row: None),
+            )  # fmt: skip
+        document = result.document(plan)
+        print_json(document) if self.as_json else render(document, out)
+        note(f"wrote {self.output}")

@@ -1,0 +1,172 @@
+"""Greedy answers to the questions of many contexts: prefilled one by one, decoded as rows of one batch.
+
+Each row is padded on the left, so that all of them end at the same slot. Prefill is that of `answers`: a row's answer
+is the one that `model.generate` gives on its context and question alone. Models whose cache is more than keys and
+values (sliding windows, linear attention) answer context by context.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from kascade_cli.evaluation.answers import (
+    Repeated,
+    SlotsLayer,
+    cache_bytes,
+    ends,
+    greedy_answers,
+    shared_tokens,
+    until_end,
+)
+from kascade_cli.evaluation.behind import continues_in_chunks, logits_behind
+from kascade_cli.models import logits_at
+
+_LOOK = 8  # steps between two looks whether all answers have ended
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One context (token ids) and its questions; new_tokens: how many each answer may have."""
+
+    context: Sequence[int]
+    questions: Sequence[Sequence[int]]
+    new_tokens: Sequence[int]
+
+
+@dataclass
+class _Row:
+    """A question whose prompt has been read: keys and values [1, G, N, D] of every layer, and its first token."""
+
+    place: tuple[int, int]
+    layers: list[tuple[Tensor, Tensor]]
+    first: Tensor
+    steps: int
+
+    @property
+    def tokens(self) -> int:
+        return self.layers[0][0].shape[2]
+
+    def bytes(self, extra: int) -> int:
+        return sum(
+            tensor.shape[1] * (self.tokens + extra) * tensor.shape[3] * tensor.element_size()
+            for pair in self.layers
+            for tensor in pair
+        )
+
+
+@torch.no_grad()
+def answer_all(
+    model: nn.Module,
+    asked: Sequence[Asked],
+    *,
+    tile: int,
+    max_bytes: int | None = None,
+    advance: Callable[[int], None] = lambda index: None,
+) -> list[list[list[int]]]:
+    """Per context and question, the tokens that greedy decoding writes, without the end-of-sequence token.
+
+    Runs whatever attention the model has attached. `max_bytes` bounds the keys and values of a batch (default: 1 GB,
+    16 GB on a GPU). `advance(index)` is called when a context has been read with its questions.
+    """
+    answers: list[list[list[int]]] = [[[] for _ in entry.questions] for entry in asked]
+    limit = max_bytes or cache_bytes(model.device)
+    rows: list[_Row] = []
+    for index, entry in enumerate(asked):
+        found = _read(model, entry, index, tile)
+        if found is None:
+            answers[index] = greedy_answers(model, entry.context, entry.questions, entry.new_tokens, tile=tile)
+        for row in found or ():
+            grown = [*rows, row]
+            widest = max(other.tokens for other in grown)
+            needed = sum(other.bytes(widest - other.tokens + row.steps) for other in grown)
+            if rows and (needed > limit or rows[0].steps != row.steps):
+                _finish(model, rows, answers)
+                rows = []
+            rows.append(row)
+        advance(index)
+    if rows:
+        _finish(model, rows, answers)
+    return answers
+
+
+def _read(model: nn.Module, entry: Asked, index: int, tile: int) -> Iterator[_Row] | None:
+    """The questions of a context, read one by one; None for a model whose caches cannot stand side by side."""
+    if not continues_in_chunks(model):
+        return None
+    shared = shared_tokens(len(entry.context), min(map(len, entry.questions)), tile)
+    if not shared:
+        return None
+    ids = torch.tensor([list(entry.context[:shared])], device=model.device)
+    cache = logits_at(model, ids, use_cache=True)[1].past_key_values
+    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    return _rows(model, entry, index, cache, shared)
+
+
+def _rows(model: nn.Module, entry: Asked, index: int, cache: Any, shared: int) -> Iterator[_Row]:
+    rest = list(entry.context[shared:])
+    repeated = Repeated(cache, 1, len(rest) + max(map(len, entry.questions)))
+    for number, (question, steps) in enumerate(zip(entry.questions, entry.new_tokens, strict=True)):
+        chunk = torch.tensor([rest + list(question)], device=model.device)
+        logits, output = logits_behind(model, chunk, repeated.take(1), shared)
+        # The next question writes over these slots.
+        layers = [(layer.keys.clone(), layer.values.clone()) for layer in output.past_key_values.layers]
+        yield _Row((index, number), layers, logits[0, -1].argmax(-1), steps)
+
+
+def _finish(model: nn.Module, rows: list[_Row], answers: list[list[list[int]]]) -> None:
+    """Decodes the rows as one batch, and frees their caches."""
+    steps = rows[0].steps
+    width = max(row.tokens for row in rows)
+    lengths = torch.tensor([row.tokens for row in rows], device=model.device)
+    cache = _joined(rows, width, steps)
+    first = torch.stack([row.first for row in rows]).to(model.device)
+    written = _decode(model, cache, first, lengths, width, steps)
+    for row, tokens in zip(rows, written.tolist(), strict=True):
+        index, number = row.place
+        answers[index][number] = until_end(tokens, model)
+
+
+def _joined(rows: Sequence[_Row], width: int, steps: int) -> DynamicCache:
+    """One cache of all rows with room for `steps` tokens more; takes the rows' layers away, one after the other."""
+    cache = DynamicCache()
+    while rows[0].layers:
+        parts = [row.layers.pop(0) for row in rows]
+        pair = []
+        for which in (0, 1):
+            like = parts[0][which]
+            wide = like.new_zeros(len(rows), like.shape[1], width + steps, like.shape[3])
+            for number, part in enumerate(parts):
+                wide[number, :, width - part[which].shape[2] : width] = part[which][0]
+            pair.append(wide)
+        cache.layers.append(SlotsLayer(pair[0], pair[1], width))
+    return cache
+
+
+def _decode(model: nn.Module, cache: Any, token: Tensor, lengths: Tensor, width: int, steps: int) -> Tensor:
+    """Greedy: int64 [B, up to steps], beginning with `token` [B]. lengths int64 [B]: tokens that each row holds."""
+    tokens = [token]
+    stops = torch.tensor(sorted(ends(model)), device=token.device)
+    mask = (torch.arange(width + steps, device=token.device) >= (width - lengths)[:, None]).long()
+    over = torch.isin(token, stops)
+    for step in range(1, steps):
+        if step % _LOOK == 0 and bool(over.all()):
+            break
+        logits, output = logits_at(
+            model,
+            tokens[-1][:, None],
+            1,
+            past_key_values=cache,
+            use_cache=True,
+            attention_mask=mask[:, : width + step],
+            position_ids=(lengths + step - 1)[:, None],
+        )
+        cache = output.past_key_values
+        tokens.append(logits[:, -1].argmax(-1))
+        over |= torch.isin(tokens[-1], stops)
+    return torch.stack(tokens, 1)

@@ -1,0 +1,1 @@
+"""One self-contained HTML page of captures, profiles, evaluations, sweeps and benchmarks."""

@@ -1,0 +1,154 @@
+"""The verified candidates: what each anchor set does to the model, against how many anchors it has."""
+
+import math
+from typing import Any
+
+from kascade_cli.report.content import Content, Section, caption, several
+from kascade_cli.report.files import Source, trusted
+from kascade_cli.report.markup import Safe, details, figure, join, legend, number, table, tag
+from kascade_cli.report.svg import Plot, Scale
+
+_LOOKS = {"importance": ("s1", "circle"), "uniform": ("s2", "square"), "both": ("s3", "diamond")}
+_OTHER = ("s4", "triangle")
+
+
+def build(content: Content) -> Section | None:
+    profiles = [source for source in content.of("profile") if _candidates(source)]
+    if not profiles:
+        return None
+    lead = (
+        "Anchor sets that the capture's similarity proposed, measured on the model with prompts that the capture does "
+        "not hold. Down and to the left is better."
+    )
+    parts = [tag("p", lead, class_="lead")]
+    for source in profiles:
+        with trusted(source):
+            parts += [several(profiles, source), _figure(source)]
+    return Section("candidates", "Verified candidates", join(parts))
+
+
+def _verify(source: Source) -> dict[str, Any]:
+    found = source.document.selection.get("verify")
+    return found if isinstance(found, dict) else {}
+
+
+def _candidates(source: Source) -> list[dict[str, Any]]:
+    found = _verify(source).get("candidates")
+    found = found if isinstance(found, list) else []
+    return [entry for entry in found if isinstance(entry, dict) and _mean(entry) is not None and entry.get("anchors")]
+
+
+def _mean(entry: dict[str, Any]) -> float | None:
+    value = entry.get("kl_mean")
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def kept_share(entry: dict[str, Any]) -> float | None:
+    """Of the answers that dense gives, those that the set gives too, in points of 100; None where none was counted."""
+    value, answers = entry.get("kept"), entry.get("answers")
+    if isinstance(answers, dict):
+        total = answers.get("given")
+        value = answers.get("kept") / total if total else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return 100.0 * value if value <= 1 else float(value)
+
+
+def proposed_by(entry: dict[str, Any]) -> str:
+    names = [str(name) for name in entry.get("objectives") or {}]
+    return "both" if {"importance", "uniform"} <= set(names) else names[0] if names else "neighbour"
+
+
+def _figure(source: Source) -> Safe:
+    entries, chosen = _candidates(source), source.document.selection.get("anchors")
+    labels = list(dict.fromkeys(map(proposed_by, entries)))
+    looks = {label: _LOOKS.get(label, _OTHER) for label in labels}
+    panels = [_panel(entries, chosen, looks, "kl")]
+    if any(kept_share(entry) is not None for entry in entries):
+        panels.append(_panel([e for e in entries if kept_share(e) is not None], chosen, looks, "kept"))
+    key = legend((look, f"proposed by {_weighting(label)}", shape) for label, (look, shape) in looks.items())
+    about = _verify(source)
+    where = f"{about.get('prompts')} prompts of {about.get('dev_set')}, up to {about.get('max_length')} tokens"
+    said = caption(
+        source,
+        tag("b", "KL(dense ‖ sparse) of next-token distributions, nats, mean of the phases,"),
+        f"against the number of anchors, measured at the {about.get('positions')} of {where}. Ring: the profile's "
+        "anchors. Small marks: hopeless after fewer prompts, and not measured further. The line joins the best of "
+        "each number.",
+    )
+    return figure(join([key, *panels]), said, id_="pareto", more=_numbers(entries, chosen))
+
+
+def _weighting(label: str) -> str:
+    return {"both": "both weightings", "importance": "importance weights", "uniform": "uniform weights"}.get(
+        label, label
+    )
+
+
+def _panel(entries: list[dict[str, Any]], chosen: Any, looks: dict[str, tuple[str, str]], what: str) -> Safe:
+    sizes = sorted({len(entry["anchors"]) for entry in entries})
+    values = [_value(entry, what) for entry in entries]
+    if what == "kl":
+        y = Scale(min(values) / 4, max(values) * 1.8, log=True)
+        y_label, heading = "KL to dense, nats, log scale", "KL to dense"
+    else:
+        y = Scale(max(0.0, min(values) - 8), 103.0)
+        y_label, heading = "answers kept, points of 100", "Answers kept"
+    wide = what == "kl"
+    plot = Plot(
+        Scale(sizes[0] - 0.6, sizes[-1] + 0.6, ticks=sizes), y, x_label="anchors", y_label=y_label,
+        heading=heading, x_format=lambda size: f"{size:g}", width=560 if wide else 460, height=330 if wide else 290,
+    )  # fmt: skip
+    pick = min if what == "kl" else max
+    most = max(entry.get("prompts") or 0 for entry in entries)
+    ordered = sorted(entries, key=lambda entry: entry["anchors"] == chosen)
+    beside = {label: 0.0 if len(looks) == 1 else 0.16 * (n - (len(looks) - 1) / 2) for n, label in enumerate(looks)}
+
+    def place(entry: dict[str, Any]) -> tuple[float, float]:
+        return len(entry["anchors"]) + beside[proposed_by(entry)], _value(entry, what)
+
+    best = [pick((e for e in entries if len(e["anchors"]) == size), key=lambda e: _value(e, what)) for size in sizes]
+    plot.line(map(place, best), "dense", dashed=True)
+    for entry in ordered:
+        series, shape = looks[proposed_by(entry)]
+        named = " ".join(map(str, entry["anchors"]))
+        x, value = place(entry)
+        short = (entry.get("prompts") or 0) < most
+        plot.dot(x, value, series, shape, 2.8 if short else 4.6, said=f"{named}: {number(value)}")
+        if entry["anchors"] == chosen:
+            plot.parts.append(f'<circle class="ring" cx="{plot.x(x):.1f}" cy="{plot.y(value):.1f}" r="9"/>')
+            _name_chosen(plot, x, value, f"chosen: {named}")
+    said = (
+        f"{len(entries)} candidates of {sizes[0]} to {sizes[-1]} anchors; from {min(values):.3g} to {max(values):.3g}."
+    )
+    return plot.svg(heading, said)
+
+
+def _name_chosen(plot: Plot, x: float, value: float, words: str) -> None:
+    """Below the ring and to its left, where the best of each number leave room; to the right of it at the edge."""
+    room = plot.x(x) - plot.left > 6.3 * len(words)
+    plot.say(x, value, words, dx=4 if room else -4, dy=25, anchor="end" if room else "start")
+
+
+def _value(entry: dict[str, Any], what: str) -> float:
+    found = max(_mean(entry) or 0.0, 1e-6) if what == "kl" else kept_share(entry)
+    return float(found or 0.0)
+
+
+def _numbers(entries: list[dict[str, Any]], chosen: Any) -> Safe:
+    kept = any(kept_share(entry) is not None for entry in entries)
+    rows = []
+    for entry in sorted(entries, key=lambda entry: (len(entry["anchors"]), _mean(entry))):
+        kl = entry.get("kl") or {}
+        cells = [
+            len(entry["anchors"]), " ".join(map(str, entry["anchors"])), proposed_by(entry), number(_mean(entry)),
+            number(kl.get("decode")), number(kl.get("prefill")),
+        ]  # fmt: skip
+        cells += [number(kept_share(entry))] if kept else []
+        cells.append(entry.get("prompts", ""))
+        first = tag("th", cells[0], scope="row", class_="name")
+        rest = join(tag("td", cell, class_="name" if place < 2 else None) for place, cell in enumerate(cells[1:]))
+        rows.append(tag("tr", first, rest, class_="chosen" if entry["anchors"] == chosen else None))
+    names = ["anchors", "layers", "proposed by", "KL, nats", "decode", "prefill"]
+    names += ["answers kept", "prompts"] if kept else ["prompts"]
+    return details("Numbers", table(names, rows, left=3))

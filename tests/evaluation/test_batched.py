@@ -1,0 +1,65 @@
+"""Answers of rows decoded together against those of `model.generate`, one question at a time."""
+
+import numpy as np
+import pytest
+import torch
+
+from kascade_cli.evaluation.batched import Asked, answer_all
+from kascade_cli.integrations.transformers import attach_setting
+from kascade_cli.sparse import Setting
+from tests.conftest import tiny_model
+from tests.evaluation.test_evaluation import some_profile
+
+
+def questions_of(seed, contexts):
+    """Contexts of `contexts` tokens with 1 to 3 questions of odd lengths."""
+    rng = np.random.default_rng(seed)
+    asked = []
+    for length in contexts:
+        count = int(rng.integers(1, 4))
+        sizes = rng.integers(1, 41, count)
+        asked.append(
+            Asked(
+                rng.integers(3, 64, length).tolist(),
+                [rng.integers(3, 64, size).tolist() for size in sizes],
+                [11 if length % 2 else 9] * count,
+            )
+        )
+    return asked
+
+
+def one_by_one(model, asked):
+    answers = []
+    for entry in asked:
+        answers.append([])
+        for question, new in zip(entry.questions, entry.new_tokens, strict=True):
+            ids = torch.tensor([[*entry.context, *question]])
+            out = model.generate(ids, max_new_tokens=new, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
+            answers[-1].append(out[: out.index(2)] if 2 in out else out)
+    return answers
+
+
+@pytest.mark.parametrize("strategy", ["dense", "kascade", "kascade-refresh", "oracle", "streaming-llm", "quest"])
+@pytest.mark.parametrize("max_bytes", [None, 200_000])
+def test_rows_of_different_lengths_answer_as_alone(strategy, max_bytes):
+    from kascade_cli.models import describe
+
+    model = tiny_model("llama")
+    info = describe(model, "tiny")
+    profile = some_profile(info, anchors=[0, 2], ratio=0.2, min_keys=8)
+    asked = questions_of(1, (161, 97, 33, 200, 65))
+    read = []
+    with attach_setting(model, Setting(strategy, profile, ratio=0.2, min_keys=8)):
+        found = answer_all(model, asked, tile=32, max_bytes=max_bytes, advance=read.append)
+        want = one_by_one(model, asked)
+    assert found == want
+    assert read == list(range(len(asked)))
+    assert len({tuple(answer) for answers in found for answer in answers}) > 3
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2"])
+def test_models_with_other_caches_answer_context_by_context(kind):
+    model = tiny_model(kind)
+    asked = questions_of(2, (97, 31, 130))
+    with attach_setting(model, Setting("oracle", ratio=0.2, min_keys=8)):
+        assert answer_all(model, asked, tile=32) == one_by_one(model, asked)
