@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fuzz_mutations import make_capture, mutate_capture, mutate_profile
+from fuzz_mutations import make_capture, mutate_capture, mutate_profile, v2_profile
 
 OUTCOMES = ("unmade", "unchanged", "refused", "told", "valid", "changed", "library", "crash", "hang")
 OFFENCES = OUTCOMES[5:]
@@ -178,9 +178,10 @@ def fuzz(kind: str, cases: range, seed: int, scratch: Path, offenders: Path, unt
             make_capture(scratch / name / "c.h5", joined=joined)
             bases.append(scratch / name)
     else:
-        (scratch / "profile").mkdir()
-        shutil.copy(ROOT / "profiles" / "demo-small.yaml", scratch / "profile" / "c.yaml")
-        bases.append(scratch / "profile")
+        for name, text in (("profile", (ROOT / "profiles" / "demo-small.yaml").read_text()), ("v2", v2_profile())):
+            (scratch / name).mkdir()
+            (scratch / name / "c.yaml").write_text(text)
+            bases.append(scratch / name)
     file, mutate = ("c.h5", mutate_capture) if kind == "capture" else ("c.yaml", mutate_profile)
     wanted: dict[tuple, Any] = {}
     rows = []
@@ -188,7 +189,8 @@ def fuzz(kind: str, cases: range, seed: int, scratch: Path, offenders: Path, unt
         if time.monotonic() > until:
             break
         rng = np.random.default_rng([seed, number, kind == "capture"])
-        base = bases[0] if len(bases) == 1 or number % 4 else bases[1]
+        # Not in step with what `commands` goes by.
+        base = bases[number // 2 % 2 if kind == "profile" else number % 4 == 0]
         folder = scratch / "case"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(base, folder)

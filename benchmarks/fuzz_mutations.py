@@ -380,6 +380,19 @@ def mutate_capture(rng: np.random.Generator, path: Path) -> tuple[str, bool]:
 
 # --- profiles ---
 
+
+def v2_profile() -> str:
+    """What v1 cannot hold: a table by context length, no fingerprint, no head maps."""
+    from kascade_cli.schema import Budget, ModelCard, Profile
+
+    card = ModelCard(name="toy", layers=7, query_heads=4, kv_heads=2, head_dim=16)
+    budget = Budget(ratios={1024: 0.3, 4096: 0.15, 16384: 0.1})
+    return Profile.build(
+        model=card, anchors=[0, 2], profiled_layers=[0, 1, 2, 4, 6], head_maps=None, budget=budget,
+        selection={"method": "published", "anchors": [0, 2], "why": "toy"}, provenance={"source": "toy"},
+    ).dumps()  # fmt: skip
+
+
 _SCALARS = (
     "-1", "0", "1e999", ".nan", "-.inf", "9" * 5000, "0x1F", "1_000", "12:30:45", "2001-12-14", "true", "~",
     "''", '"\\ud800"',

@@ -424,3 +424,5 @@ def test_a_ratio_takes_the_place_of_a_table():
     assert table.override(min_keys=8, ratio=None) == Budget(ratios=TABLE, min_keys=8)
     assert table.override(tile=16).ratio_at(5000) == 0.15
     assert table.override() == table
+    assert Budget(ratio=0.2, min_keys=16).override(ratios=TABLE) == table
+    example(budget=Budget().override(ratios={2: 0.5})).checked_dumps()

@@ -68,10 +68,14 @@ class Budget(Strict):
     def __hash__(self) -> int:
         return hash((self.ratio, tuple((self.ratios or {}).items()), self.min_keys, self.tile))
 
-    def override(self, **numbers: float | int | None) -> "Budget":
-        """With the numbers that are not None, unchecked. A ratio takes the table's place."""
-        given: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
-        return self.model_copy(update=given | ({"ratios": None} if "ratio" in given else {}))
+    def override(self, **given: Any) -> "Budget":
+        """With what is not None, unchecked. A ratio takes the place of a table, `ratios` that of a ratio."""
+        given = {name: value for name, value in given.items() if value is not None}
+        if "ratios" in given:
+            given["ratio"] = next(iter(given["ratios"].values()))
+        elif "ratio" in given:
+            given["ratios"] = None
+        return self.model_copy(update=given)
 
     def ratio_at(self, visible: int) -> float:
         """The share for a query that sees `visible` keys."""

@@ -262,3 +262,34 @@ def test_a_hostile_name_is_shown_as_text(run_kascade, map_file, tmp_path):
     assert (code, "\x1b" in err) == (0, False)
     code, out, _ = run_kascade("show", tmp_path / "p.yaml")
     assert (code, "\x1b" in out) == (0, False)
+
+
+def test_damaged_files_are_maps_or_one_line(tmp_path, map_file):
+    """400 seeded damages: bits, lengths, and other words in the header, which numpy evaluates as Python."""
+    from kascade_cli.analysis.public_maps import read_map
+    from kascade_cli.errors import KascadeError
+
+    rng, path = np.random.default_rng(0), map_file()
+    good, words = path.read_bytes(), np.frombuffer(b"(){}[],:'0123456789 <|iufbOSUVM\n\\x-", np.uint8)
+    refused = 0
+    for case in range(400):
+        data, place = bytearray(good), int(rng.integers(10, 118))
+        if case % 4 == 0:
+            data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+        elif case % 4 == 1:
+            data = data[: int(rng.integers(len(data)))]
+        elif case % 4 == 2:
+            data[place : place + int(rng.integers(1, 20))] = bytes(rng.choice(words, int(rng.integers(20))))
+        else:
+            data[place:place] = rng.bytes(int(rng.integers(1, 30)))
+        path.write_bytes(data)
+        try:
+            found = read_map(path)
+        except KascadeError as error:
+            refused += 1
+            assert len(str(error).splitlines()) == 1
+            assert str(path) in str(error)
+        else:
+            assert found.ndim == 2
+            assert ((found >= 0) & (found < found.shape[1])).all()
+    assert refused > 250

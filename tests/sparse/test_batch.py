@@ -175,3 +175,26 @@ def test_a_table_is_put_on_a_device_once(monkeypatch):
     monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("made a tensor from host data"))
     rows = Lengths(*(torch.zeros(3, dtype=torch.int32) for _ in range(3)))
     assert Batch(rows, "decode", 1, 97, Budget(ratios={64: 0.5, 128: 0.25})).counts.tolist() == [0, 0, 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_table_on_a_gpu_takes_no_synchronisation_and_follows_replays():
+    budget, gpu = Budget(ratios=TABLES[0], min_keys=16), torch.device("cuda")
+    lengths = Lengths(*(torch.zeros(4, dtype=torch.int32, device=gpu) for _ in range(3)))
+    every = torch.arange(200_000, dtype=torch.int32, device=gpu)
+    batch = Batch(lengths, "decode", 1, 200_000, budget)
+    assert batch.count(every).tolist() == [budget.count(n) for n in range(200_000)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = Batch(lengths, "decode", 1, 200_000, Budget(ratios=TABLES[0], min_keys=16))
+        assert again.counts.shape == (4,)
+        assert Batch(lengths, "prefill", 70, 200_000, budget).counts.shape[0] == 4
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        counts = Batch(lengths, "decode", 1, 200_000, budget).counts
+    for seen in ([1, 1023, 1024, 1025], [4095, 4096, 16383, 16384], [0, 17, 150_000, 199_999]):
+        lengths.kv_len.copy_(torch.tensor(seen, dtype=torch.int32))
+        graph.replay()
+        assert counts.tolist() == [budget.count(n) for n in seen]
