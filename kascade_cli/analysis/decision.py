@@ -32,12 +32,13 @@ DEFAULT_CONTEXT = 128 * 1024
 @dataclass
 class Decision:
     """What was chosen and why. candidates: what was measured for it; verified: on what (for the profile's record);
-    notes: what the user should know about it."""
+    notes: what the user should know about it; ratios: what was found per length, for a budget with a table."""
 
     choice: Choice
     candidates: list[Candidate] = field(default_factory=list)
     verified: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    ratios: list[dict[str, Any]] = field(default_factory=list)
     stable: stability.Stability | None = None
 
     @property
@@ -231,6 +232,7 @@ class Search:
             "assignment": options.assignment,
             "over_tiles": self.measured.reduce,
             "top_k": self.measured.top_k,
+            "ratio": self.budget.ratio,
         }
         return record.selection_document(settings, self.problem, decision, self.rows)
 

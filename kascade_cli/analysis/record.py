@@ -142,5 +142,7 @@ def selection_document(
         document["stability"] = stability_document(problem, decision.stable)
     if verified := verify_document(problem, decision):
         document["verify"] = verified
+    if decision.ratios:
+        document["ratios"] = decision.ratios
     document["budgets"] = [row_document(problem, row) for row in rows]
     return document

@@ -162,8 +162,13 @@ def select_anchors(
         ),
     ] = 200,
     ratio: Annotated[
-        float, typer.Option(metavar="SHARE", help="Share of the visible keys to read.", rich_help_panel=BUDGET)
-    ] = 0.10,
+        str,
+        typer.Option(
+            metavar="SHARE|auto",
+            help="Share of the visible keys to read; auto: the smallest that keeps the answers, for each length.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = "0.10",
     min_keys: Annotated[
         int, typer.Option(metavar="N", help="Read at least this many keys.", rich_help_panel=BUDGET)
     ] = 128,
@@ -233,14 +238,15 @@ def select_anchors(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    wanted = steps.check_verification(verify, verification)
+    share, auto = steps.parse_ratio(ratio, verify)
+    wanted = steps.check_verification(verify, verification) or auto
     if plots is not None:
         steps.check_plots(plots, overwrite)
-    deciding.capture_budget({"tile": 1}, ratio, min_keys)  # refused before the capture is read, which takes longer
+    deciding.capture_budget({"tile": 1}, share, min_keys)  # refused before the capture is read, which takes longer
     table = costs.load(cost) if cost else costs.published()
     with open_capture(capture) as file:
         settings.limit(file.profiled_layers)
-        budget = deciding.capture_budget(file.meta, ratio, min_keys)
+        budget = deciding.capture_budget(file.meta, share, min_keys)
         record.model_card(file.meta)
         if verify is not False:
             verification.check_capture(file.meta)
@@ -264,31 +270,30 @@ def select_anchors(
     for line in search.problem.notes:
         note(line)
     measured_sets, verified = [], {}
-    journal = journal_path(output)
     session = None if verify is False else steps.open_session(search, verification, wanted)
+    if auto:
+        steps.check_ratios(session)
     if session is not None:
-        proposed = search.candidates(candidates)
+        journal, proposed = session.journal(journal_path(output), note), search.candidates(candidates)
         with Steps("verifying") as shown:
             measured_sets, verified = measure_candidates(
-                search, proposed, session=session, journal=journal, report=shown.update, notify=note
+                search, proposed, session=session, journal=journal, report=shown.update
             )
     decision = search.decide(measured_sets, verified)
+    if auto:
+        budget = steps.find_ratios(session, search, decision, journal)
     for line in decision.notes:
         note(line)
     search.bootstrap(decision, bootstrap)
     origin = record.provenance_document(capture, measured, table, length)
-    profile = search.profile(decision, provenance=origin)
+    profile = search.profile(decision, budget, provenance=origin)
 
-    drawn: list[Path] = []
-    if plots:
-        from kascade_cli.analysis.plots import draw_all
-
-        drawn = draw_all(plots, measured, search.rows, decision.choice.row, decision.candidates)
-    document = report.result_document(output, search, decision, drawn)
+    drawn = steps.draw(plots, search, decision) if plots else []
+    document = report.result_document(output, search, decision, budget, drawn)
     shown = [] if as_json else report.renderables(document)
     profile.save(output, overwrite=overwrite)
     if session is not None:
-        journal.unlink(missing_ok=True)
+        journal.remove()
     if as_json:
         print_json(document)
     for part in shown:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kascade_cli.console import note, parse_ints, progress
-from kascade_cli.errors import KascadeError, UsageError, require_extra
+from kascade_cli.console import Steps, note, parse_ints, progress
+from kascade_cli.errors import KascadeError, UsageError, plain, require_extra
 from kascade_cli.files import check_output, check_output_folder
 
 
@@ -24,6 +24,39 @@ def reading_again() -> Callable[[int, int], None]:
     return advance
 
 
+def parse_ratio(text: str, verify: bool | None) -> tuple[float, bool]:
+    """(the ratio that sets are compared at, whether a table by length is wanted). Raises UsageError."""
+    if text.strip() == "auto":
+        if verify is False:
+            raise UsageError("--ratio auto measures on the model: leave --no-verify out, or give a share such as 0.1")
+        return 0.10, True
+    try:
+        return float(text), False
+    except ValueError as error:
+        raise UsageError(f"--ratio '{plain(text, 40)}' is neither a share such as 0.1 nor auto") from error
+
+
+def check_ratios(session: Any) -> None:
+    """Raises UsageError where held-out prompts are too short to find ratios for, before anything is measured."""
+    from kascade_cli.evaluation.ratios import lengths
+
+    lengths(session.devset.max_length)
+
+
+def find_ratios(session: Any, search: Any, decision: Any, journal: Any) -> Any:
+    """The budget with the table found for the chosen anchors; adds to `decision` what was measured."""
+    from kascade_cli.evaluation import ratios
+
+    tolerance = search.settings.tolerance
+    with Steps("ratios") as shown:
+        found = ratios.find_ratios(
+            session, search.layout(decision.anchors), tolerance, journal=journal, report=shown.update
+        )
+    decision.ratios = [entry.document() for entry in found]
+    decision.notes += ratios.notes(found, tolerance)
+    return search.budget.override(ratios=ratios.table(found))
+
+
 def anchors(text: str | None) -> int | tuple[int, ...] | None:
     """`5` -> how many; `0,2,8` -> which layers."""
     if text is None:
@@ -33,6 +66,13 @@ def anchors(text: str | None) -> int | tuple[int, ...] | None:
     except UsageError as error:
         raise UsageError(f"--anchors: {error}, nor how many there shall be, such as 5") from error
     return tuple(numbers) if "," in text else numbers[0]
+
+
+def draw(folder: Path, search: Any, decision: Any) -> list[Path]:
+    """The figures' paths."""
+    from kascade_cli.analysis.plots import draw_all
+
+    return draw_all(folder, search.measured, search.rows, decision.choice.row, decision.candidates)
 
 
 def check_plots(folder: Path, overwrite: bool) -> None:

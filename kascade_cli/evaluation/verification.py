@@ -6,7 +6,6 @@ decision = search.decide(candidates, verified)
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kascade_cli.analysis.candidates import NEIGHBOURS
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from kascade_cli.analysis.candidates import Candidate
     from kascade_cli.analysis.decision import Search
     from kascade_cli.evaluation.forced import PromptKL
+    from kascade_cli.evaluation.journal import Journal
 
 __all__ = ["HELD_OUT", "Session", "Verification", "open_session", "verify"]
 
@@ -31,15 +31,14 @@ def verify(
     options: Verification | None = None,
     *,
     session: Session | None = None,
-    journal: Path | None = None,
+    journal: "Journal | None" = None,
     report: Report | None = None,
-    notify: Callable[[str], None] = lambda line: None,
 ) -> tuple[list["Candidate"], dict[str, Any]]:
     """Races the candidates, then the same-size neighbours of the set that would be chosen, filling in what they do.
 
-    Returns all of them, and what a profile records about the measurement. `journal`: a file from which an interrupted
-    verification goes on (journal.py). Raises KascadeError if the model is not the capture's or a prompt is too short,
-    UsageError for a length that the model does not take.
+    Returns all of them, and what a profile records about the measurement. `journal`: what an interrupted verification
+    knew and this one adds to (`Session.journal`). Raises KascadeError if the model is not the capture's or a prompt is
+    too short, UsageError for a length that the model does not take.
     """
     from kascade_cli.evaluation.racing import planned, race
     from kascade_cli.integrations.transformers import compile_ahead
@@ -47,7 +46,7 @@ def verify(
     session = session or open_session(search.measured.meta, search.settings.phases, options or Verification())
     layouts: dict[tuple[int, ...], Profile] = {}
     progress = _Progress(report)
-    runs = session.runs(session.journal(journal, notify), progress.advance)
+    runs = session.runs(journal, progress.advance)
 
     def measure(entries: Sequence["Candidate"], prompt: int) -> Sequence["PromptKL"]:
         for entry in entries:
