@@ -31,6 +31,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Generate text with sparse attention, or compare it with dense.",
     ),
     "evaluate": ("kascade_cli.commands.evaluate:evaluate", "Score strategies on long-context tasks."),
+    "lm-eval": (
+        "kascade_cli.commands.lm_eval:app",
+        "Run lm-evaluation-harness with a model under a strategy.",
+    ),
     "bench": ("kascade_cli.commands.bench:bench", "Measure the attention kernels: ops, model, e2e."),
     "sweep": ("kascade_cli.commands.sweep:sweep", "Measure figures 2, 5 and 6 of the paper: oracle, pooling, remap."),
     "report": ("kascade_cli.commands.report:report", "Write one HTML page of captures, profiles and measurements."),

@@ -29,6 +29,7 @@ _PACKAGES: dict[str, tuple[str, str, str | None]] = {
     "matplotlib": ("matplotlib", "pictures", "plot"),
     "accelerate": ("accelerate", "models spread over several GPUs", "accelerate"),
     "gguf": ("gguf", "models in .gguf files", "gguf"),
+    "lm-eval": ("lm_eval", "kascade lm-eval", "eval"),
     "datasets": ("datasets", "dev sets from the hub", "hub"),
     "pyarrow": ("pyarrow", "dev sets in parquet", "parquet"),
 }

@@ -37,17 +37,28 @@ _Task = Annotated[
     list[str] | None,
     typer.Option(
         metavar="TASK",
-        help="What `evaluate --task` takes: tasks, comma-separated, or a .jsonl file. Default: a demo model's own; "
-        "all four for others.",
+        help="What `evaluate --task` takes: tasks, comma-separated, or a .jsonl file. Default: mix, which is several; "
+        "what a demo model was trained on.",
         rich_help_panel=PROMPTS,
     ),
 ]
 _MaxLength = Annotated[
     str | None,
-    typer.Option(metavar="N", help="Tokens of the text before the questions. Default: 1k.", rich_help_panel=PROMPTS),
+    typer.Option(
+        metavar="N",
+        help="Tokens of a prompt (of a demo task: before the questions). Default: 2k; 1k for demo tasks.",
+        rich_help_panel=PROMPTS,
+    ),
 ]
 _NumPrompts = Annotated[
-    int, typer.Option(min=1, max=shared.MOST_PROMPTS, metavar="N", help="Prompts.", rich_help_panel=PROMPTS)
+    int | None,
+    typer.Option(
+        min=1,
+        max=shared.MOST_PROMPTS,
+        metavar="N",
+        help="Prompts (of each task in natural language). Default: about 16 in all; pooling: 8.",
+        rich_help_panel=PROMPTS,
+    ),
 ]
 _Questions = Annotated[
     int,
@@ -105,9 +116,10 @@ def oracle(
     ] = False,
     task: _Task = None,
     max_length: _MaxLength = None,
-    num_prompts: _NumPrompts = 16,
+    num_prompts: _NumPrompts = None,
     questions: _Questions = 4,
     kl_prompts: _KlPrompts = 8,
+    haystack: shared.Haystack = None,
     chat: _Chat = False,
     seed: _Seed = 0,
     min_keys: _MinKeys = DEFAULT_MIN_KEYS,
@@ -138,7 +150,7 @@ def oracle(
         return oracle_points(base, ratios, counts, per_query)
 
     Job("oracle", output, overwrite, as_json).run(
-        points, model, None, task, max_length, num_prompts, questions, kl_prompts, chat, seed, min_keys,
+        points, model, None, task, max_length, num_prompts, questions, kl_prompts, haystack, chat, seed, min_keys,
         dtype, device, device_map, backend, revision, trust_remote_code,
     )  # fmt: skip
 
@@ -153,9 +165,10 @@ def pooling(
     ratio: _Ratios = "0.1",
     task: _Task = None,
     max_length: _MaxLength = None,
-    num_prompts: _NumPrompts = 8,
+    num_prompts: _NumPrompts = None,
     questions: _Questions = 4,
     kl_prompts: _KlPrompts = 8,
+    haystack: shared.Haystack = None,
     chat: _Chat = False,
     seed: _Seed = 0,
     min_keys: _MinKeys = DEFAULT_MIN_KEYS,
@@ -181,8 +194,8 @@ def pooling(
 
         return pooling_points(base, sizes, ratios)
 
-    Job("pooling", output, overwrite, as_json).run(
-        points, model, None, task, max_length, num_prompts, questions, kl_prompts, chat, seed, min_keys,
+    Job("pooling", output, overwrite, as_json, prompts=8).run(
+        points, model, None, task, max_length, num_prompts, questions, kl_prompts, haystack, chat, seed, min_keys,
         dtype, device, device_map, "torch", revision, trust_remote_code,
     )  # fmt: skip
 
@@ -203,9 +216,10 @@ def remap(
     ] = None,
     task: _Task = None,
     max_length: _MaxLength = None,
-    num_prompts: _NumPrompts = 16,
+    num_prompts: _NumPrompts = None,
     questions: _Questions = 4,
     kl_prompts: _KlPrompts = 8,
+    haystack: shared.Haystack = None,
     chat: _Chat = False,
     seed: _Seed = 0,
     min_keys: _MinKeys = DEFAULT_MIN_KEYS,
@@ -242,6 +256,6 @@ def remap(
         return remap_points(base, ratios, [loaded, *others])
 
     Job("remap", output, overwrite, as_json).run(
-        points, model, profile, task, max_length, num_prompts, questions, kl_prompts, chat, seed, min_keys,
+        points, model, profile, task, max_length, num_prompts, questions, kl_prompts, haystack, chat, seed, min_keys,
         dtype, device, device_map, backend, revision, trust_remote_code,
     )  # fmt: skip

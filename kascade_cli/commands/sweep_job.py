@@ -4,17 +4,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kascade_cli.commands import options as shared
 from kascade_cli.commands.sweep_report import finished, render
 from kascade_cli.console import compiling, err, note, out, parse_size, print_json, progress
 from kascade_cli.files import check_output
 
-DEFAULT_LENGTH = 1024
+DEFAULT_LENGTH, NATURAL_LENGTH = 1024, 2048
+MOST_PROMPTS = 16  # by default, of all tasks together
 
 
 class Job:
     """What the three commands share: where the result goes, and running it."""
 
-    def __init__(self, name: str, output: Path | None, overwrite: bool, as_json: bool) -> None:
+    def __init__(
+        self, name: str, output: Path | None, overwrite: bool, as_json: bool, prompts: int = MOST_PROMPTS
+    ) -> None:
+        self.prompts = prompts
         self.name, self.overwrite, self.as_json = name, overwrite, as_json
         self.output = output or Path(f"sweep-{name}.json")
         # A result that is there is gone on with, if it is one of this sweep (document.open_result).
@@ -27,9 +32,10 @@ class Job:
         profile: Path | None,
         task: list[str] | None,
         max_length: str | None,
-        num_prompts: int,
+        num_prompts: int | None,
         questions: int,
         kl_prompts: int,
+        haystack: str | None,
         chat: bool,
         seed: int,
         min_keys: int,
@@ -44,7 +50,7 @@ class Job:
         length = parse_size(max_length, "--max-length") if max_length is not None else None
 
         from kascade_cli.demo import DEMO_TASKS
-        from kascade_cli.evaluation.cases import gather_cases, split_sources
+        from kascade_cli.evaluation.cases import Asking, gather_cases, split_sources
         from kascade_cli.integrations.transformers import compile_ahead
         from kascade_cli.models import describe, load_model
         from kascade_cli.sparse import Setting
@@ -52,11 +58,14 @@ class Job:
         from kascade_cli.sweeps.head import head
         from kascade_cli.sweeps.plan import check_points
         from kascade_cli.sweeps.run import run_sweep, tokens_to_read
+        from kascade_cli.tasks.natural import MIX
 
+        shared.check_haystack(haystack)
         demo_task = DEMO_TASKS.get(model)
-        asked = [part.strip() for entry in task or [demo_task or "hops"] for part in entry.split(",")]
+        asked = [part.strip() for entry in task or [demo_task or MIX] for part in entry.split(",")]
         sources = split_sources(asked, demo_task)
-        length = length or (DEFAULT_LENGTH if sources[0] else None)
+        length = length or (NATURAL_LENGTH if sources.natural else DEFAULT_LENGTH if sources.kinds else None)
+        num_prompts = num_prompts or max(1, self.prompts // max(1, len(sources.natural)))
         base = Setting(min_keys=min_keys, backend=backend)
         check_points(points(base))
         if self.output.exists() and not self.overwrite:
@@ -67,10 +76,8 @@ class Job:
             trust_remote_code=trust_remote_code, notify=note,
         )  # fmt: skip
         info = describe(loaded, model)
-        cases = gather_cases(
-            sources, tokenizer, info, length,
-            num_prompts=num_prompts, questions=questions, seed=seed, chat=chat, note=note,
-        )  # fmt: skip
+        asking = Asking(num_prompts, questions, seed, chat, None, haystack, note)
+        cases = gather_cases(sources, tokenizer, info, length, asking)
         kl_prompts = min(kl_prompts, len(cases))
         plan = points(base, info)
         check_points(plan)

@@ -3,7 +3,7 @@
 from kascade_cli.models.identity import fingerprint, fingerprint_problem
 from kascade_cli.models.implementation import attention_implementation
 from kascade_cli.models.info import ModelInfo, describe
-from kascade_cli.models.loading import load_config, load_model
+from kascade_cli.models.loading import is_gguf, load_config, load_model, load_tokenizer
 from kascade_cli.models.logits import logits_at
 from kascade_cli.models.names import check_revision, resolve_name
 from kascade_cli.models.placement import resolve_device, resolve_dtype
@@ -19,8 +19,10 @@ __all__ = [
     "fingerprint",
     "fingerprint_problem",
     "full_attention_layers",
+    "is_gguf",
     "load_config",
     "load_model",
+    "load_tokenizer",
     "logits_at",
     "resolve_device",
     "resolve_dtype",

@@ -5,7 +5,6 @@ import functools
 import struct
 import threading
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -49,10 +48,9 @@ def load_gguf(header: GgufHeader, config: Any, name: str, *, show: bool, **optio
 
     With `show`, transformers' progress bar is drawn where stderr is a terminal.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     require_extra("accelerate", "gguf")
-    source, file = header.path.parent, {"gguf_file": header.path.name}
     with contextlib.suppress(ImportError):  # releases without it always dequantise
         from transformers import GgufConfig
 
@@ -60,12 +58,24 @@ def load_gguf(header: GgufHeader, config: Any, name: str, *, show: bool, **optio
     with _quick_reading(header, show=show):
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
-                source, config=config, output_loading_info=True, **options, **file
+                header.path.parent, gguf_file=header.path.name, config=config, output_loading_info=True, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(source, **file)
         except _FAILURES as error:
             raise KascadeError(_problem(error, header, name)) from error
-    return model, tokenizer, found
+    return model, gguf_tokenizer(header, name), found
+
+
+def gguf_tokenizer(header: GgufHeader, name: str) -> Any:
+    """The tokenizer of a GGUF file, chat template included."""
+    from transformers import AutoTokenizer, tokenization_utils_tokenizers
+
+    # Releases up to 5.17 make the tokenizer of what the quick reader passes over.
+    old = hasattr(tokenization_utils_tokenizers, "load_gguf_checkpoint")
+    with contextlib.nullcontext() if old else _quick_reading(header, show=False):
+        try:
+            return AutoTokenizer.from_pretrained(header.path.parent, gguf_file=header.path.name)
+        except _FAILURES as error:
+            raise KascadeError(_problem(error, header, name)) from error
 
 
 def loaded_from(header: GgufHeader) -> str:
@@ -120,11 +130,9 @@ def _quick_reading(header: GgufHeader, show: bool) -> Iterator[None]:
                 self.fields[key] = ReaderField(offs, key, [np.array([tokens], np.uint32)], [0], kind)
             return end
 
-    own_tokenizers = find_spec("transformers.integrations.gguf") is not None
     with _reading, contextlib.ExitStack() as stack:
-        if own_tokenizers:
-            stack.callback(setattr, gguf, "GGUFReader", gguf.GGUFReader)
-            gguf.GGUFReader = Reader
+        stack.callback(setattr, gguf, "GGUFReader", gguf.GGUFReader)
+        gguf.GGUFReader = Reader
         stack.callback(setattr, gguf, "get_tensor_name_map", gguf.get_tensor_name_map)
         gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
         stack.callback(setattr, legacy, "tqdm", legacy.tqdm)

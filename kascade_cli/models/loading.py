@@ -22,7 +22,7 @@ from kascade_cli.models.checks import (
 )
 from kascade_cli.models.gguf_config import check_fits
 from kascade_cli.models.gguf_file import GgufHeader, find_gguf, read_header
-from kascade_cli.models.gguf_loading import gguf_config, gguf_dtype, load_gguf, loaded_from
+from kascade_cli.models.gguf_loading import gguf_config, gguf_dtype, gguf_tokenizer, load_gguf, loaded_from
 from kascade_cli.models.names import check_revision, resolve_name
 from kascade_cli.models.placement import placement, resolve_dtype
 
@@ -163,6 +163,26 @@ def load_model(
     if notify is not None:
         notify(_loaded(model, name) + (loaded_from(header) if header is not None else ""))
     return model.eval(), tokenizer
+
+
+def is_gguf(name: str) -> bool:
+    """Whether the name means a GGUF file. Raises KascadeError where it means one that is not there, or several."""
+    return find_gguf(resolve_name(name), name) is not None
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer alone. Raises KascadeError if there is none that can be read."""
+    from transformers import AutoTokenizer
+
+    check_revision(name, revision)
+    source = resolve_name(name)
+    with _quiet_loading():
+        if (header := _header(name)) is not None:
+            return gguf_tokenizer(header, name)
+        try:
+            return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise KascadeError(loading_problem(name, source, error)) from error
 
 
 def _reading(header: GgufHeader, name: str, element: torch.dtype) -> str:

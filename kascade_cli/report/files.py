@@ -123,8 +123,11 @@ def _profile(path: Path) -> Source:
     profile = Profile.load(path)
     card, origin = profile.model, profile.provenance
     shape = {name: getattr(card, name) for name in ("layers", "query_heads", "kv_heads")}
-    command = f"kascade select-anchors {origin.get('capture', 'CAPTURE')} -o {path.name}"
-    made = ", ".join(part for part in (str(origin.get("tool") or ""), day(origin.get("created"))) if part)
+    command = f"kascade select-anchors {origin['capture']} -o {path.name}" if origin.get("capture") else ""
+    if not command and origin.get("script"):
+        command = f"python {origin['script']}"
+    told = (str(origin.get("tool") or ""), day(origin.get("created")), str(origin.get("source") or ""))
+    made = ", ".join(part for part in told if part)
     return Source(
         "profile", path, profile, card.name, getattr(card, "fingerprint", None), shape, command, made
     )  # fmt: skip

@@ -82,22 +82,6 @@ def figure(picture: Any, caption: Any, *, id_: str | None = None, more: Any = Sa
     return tag("figure", tag("div", picture, class_="panels"), tag("figcaption", caption), more, id_=id_)
 
 
-def legend(entries: Iterable[tuple[str, Any, str]], *, line: bool = False) -> Safe:
-    """(series class, label, marker) swatches, in the markers' shapes; with `line` on a stroke."""
-    from kascade_cli.report.svg import marker
-
-    items = []
-    stroke = '<line class="line" x1="1" y1="6" x2="25" y2="6"/>' if line else ""
-    width = 26 if line else 14
-    for series, label, shape in entries:
-        swatch = Safe(
-            f'<svg class="swatch" width="{width}" height="12" viewBox="0 0 {width} 12" aria-hidden="true">'
-            f'<g class="{series}">{stroke}{marker(shape, width / 2, 6, 5)}</g></svg>'
-        )
-        items.append(tag("li", swatch, label))
-    return tag("ul", *items, class_="legend")
-
-
 def number(value: float | None, digits: int = 3) -> str:
     """A few significant digits; a dash for what was not measured."""
     if value is None:

@@ -60,7 +60,7 @@ figcaption b{color:var(--ink);font-weight:600}
 .panels>.legend{flex-basis:100%}
 .panels svg.plot{flex:1 1 340px;min-width:0;width:100%;height:auto}
 .wide{width:100%;overflow-x:auto}
-.wide svg.plot{min-width:560px;width:100%;height:auto;display:block}
+.wide svg.plot{width:100%;height:auto;display:block}
 .legend{display:flex;flex-wrap:wrap;gap:2px 18px;list-style:none;margin:0;padding:0;font-size:13px;line-height:1.7}
 .swatch{height:12px;vertical-align:-1px;margin-right:6px}
 .box{display:inline-block;width:14px;height:12px;border-radius:2px;vertical-align:-1px;margin-right:6px}
@@ -111,7 +111,8 @@ svg .on-role{fill:#fff;font-weight:600;font-size:11.5px}
 .box.role-reuse{background:var(--role-reuse)}.box.role-none{background:var(--role-none)}
 .box.moved{background:var(--moved)}.box.same{background:var(--same)}
 @media (max-width:640px){main,header,footer{padding-left:14px;padding-right:14px}h1{font-size:22px}
-.tiles{grid-template-columns:repeat(2,1fr)}.panels svg.plot{flex-basis:100%}}
+.tiles{grid-template-columns:repeat(2,1fr)}
+.wide svg.plot{min-width:500px}.wide svg.broad{min-width:700px}.panels svg.plot{flex-basis:100%}}
 @media print{body{font-size:11pt}section,figure,table,svg{break-inside:avoid}section{margin-top:22px}nav{display:none}
 details::details-content{content-visibility:visible;block-size:auto}main,header,footer{max-width:none;padding:0}
 .scroll,.wide{overflow:visible}h2,h3{break-after:avoid}}

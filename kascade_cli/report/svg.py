@@ -172,6 +172,7 @@ class Plot:
 def picture(parts: Iterable[str], width: float, height: float, title: str, description: str, style: str = "") -> Safe:
     """The svg element; its title and description are what a screen reader says."""
     number = next(_ids)
+    style = f"{style} broad" if width > 700 else style
     return Safe(
         f'<svg class="plot {style}" viewBox="0 0 {width:g} {height:g}" style="max-width:{width:g}px" role="img" '
         f'aria-labelledby="t{number} d{number}"><title id="t{number}">{text(title)}</title>'

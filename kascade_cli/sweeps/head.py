@@ -52,7 +52,7 @@ def head(
 
 def _sha256(cases: Sequence[Case]) -> str:
     """Of every token id asked: another tokenizer or task makes other questions."""
-    asked = [[case.context, [[question.ids, question.answer_tokens] for question in case.questions]] for case in cases]
+    asked = [[case.context, [[question.ids, question.new_tokens] for question in case.questions]] for case in cases]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 

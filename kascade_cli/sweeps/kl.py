@@ -1,100 +1,70 @@
 """KL(dense || sparse) at the answers: where the dense model's own answer is written, token by token.
 
 Every prompt is prefilled under the setting up to the question's last token; then the dense model's greedy answer is
-decoded, one of its tokens after the other, whatever the setting would have said. So a sparse run is compared where it
-matters, and at the same positions for every setting.
+decoded, one of its tokens after the other, whatever the setting would have said (evaluation/forced.py). So a sparse
+run is compared where it matters, and at the same positions for every setting.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from kascade_cli.errors import KascadeError
 from kascade_cli.evaluation.answers import greedy_answers
-from kascade_cli.evaluation.behind import logits_behind
-from kascade_cli.evaluation.cases import Case
-from kascade_cli.evaluation.kl import kl_divergence, log_probabilities
-from kascade_cli.integrations.transformers import attach_setting
-from kascade_cli.models import logits_at
+from kascade_cli.evaluation.cases import Case, EncodedQuestion
+from kascade_cli.evaluation.forced import DensePrompt
 from kascade_cli.sparse import Setting
 
 MOST_TOKENS = 32  # of an answer
 _TILE = 32  # of the context that greedy_answers prefills once; any size gives the same answer
 
 
-@dataclass(frozen=True)
-class _Answered:
-    """A question's whole prompt, the dense model's answer, and its log-probabilities [n, vocabulary] there."""
-
-    ids: list[int]
-    answer: list[int]
-    logs: Tensor
-
-    @property
-    def tokens(self) -> int:
-        return len(self.ids) + len(self.logs)
+def spread(cases: Sequence[Case], count: int) -> list[Case]:
+    """The first `count` cases, the tasks in turn where each has cases of its own."""
+    groups: dict[tuple, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(tuple(sorted({question.task for question in case.questions})), []).append(case)
+    rounds = range(max(map(len, groups.values()), default=0))
+    turns = [group[place] for place in rounds for group in groups.values() if place < len(group)]
+    return turns[:count]
 
 
 class AnswerKL:
     """Made with a model that nothing is attached to; `measure` then takes any setting.
 
-    One question of each of the first `prompts` cases, another task's in turn.
+    One question of each of `prompts` cases (`spread`), another of a case's tasks in turn. tokens: what one
+    measurement reads; positions: how many it compares.
     """
 
     def __init__(self, model: Any, cases: Sequence[Case], prompts: int, *, advance: Callable[[int], None]) -> None:
         self.model = model
-        self.questions: list[_Answered] = []
-        for number, case in enumerate(cases[:prompts]):
+        self.prompts: list[DensePrompt] = []
+        for number, case in enumerate(spread(cases, prompts)):
             kinds = list(dict.fromkeys(question.task for question in case.questions))
             kind = kinds[number % len(kinds)]
             question = next(question for question in case.questions if question.task == kind)
-            self.questions.append(_answer(model, case, question))
-            advance(self.questions[-1].tokens)
+            self.prompts.append(_answered(model, case, question))
+            advance(case.tokens)
+        self.positions = sum(len(prompt.positions.measured) for prompt in self.prompts)
 
-    @property
-    def tokens(self) -> int:
-        """What one measurement reads."""
-        return sum(question.tokens for question in self.questions)
-
-    @property
-    def positions(self) -> int:
-        return sum(len(question.logs) for question in self.questions)
-
+    @torch.no_grad()
     def measure(self, setting: Setting, *, advance: Callable[[int], None]) -> list[float]:
-        """Per prompt the mean over its positions, in nats."""
-        with attach_setting(self.model, setting) as attached:
-            found = []
-            for question in self.questions:
-                found.append(_divergence(self.model, question))
-                advance(question.tokens)
-            if found:
-                attached.report()  # raises if the model did not run what it was asked to
+        """Per prompt the mean over its positions, in nats; infinite where a logit is NaN."""
+        found = []
+        for prompt in self.prompts:
+            kl = prompt.compare(self.model, setting).kl
+            sizes = {"prefill": len(prompt.positions.prefill), "decode": len(prompt.positions.decode)}
+            found.append(sum(value * sizes[phase] for phase, value in kl.items()) / len(prompt.positions.measured))
+            advance(prompt.ids.shape[1])
         return found
 
 
 @torch.no_grad()
-def _answer(model: Any, case: Case, question: Any) -> _Answered:
-    limit = min(question.answer_tokens, MOST_TOKENS)
+def _answered(model: Any, case: Case, question: EncodedQuestion) -> DensePrompt:
+    """The prompt with the dense model's answer; with its end, which is a token too, where it is empty."""
+    limit = min(question.new_tokens, MOST_TOKENS)
     (answer,) = greedy_answers(model, case.context, [question.ids], [limit], tile=_TILE)
     ids = [*case.context, *question.ids]
-    whole = torch.tensor([ids + answer[:-1]], device=next(model.parameters()).device)
-    logits = logits_at(model, whole, max(1, len(answer)), use_cache=False)[0][0]
-    if torch.isnan(logits).any():
-        raise KascadeError("the dense model gives NaN logits; use another --dtype")
-    return _Answered(ids, answer, log_probabilities(logits))
-
-
-@torch.no_grad()
-def _divergence(model: Any, question: _Answered) -> float:
-    device = next(model.parameters()).device
-    logits, output = logits_at(model, torch.tensor([question.ids], device=device), use_cache=True)
-    steps = [logits[0, -1]]
-    for step, token in enumerate(question.answer[:-1]):
-        chunk = torch.tensor([[token]], device=device)
-        logits, output = logits_behind(model, chunk, output.past_key_values, len(question.ids) + step)
-        steps.append(logits[0, -1])
-    value = float(kl_divergence(question.logs, log_probabilities(torch.stack(steps))).mean())
-    return value if value == value else float("inf")  # NaN is as wrong as can be
+    answer = answer or [0]  # its own token is not looked at: what predicts it is
+    phases = ("prefill", "decode") if len(answer) > 1 else ("prefill",)
+    return DensePrompt(model, [*ids, *answer], [(len(ids), len(ids) + len(answer))], phases)

@@ -8,7 +8,7 @@ import numpy as np
 from kascade_cli.evaluation.cases import Case
 from kascade_cli.evaluation.run import Outcome, Run, run_cases, summarise
 from kascade_cli.sweeps.document import Result
-from kascade_cli.sweeps.kl import AnswerKL
+from kascade_cli.sweeps.kl import AnswerKL, spread
 from kascade_cli.sweeps.plan import Point
 from kascade_cli.tasks import paired_interval
 
@@ -17,8 +17,8 @@ Advance = Callable[[str, int], None]
 
 def tokens_to_read(cases: Sequence[Case], kl_prompts: int, points: int) -> int:
     """How many tokens a sweep reads, as `advance` counts them (an answer's few tokens aside)."""
-    each = sum(case.tokens for case in cases) + sum(case.tokens for case in cases[:kl_prompts])
-    return points * each + sum(case.tokens for case in cases[:kl_prompts])
+    for_kl = sum(case.tokens for case in spread(cases, kl_prompts))
+    return points * (sum(case.tokens for case in cases) + for_kl) + for_kl
 
 
 def run_sweep(
@@ -39,13 +39,7 @@ def run_sweep(
     missing = [point for point in points if not result.has(point)]
     if not missing:
         return
-    counts = [0, 0]
-
-    def step(what: str, tokens: int) -> None:
-        counts[0] += tokens
-        advance(what, tokens)
-
-    kl = AnswerKL(model, cases, kl_prompts, advance=lambda tokens: step("dense answers", tokens))
+    kl = AnswerKL(model, cases, kl_prompts, advance=lambda tokens: advance("dense answers", tokens))
     dense = None
     for point in points:
         what, is_dense = point.describe(), point.setting.strategy == "dense"
@@ -58,15 +52,15 @@ def run_sweep(
             tokenizer,
             cases,
             Run(point.label, (point.setting,)),
-            advance=lambda tokens, what=what: step(what, tokens),
+            advance=lambda tokens, what=what: advance(what, tokens),
         )
         dense = outcome if is_dense else dense
         row = _row(point, outcome, cases, dense)
-        if kl.questions:
+        if kl.prompts:
             values = (
-                [0.0] * len(kl.questions)
+                [0.0] * len(kl.prompts)
                 if is_dense
-                else kl.measure(point.setting, advance=lambda tokens, what=what: step(what, tokens))
+                else kl.measure(point.setting, advance=lambda tokens, what=what: advance(what, tokens))
             )
             row["kl"] = kl_summary(values) | {"positions": kl.positions}
         result.add(point, row)

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from kascade_cli.report.content import Content, Section, caption, several
 from kascade_cli.report.files import Source
-from kascade_cli.report.markup import Safe, details, figure, join, legend, table, tag
+from kascade_cli.report.legend import legend
+from kascade_cli.report.markup import Safe, details, figure, join, table, tag
 from kascade_cli.report.svg import Plot, Scale
 
 if TYPE_CHECKING:

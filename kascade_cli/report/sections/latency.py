@@ -4,7 +4,8 @@ from typing import Any
 
 from kascade_cli.report.content import Content, Section, caption, several
 from kascade_cli.report.files import Source, trusted
-from kascade_cli.report.markup import Safe, details, figure, join, legend, number, table, tag
+from kascade_cli.report.legend import legend
+from kascade_cli.report.markup import Safe, details, figure, join, number, table, tag
 from kascade_cli.report.svg import Plot, Scale
 
 Row = dict[str, Any]

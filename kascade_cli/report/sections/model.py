@@ -30,7 +30,7 @@ def build(content: Content) -> Section:
 def _facts(known: list[Source]) -> Safe:
     rows: list[tuple[str, object]] = [("model", known[0].model)]
     prints = list(dict.fromkeys(source.fingerprint for source in known if source.fingerprint))
-    rows.append(("fingerprint", join([code(value) for value in prints], " ")))
+    rows.append(("fingerprint", join([code(value) for value in prints], " ") or "none: for every model of this shape"))
     shape = next((source.shape for source in known if source.shape), None)
     if shape:
         rows.append(

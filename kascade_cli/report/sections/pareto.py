@@ -5,7 +5,8 @@ from typing import Any
 
 from kascade_cli.report.content import Content, Section, caption, several
 from kascade_cli.report.files import Source, trusted
-from kascade_cli.report.markup import Safe, details, figure, join, legend, number, table, tag
+from kascade_cli.report.legend import legend
+from kascade_cli.report.markup import Safe, details, figure, join, number, table, tag
 from kascade_cli.report.svg import Plot, Scale
 
 _LOOKS = {"importance": ("s1", "circle"), "uniform": ("s2", "square"), "both": ("s3", "diamond")}
@@ -55,6 +56,8 @@ def kept_share(entry: dict[str, Any]) -> float | None:
 
 
 def proposed_by(entry: dict[str, Any]) -> str:
+    if entry.get("neighbour"):
+        return "neighbour"
     names = [str(name) for name in entry.get("objectives") or {}]
     return "both" if {"importance", "uniform"} <= set(names) else names[0] if names else "neighbour"
 
@@ -63,9 +66,11 @@ def _figure(source: Source) -> Safe:
     entries, chosen = _candidates(source), source.document.selection.get("anchors")
     labels = list(dict.fromkeys(map(proposed_by, entries)))
     looks = {label: _LOOKS.get(label, _OTHER) for label in labels}
-    panels = [_panel(entries, chosen, looks, "kl")]
-    if any(kept_share(entry) is not None for entry in entries):
-        panels.append(_panel([e for e in entries if kept_share(e) is not None], chosen, looks, "kept"))
+    counted = [entry for entry in entries if kept_share(entry) is not None]
+    size = (460, 300) if counted else (560, 330)
+    panels = [_panel(entries, chosen, looks, "kl", size)]
+    if counted:
+        panels.append(_panel(counted, chosen, looks, "kept", size))
     key = legend((look, f"proposed by {_weighting(label)}", shape) for label, (look, shape) in looks.items())
     about = _verify(source)
     where = f"{about.get('prompts')} prompts of {about.get('dev_set')}, up to {about.get('max_length')} tokens"
@@ -85,19 +90,20 @@ def _weighting(label: str) -> str:
     )
 
 
-def _panel(entries: list[dict[str, Any]], chosen: Any, looks: dict[str, tuple[str, str]], what: str) -> Safe:
+def _panel(
+    entries: list[dict[str, Any]], chosen: Any, looks: dict[str, tuple[str, str]], what: str, size: tuple[int, int]
+) -> Safe:
     sizes = sorted({len(entry["anchors"]) for entry in entries})
     values = [_value(entry, what) for entry in entries]
     if what == "kl":
         y = Scale(min(values) / 4, max(values) * 1.8, log=True)
         y_label, heading = "KL to dense, nats, log scale", "KL to dense"
     else:
-        y = Scale(max(0.0, min(values) - 8), 103.0)
+        y = Scale(max(0.0, min(values) - 12), 103.0)
         y_label, heading = "answers kept, points of 100", "Answers kept"
-    wide = what == "kl"
     plot = Plot(
         Scale(sizes[0] - 0.6, sizes[-1] + 0.6, ticks=sizes), y, x_label="anchors", y_label=y_label,
-        heading=heading, x_format=lambda size: f"{size:g}", width=560 if wide else 460, height=330 if wide else 290,
+        heading=heading, x_format=lambda size: f"{size:g}", width=size[0], height=size[1],
     )  # fmt: skip
     pick = min if what == "kl" else max
     most = max(entry.get("prompts") or 0 for entry in entries)
@@ -117,17 +123,18 @@ def _panel(entries: list[dict[str, Any]], chosen: Any, looks: dict[str, tuple[st
         plot.dot(x, value, series, shape, 2.8 if short else 4.6, said=f"{named}: {number(value)}")
         if entry["anchors"] == chosen:
             plot.parts.append(f'<circle class="ring" cx="{plot.x(x):.1f}" cy="{plot.y(value):.1f}" r="9"/>')
-            _name_chosen(plot, x, value, f"chosen: {named}")
+            _name_chosen(plot, x, value, f"chosen: {named}", left=what == "kl")
     said = (
         f"{len(entries)} candidates of {sizes[0]} to {sizes[-1]} anchors; from {min(values):.3g} to {max(values):.3g}."
     )
     return plot.svg(heading, said)
 
 
-def _name_chosen(plot: Plot, x: float, value: float, words: str) -> None:
-    """Below the ring and to its left, where the best of each number leave room; to the right of it at the edge."""
-    room = plot.x(x) - plot.left > 6.3 * len(words)
-    plot.say(x, value, words, dx=4 if room else -4, dy=25, anchor="end" if room else "start")
+def _name_chosen(plot: Plot, x: float, value: float, words: str, left: bool) -> None:
+    """Below the ring, on the side where the line of the best leaves room; on the other at the edge."""
+    at, needed = plot.x(x), 6.3 * len(words)
+    left = at - plot.left > needed if left else plot.right - at < needed
+    plot.say(x, value, words, dx=4 if left else -4, dy=25, anchor="end" if left else "start")
 
 
 def _value(entry: dict[str, Any], what: str) -> float:

@@ -3,8 +3,9 @@
 from kascade_cli.report import sweeps
 from kascade_cli.report.colours import series
 from kascade_cli.report.content import Content, Section, caption, several
-from kascade_cli.report.files import Source
-from kascade_cli.report.markup import Safe, figure, join, legend, tag
+from kascade_cli.report.files import Source, trusted
+from kascade_cli.report.legend import legend
+from kascade_cli.report.markup import Safe, figure, join, tag
 from kascade_cli.report.sections.oracle import percent
 
 _MEANING = {
@@ -24,7 +25,8 @@ def build(content: Content) -> Section | None:
     )
     parts = [tag("p", lead, class_="lead")]
     for source in found:
-        parts += [several(found, source), _figure(source)]
+        with trusted(source):
+            parts += [several(found, source), _figure(source)]
     return Section("remap", "Figure 6: head maps, pooled, or neither", join(parts))
 
 

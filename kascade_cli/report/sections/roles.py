@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kascade_cli.report.content import Content, Section, caption, several
-from kascade_cli.report.files import Source
+from kascade_cli.report.files import Source, trusted
 from kascade_cli.report.markup import Safe, details, figure, join, number, table, tag, text
 from kascade_cli.report.svg import picture
 
@@ -28,7 +28,8 @@ def build(content: Content) -> Section | None:
         return None
     parts: list[Safe] = []
     for source in profiles:
-        parts += [several(profiles, source), _budget(source.document), _figure(source)]
+        with trusted(source):
+            parts += [several(profiles, source), _budget(source.document), _figure(source)]
     return Section("profile", "The profile: roles, head maps, budget", join(parts))
 
 
@@ -62,16 +63,23 @@ def _figure(source: Source) -> Safe:
     profile: Profile = source.document
     used = list(dict.fromkeys(layer.role for layer in profile.layers))
     boxes = [tag("li", tag("span", class_=f"box {_ROLE[role]}"), _MEANING[role]) for role in used]
-    boxes += [
-        tag("li", tag("span", class_="box moved"), "remapped head"),
-        tag("li", tag("span", class_="box same"), "head reads its namesake"),
-    ]
+    measured = all(layer.heads is not None for layer in profile.layers if layer.role == "reuse")
+    boxes += (
+        []
+        if not measured
+        else [
+            tag("li", tag("span", class_="box moved"), "remapped head"),
+            tag("li", tag("span", class_="box same"), "head reads its namesake"),
+        ]
+    )
     drawing = _draw(profile)
     said = caption(
         source,
         tag("b", "Layers from first to last."),
-        "Lines lead from an anchor to the layers that read its keys. A cell is a KV head; its number is the anchor's "
-        "head whose keys it reads.",
+        "Lines lead from an anchor to the layers that read its keys.",
+        "A cell is a KV head; its number is the anchor's head whose keys it reads."
+        if measured
+        else "The head maps have not been measured: all heads read the keys that the anchor's heads choose together.",
         _stability(profile),
     )
     more = join([details("Numbers: every layer", _table(profile)), _recovered(profile)])
@@ -79,6 +87,7 @@ def _figure(source: Source) -> Safe:
 
 
 def _stability(profile: "Profile") -> str:
+    """How firmly the anchors were chosen."""
     stable = profile.selection.get("stability")
     if not isinstance(stable, dict) or not isinstance(stable.get("searched_again"), float | int):
         return ""
@@ -98,7 +107,7 @@ def _draw(profile: "Profile") -> Safe:
     for phase, start in starts.items():
         parts.append(f'<text class="heading" x="{start}" y="16">{phase} head map</text>')
         every = 1 if cell > 18 else 4
-        for head in range(0, groups, every):
+        for head in range(0, 0 if unmeasured else groups, every):
             at = start + (head + 0.5) * cell
             parts.append(f'<text class="tick middle" x="{at:.1f}" y="{_TOP - 9}">{head}</text>')
     parts += _lines(profile)

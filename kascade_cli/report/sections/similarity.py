@@ -53,7 +53,7 @@ def _panel(phase: str, values: np.ndarray, layers: list[int], frames: list[tuple
     count = len(layers)
     cells: list[list[Any]] = [[float(values[a, b]) if b >= a else None for b in range(count)] for a in range(count)]
     above = values[np.triu_indices(count, 1)] if count > 1 else values.ravel()
-    low = max(0.0, int(float(above.min()) * 10) / 10)
+    low = min(0.9, max(0.0, int(float(above.min()) * 10) / 10))
     return heat_map(
         cells,
         columns=layers,
@@ -71,7 +71,8 @@ def _panel(phase: str, values: np.ndarray, layers: list[int], frames: list[tuple
 def _served(layers: list[int], anchors: list[int]) -> list[tuple[int, int, int]]:
     """(row, first column, columns) of each anchor's layers."""
     places = [layers.index(anchor) for anchor in anchors if anchor in layers]
-    return [(place, place, end - place) for place, end in zip(places, [*places[1:], len(layers)], strict=True)]
+    ends = [*places[1:], len(layers)]
+    return [(place, place, end - place) for place, end in zip(places, ends, strict=False)]
 
 
 def _numbers(phase: str, values: np.ndarray, layers: list[int]) -> Safe:

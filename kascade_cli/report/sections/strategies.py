@@ -5,7 +5,8 @@ from typing import Any
 from kascade_cli.report.colours import series
 from kascade_cli.report.content import Content, Section, caption, difference, points, several
 from kascade_cli.report.files import Source, trusted
-from kascade_cli.report.markup import Safe, figure, join, legend, number, table, tag
+from kascade_cli.report.legend import legend
+from kascade_cli.report.markup import Safe, figure, join, number, table, tag
 from kascade_cli.report.svg import Plot, Scale
 
 Row = dict[str, Any]
@@ -110,7 +111,7 @@ def _table(source: Source, rows: list[Row], ratios: list[float]) -> Safe:
         read = " / ".join(number(100 * density[p]) if p in density else "–" for p in ("prefill", "decode"))
         versus = row["mean"].get("vs_dense")
         cells = [
-            "" if row.get("ratio") is None else f"{row['ratio']:g}", read,
+            "" if row.get("ratio") is None else f"{row['ratio']:g}{' (by length)' if 'ratios' in row else ''}", read,
             *(points(row["scores"][task]) for task in tasks), *([points(row["mean"])] if several_tasks else []),
             "" if versus is None else difference(versus),
         ]  # fmt: skip
