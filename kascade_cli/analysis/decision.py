@@ -8,95 +8,37 @@
 `kascade_cli.evaluation.verification` measures `search.candidates(n)`; nothing here needs torch.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from kascade_cli.analysis import cost as costs
 from kascade_cli.analysis import problem as problems
-from kascade_cli.analysis import record, rules, selection, stability, verdict
+from kascade_cli.analysis import record, recovered, rules, selection, stability, verdict
 from kascade_cli.analysis import rows as tables
 from kascade_cli.analysis.candidates import Candidate, neighbours, propose
 from kascade_cli.analysis.rows import Row
 from kascade_cli.analysis.rules import Choice
+from kascade_cli.analysis.settings import Settings
 from kascade_cli.analysis.similarity import Measured
 from kascade_cli.errors import UsageError
-from kascade_cli.schema import PHASES, Budget, ModelCard, Profile
+from kascade_cli.schema import Budget, ModelCard, Profile
 
 DEFAULT_CONTEXT = 128 * 1024
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How anchors are chosen. Raises UsageError for more than one rule, or numbers that make no sense.
-
-    phase: decode, prefill or both; weights: importance or uniform; assignment: nearest or free. The rules:
-    `anchors` (how many, or which absolute layers), `min_recovered`, `target_speedup`; None of them: the default.
-    max_anchors: the largest number to look at. kl_tolerance (nats), lost_tolerance (share of the answers): what is as
-    good as the best, where candidates were measured.
-    """
-
-    phase: str = "both"
-    weights: str = "importance"
-    assignment: str = "nearest"
-    anchors: int | tuple[int, ...] | None = None
-    min_recovered: float | None = None
-    target_speedup: float | None = None
-    max_anchors: int | None = None
-    kl_tolerance: float = verdict.KL_TOLERANCE
-    lost_tolerance: float = verdict.LOST_TOLERANCE
-
-    def __post_init__(self) -> None:
-        rules.check_rules(self.anchors, self.min_recovered, self.target_speedup)
-        if not (math.isfinite(self.kl_tolerance) and self.kl_tolerance >= 0):
-            raise UsageError(f"--kl-tolerance {self.kl_tolerance} must be a number, 0 or more")
-        if not 0 <= self.lost_tolerance <= 1:
-            raise UsageError(f"--lost-tolerance {self.lost_tolerance} is outside [0, 1]")
-        if isinstance(self.anchors, tuple):
-            selection.check_set(self.anchors)
-
-    @property
-    def phases(self) -> list[str]:
-        return list(PHASES) if self.phase == "both" else [self.phase]
-
-    @property
-    def tolerance(self) -> verdict.Tolerance:
-        return verdict.Tolerance(self.kl_tolerance, self.lost_tolerance)
-
-    @property
-    def has_rule(self) -> bool:
-        return not (self.anchors is self.min_recovered is self.target_speedup is None)
-
-    def limit(self, layers: Sequence[int]) -> int:
-        """The largest number of anchors to look at in a capture of these (absolute) layers.
-
-        Raises UsageError for numbers and sets that it cannot have.
-        """
-        count = len(layers)
-        given = isinstance(self.anchors, tuple)
-        if given:
-            selection.positions(self.anchors, layers)
-        size = len(self.anchors) if given else self.anchors
-        for name, value in (("--anchors", None if given else size), ("--max-anchors", self.max_anchors)):
-            if value is not None and not 1 <= value <= count:
-                raise UsageError(
-                    f"{name} {value} is outside 1..{count}: the capture has {count} full-attention layers"
-                )
-        if not given and size is not None and self.max_anchors is not None and size > self.max_anchors:
-            raise UsageError(f"--anchors {size} is more than --max-anchors {self.max_anchors}")
-        return self.max_anchors or max(selection.default_max_anchors(count), size or 0)
 
 
 @dataclass
 class Decision:
     """What was chosen and why. candidates: what was measured for it; verified: on what (for the profile's record);
-    notes: what the user should know about it."""
+    notes: what the user should know about it; ratios: what was found per length, for a budget with a table."""
 
     choice: Choice
     candidates: list[Candidate] = field(default_factory=list)
     verified: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    ratios: list[dict[str, Any]] = field(default_factory=list)
     stable: stability.Stability | None = None
 
     @property
@@ -117,9 +59,17 @@ class Search:
         measured: Measured,
         settings: Settings | None = None,
         *,
+        budget: Budget | None = None,
         cost: costs.CostTable | None = None,
         context: int = DEFAULT_CONTEXT,
+        workers: int | None = None,
+        advance: Callable[[int, int], None] | None = None,
     ) -> None:
+        """budget: the profile's (the default one). workers, advance: as `similarity.measure` has them, for the pass
+        that measures recovered mass."""
+        self.budget = capture_budget(measured.meta) if budget is None else budget
+        self._reading = {"workers": workers, "advance": advance}
+        self._recovered: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
         self.measured, self.settings = measured, settings or Settings()
         self.cost, self.context = cost or costs.published(), context
         self.problem = problems.make_problem(measured, self.settings.phase)
@@ -157,7 +107,7 @@ class Search:
         Raises TargetMissed if no set meets a target, UsageError for an impossible rule.
         """
         if not candidates:
-            return Decision(self._by_rule())
+            return self._measured(Decision(self._by_rule()))
         by_rule = self._by_rule() if self.settings.has_rule else None
         found = self.verdict(candidates)
         notes = list(found.notes)
@@ -170,7 +120,28 @@ class Search:
             why = f"{by_rule.why}; of these {found.why}" if by_rule else found.why
             choice = Choice(row, by_rule.rule if by_rule else "verify", why)
             notes += self._overruled(found.best, candidates)
-        return Decision(choice, list(candidates), verified or {}, notes)
+        return self._measured(Decision(choice, list(candidates), verified or {}, notes))
+
+    def _measured(self, decision: Decision) -> Decision:
+        """With the recovered mass of its row, and of all rows: one pass over the capture at most."""
+        self.rows[:], row = (found := self.with_mass([*self.rows, decision.choice.row]))[:-1], found[-1]
+        decision.choice = replace(decision.choice, row=row)
+        return decision
+
+    def with_mass(self, rows: Sequence[Row]) -> list[Row]:
+        """`rows` with the recovered mass at the budget, reading the capture for those not known yet."""
+        if unknown := list(dict.fromkeys(row.anchors for row in rows if row.anchors not in self._recovered)):
+            layers, heads = len(self.problem.layers), self.measured.meta["kv_heads"]
+            links = []
+            for anchors in unknown:
+                maps = selection.position_maps(self.problem, anchors, self.settings.assignment)
+                links.append(recovered.set_links(anchors, maps, layers, heads))
+            found = recovered.measure(self.measured.path, links, self.budget, **self._reading)
+            self._recovered.update(zip(unknown, found, strict=True))
+        phases = self.problem.sims
+        return [
+            replace(row, recovered={phase: self._recovered[row.anchors][phase] for phase in phases}) for row in rows
+        ]
 
     def verdict(self, candidates: Sequence[Candidate]) -> verdict.Verdict:
         """What the measured `candidates` say, within what the rule leaves open."""
@@ -201,6 +172,8 @@ class Search:
         if self.given is not None:
             return Choice(self.row(self.given), "anchors", "these anchors were asked for")
         options = self.settings
+        if options.anchors is options.target_speedup is None:
+            self.rows = self.with_mass(self.rows)
         return rules.choose(
             self.rows,
             anchors=options.anchors,
@@ -222,24 +195,24 @@ class Search:
         """Raises KascadeError if the capture's description of its model makes no sense."""
         return record.model_card(self.measured.meta)
 
-    def layout(self, anchors: tuple[int, ...], budget: Budget) -> Profile:
+    def layout(self, anchors: tuple[int, ...], budget: Budget | None = None) -> Profile:
         """A profile with these anchors (positions) and nothing about how they were found: to be run."""
         return Profile.build(
             model=self.model,
             anchors=self.problem.absolute(anchors),
             profiled_layers=self.problem.layers,
             head_maps=selection.head_maps(self.problem, anchors, self.settings.assignment),
-            budget=budget,
+            budget=budget or self.budget,
         )
 
     def profile(
         self, decision: Decision, budget: Budget | None = None, *, provenance: dict[str, Any] | None = None
     ) -> Profile:
-        """The profile of a decision, with its record. `budget` without a tile of its own takes the capture's.
+        """The profile of a decision, with its record. budget: the search's, unless another one is given.
 
         Raises KascadeError if that is no profile.
         """
-        budget = capture_budget(self.measured.meta) if budget is None else budget
+        budget = self.budget if budget is None else budget
         return self.layout(decision.anchors, budget).model_copy(
             update={"selection": self.record(decision), "provenance": provenance or {}}
         )
@@ -259,6 +232,7 @@ class Search:
             "assignment": options.assignment,
             "over_tiles": self.measured.reduce,
             "top_k": self.measured.top_k,
+            "ratio": self.budget.ratio,
         }
         return record.selection_document(settings, self.problem, decision, self.rows)
 

@@ -48,7 +48,7 @@ def similarity(measured: Measured, anchors: Sequence[int] = ()) -> Any:
         axis.set_xlabel("layer b that reuses")
         axis.set_ylabel("layer a that chooses")
         rows = "decode rows" if phase == "decode" else "prefill tiles"
-        axis.set_title(f"Recovered mass, {rows}\n(top {measured.top_k}, {measured.reduce} over tiles)", fontsize=10)
+        axis.set_title(f"Similarity, {rows}\n(top {measured.top_k}, {measured.reduce} over tiles)", fontsize=10)
         for anchor, end in zip(anchors, [*anchors[1:], len(values)], strict=True):
             axis.add_patch(_rectangle((anchor - 0.5, anchor - 0.5), end - anchor, 1))
     figure.colorbar(image, ax=axes, shrink=0.8, label="S[a, b]")
@@ -92,7 +92,7 @@ def pareto(rows: Sequence[Row], chosen: Row, candidates: Sequence[Any] = ()) -> 
         if chosen.speedup[phase]:
             axis.plot(chosen.speedup[phase], chosen.recovered_mean, marker="*", ms=13, color=colour, mec="black")
     axis.set_xlabel("predicted attention speed-up")
-    axis.set_ylabel("recovered mass, mean over layers")
+    axis.set_ylabel("attention kept at the budget, mean over layers")
     axis.set_title(f"Budgets (number: anchors); star: chosen, {chosen.size} anchors", fontsize=10)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8)

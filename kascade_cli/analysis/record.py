@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from kascade_cli import provenance
-from kascade_cli.analysis.rows import recovered_dict
+from kascade_cli.analysis.rows import figures_dict, worst_layer
 from kascade_cli.capture.store import parts_folder
 from kascade_cli.errors import KascadeError
 from kascade_cli.schema import Budget, ModelCard
@@ -75,14 +75,19 @@ def number(value: float | None, digits: int = 6) -> float | None:
 
 
 def row_document(problem: "Problem", row: "Row") -> dict[str, Any]:
-    """One budget, absolute layers."""
-    worst, layer = row.worst
+    """One budget whose recovered mass is measured, absolute layers."""
+    figures: dict[str, Any] = {}
+    for name, mean, phases in (
+        ("similarity", row.similarity_mean, row.similarity),
+        ("recovered", row.recovered_mean, row.recovered),
+    ):
+        worst, layer = worst_layer(phases)
+        figures |= {f"{name}_mean": number(mean), f"{name}_worst": number(worst)}
+        figures[f"{name}_worst_layer"] = problem.layers[layer]
     return {
         "anchors": problem.absolute(row.anchors),
         "objective": number(row.objective),
-        "recovered_mean": number(row.recovered_mean),
-        "recovered_worst": number(worst),
-        "worst_layer": problem.layers[layer],
+        **figures,
         "speedup": {phase: number(value, 3) for phase, value in row.speedup.items()},
     } | ({} if row.proven else {"proven_optimal": False})
 
@@ -126,7 +131,8 @@ def selection_document(
     document = settings | {
         "anchors": problem.absolute(choice.row.anchors),
         "objective": number(choice.row.objective),
-        "recovered_mass": recovered_dict(problem, choice.row),
+        "similarity": figures_dict(problem, choice.row.similarity),
+        "recovered_mass": figures_dict(problem, choice.row.recovered),
         "rule": choice.rule,
         "why": choice.why,
     }
@@ -136,5 +142,7 @@ def selection_document(
         document["stability"] = stability_document(problem, decision.stable)
     if verified := verify_document(problem, decision):
         document["verify"] = verified
+    if decision.ratios:
+        document["ratios"] = decision.ratios
     document["budgets"] = [row_document(problem, row) for row in rows]
     return document

@@ -1,6 +1,6 @@
 """One anchor set in figures: objective, what its layers keep, predicted speed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,18 @@ from kascade_cli.analysis.similarity import PHASES
 
 @dataclass(frozen=True)
 class Row:
-    """One budget. recovered: phase -> float64 [L], mass that each layer keeps relative to its own Top-k."""
+    """One anchor set. Phase -> float64 [L] are
+
+    similarity: what the keys of its anchor keep of each layer's own Top-k, the strict figure that is searched by;
+    recovered: the share of each layer's attention that is kept at the profile's budget (recovered.py), once measured.
+    """
 
     anchors: tuple[int, ...]
     objective: float
-    recovered: dict[str, np.ndarray]
+    similarity: dict[str, np.ndarray]
     speedup: dict[str, float | None]
     proven: bool = True
+    recovered: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -30,13 +35,17 @@ class Row:
         return float(np.mean(list(self.recovered.values())))
 
     @property
-    def worst(self) -> tuple[float, int]:
-        """(recovered mass, layer position) of the layer that loses most, averaged over phases."""
-        mean = np.mean(list(self.recovered.values()), axis=0)
-        return float(mean.min()), int(mean.argmin())
+    def similarity_mean(self) -> float:
+        return float(np.mean(list(self.similarity.values())))
 
 
-def recovered_mass(problem: Problem, anchors: tuple[int, ...], assignment: str) -> dict[str, np.ndarray]:
+def worst_layer(figures: dict[str, np.ndarray]) -> tuple[float, int]:
+    """(value, layer position) of the layer with the lowest mean over phases."""
+    mean = np.mean(list(figures.values()), axis=0)
+    return float(mean.min()), int(mean.argmin())
+
+
+def set_similarity(problem: Problem, anchors: tuple[int, ...], assignment: str) -> dict[str, np.ndarray]:
     """Per phase, mean over heads of the similarity to the anchor head that each one reads: float64 [L]."""
     result = {}
     for phase, sim in problem.sims.items():
@@ -55,7 +64,7 @@ def make_row(
     return Row(
         anchors=found.anchors,
         objective=found.objective,
-        recovered=recovered_mass(problem, found.anchors, assignment),
+        similarity=set_similarity(problem, found.anchors, assignment),
         speedup={phase: cost.speedup(phase, context, len(problem.layers), len(found.anchors)) for phase in PHASES},
         proven=getattr(found, "proven", True),
     )
@@ -70,8 +79,8 @@ def any_set(problem: Problem, anchors: tuple[int, ...], weights: str, assignment
     return search.AnchorSet(anchors, value)
 
 
-def recovered_dict(problem: Problem, row: Row) -> dict[str, Any]:
-    """For the profile: mean and worst layer, overall and per phase (absolute layers)."""
+def figures_dict(problem: Problem, figures: dict[str, np.ndarray]) -> dict[str, Any]:
+    """For the profile: mean and worst layer of phase -> float64 [L], overall and per phase (absolute layers)."""
 
     def entry(values: np.ndarray) -> dict[str, Any]:
         return {
@@ -80,5 +89,5 @@ def recovered_dict(problem: Problem, row: Row) -> dict[str, Any]:
             "worst_layer": problem.layers[int(values.argmin())],
         }
 
-    overall = entry(np.mean(list(row.recovered.values()), axis=0))
-    return overall | {phase: entry(values) for phase, values in row.recovered.items()}
+    overall = entry(np.mean(list(figures.values()), axis=0))
+    return overall | {phase: entry(values) for phase, values in figures.items()}

@@ -8,7 +8,7 @@ from kascade_cli.analysis.rows import Row
 from kascade_cli.analysis.similarity import PHASES
 from kascade_cli.errors import TargetMissed, UsageError
 
-DEFAULT_RECOVERED = 0.98
+RECOVERED_TOLERANCE = 0.01  # share of the attention: as good as the largest set looked at
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def choose(
     target_speedup: float | None = None,
     phase: str = "both",
 ) -> Choice:
-    """Applies the one rule given, or the default (docs/select-anchors.md).
+    """Applies the one rule given, or the default (docs/select-anchors.md). Where mass decides, the rows' is measured.
 
     Raises UsageError for more than one rule or an impossible number, TargetMissed if no row meets the target.
     """
@@ -52,28 +52,32 @@ def choose(
         return Choice(by_size[anchors], "anchors", f"{anchors} anchors were asked for")
     if target_speedup is not None:
         return _fast_enough(rows, target_speedup, "prefill" if phase == "prefill" else "decode")
-    wanted = DEFAULT_RECOVERED if min_recovered is None else min_recovered
-    enough = [row for row in rows if row.recovered_mean >= wanted]
-    if enough:
-        row = min(enough, key=lambda row: row.size)
-        rule = "default" if min_recovered is None else "min-recovered"
-        return Choice(
-            row, rule, f"the fewest anchors that recover {wanted:.1%} of the mass ({row.recovered_mean:.1%})"
-        )
-    most = max(rows, key=lambda row: (row.recovered_mean, -row.size))
-    if min_recovered is not None:
+    if min_recovered is None:
+        return _on_the_plateau(rows, phase)
+    enough = [row for row in rows if row.recovered_mean >= min_recovered]
+    if not enough:
+        most = max(rows, key=lambda row: (row.recovered_mean, -row.size))
         raise TargetMissed(
-            f"no set of up to {rows[-1].size} anchors recovers {wanted:.1%}; the most is "
-            f"{most.recovered_mean:.1%} with {most.size}: raise --max-anchors or lower --min-recovered"
+            f"no set of up to {rows[-1].size} anchors recovers {min_recovered:.1%} of the attention; the most is "
+            f"{most.recovered_mean:.1%} with {most.size}: raise --max-anchors or --ratio, or lower --min-recovered"
         )
+    row = min(enough, key=lambda row: row.size)
+    why = f"the fewest anchors that recover {min_recovered:.1%} of the attention ({row.recovered_mean:.1%})"
+    return Choice(row, "min-recovered", why)
+
+
+def _on_the_plateau(rows: Sequence[Row], phase: str) -> Choice:
+    """The fewest anchors that recover nearly what the best of those predicted faster than dense does."""
     phases = PHASES if phase == "both" else (phase,)
-    faster = [row for row in rows if all((row.speedup[name] or 2) > 1 for name in phases)] or rows
-    best = max(faster, key=lambda row: (row.recovered_mean, -row.size))
+    faster = [row for row in rows if all((row.speedup[name] or 2) > 1 for name in phases)] or list(rows)
+    most = max(faster, key=lambda row: (row.recovered_mean, -row.size))
+    close = [row for row in faster if row.recovered_mean >= most.recovered_mean - RECOVERED_TOLERANCE]
+    best = min(close, key=lambda row: row.size)
     return Choice(
         best,
         "default",
-        f"no set of up to {rows[-1].size} anchors recovers {wanted:.0%}; of those predicted faster than dense it "
-        f"recovers most ({best.recovered_mean:.1%}). --verify measures how few anchors are enough",
+        f"the fewest anchors that recover within {RECOVERED_TOLERANCE:.0%} of the attention of the most "
+        f"({best.recovered_mean:.1%}; {most.recovered_mean:.1%} with {most.size}); --verify measures what they keep",
     )
 
 

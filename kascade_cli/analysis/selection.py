@@ -26,24 +26,33 @@ def search_sets(problem: Problem, weights: str, max_anchors: int, assignment: st
     return [search.free_set(gains, len(problem.layers), len(entry.anchors), entry.anchors) for entry in nearest]
 
 
-def head_maps(problem: Problem, anchors: tuple[int, ...], assignment: str) -> dict[int, dict[str, list]]:
-    """{absolute layer: {phase: per KV head an anchor head, or [absolute anchor, head] if free}} for reuse
-    layers.
-    """
+def position_maps(problem: Problem, anchors: tuple[int, ...], assignment: str) -> dict[int, dict[str, list]]:
+    """{layer: {phase: per KV head an anchor head, or (anchor, head) if free}} for reuse layers, all positions."""
     maps: dict[int, dict[str, list]] = {}
-    for layer, absolute in enumerate(problem.layers):
+    for layer in range(len(problem.layers)):
         if layer in anchors:
             continue
-        nearest = max(a for a in anchors if a < layer)
-        maps[absolute] = {}
+        nearest = max(anchor for anchor in anchors if anchor < layer)
+        maps[layer] = {}
         for phase in PHASES:
             sim = problem.map_sims[phase]
             if assignment == "nearest":
-                maps[absolute][phase] = search.head_map(sim, nearest, layer)
+                maps[layer][phase] = search.head_map(sim, nearest, layer)
             else:
-                pairs = search.free_head_map(sim, anchors, layer)
-                maps[absolute][phase] = [(problem.layers[anchor], head) for anchor, head in pairs]
+                maps[layer][phase] = search.free_head_map(sim, anchors, layer)
     return maps
+
+
+def head_maps(problem: Problem, anchors: tuple[int, ...], assignment: str) -> dict[int, dict[str, list]]:
+    """`position_maps` of `anchors` (positions) with absolute layers: what a profile holds."""
+
+    def absolute(entry: int | tuple[int, int]) -> int | tuple[int, int]:
+        return (problem.layers[entry[0]], entry[1]) if isinstance(entry, tuple) else entry
+
+    return {
+        problem.layers[layer]: {phase: [absolute(entry) for entry in row] for phase, row in phases.items()}
+        for layer, phases in position_maps(problem, anchors, assignment).items()
+    }
 
 
 def check_set(anchors: Sequence[int]) -> None:

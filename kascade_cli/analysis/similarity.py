@@ -63,6 +63,7 @@ class Measured:
     [P, Lp].
     """
 
+    path: Path
     meta: dict[str, Any]
     profiled_layers: list[int]
     prompts: int
@@ -240,6 +241,7 @@ def _merge(
     importance = np.stack([result.importance for result in results])
     top_mass = np.stack([result.top_mass for result in results]).mean(axis=0, dtype=np.float64)
     return Measured(
+        path=path,
         meta=meta,
         profiled_layers=layers,
         prompts=len(results),

@@ -1,15 +1,15 @@
 """`kascade select-anchors`: from a capture to a profile. Parses, calls kascade_cli.analysis, renders."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.text import Text
 
 from kascade_cli.commands import options as shared
-from kascade_cli.console import Steps, note, out, parse_ints, parse_size, print_json, progress
-from kascade_cli.errors import KascadeError, UsageError, require_extra
-from kascade_cli.files import check_name, check_output, check_output_folder
+from kascade_cli.commands import selection_steps as steps
+from kascade_cli.console import Steps, note, out, parse_size, print_json, progress
+from kascade_cli.files import check_name, check_output
 from kascade_cli.help import BUDGET, OUTPUT, examples
 
 _CHOICE = "How many anchors (one rule, or the default)"
@@ -37,7 +37,7 @@ def select_anchors(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="The fewest anchors that recover this share of the mass, such as 0.98.",
+            help="The fewest anchors that keep this share of the attention at the budget, such as 0.95.",
             rich_help_panel=_CHOICE,
         ),
     ] = None,
@@ -162,8 +162,13 @@ def select_anchors(
         ),
     ] = 200,
     ratio: Annotated[
-        float, typer.Option(metavar="SHARE", help="Share of the visible keys to read.", rich_help_panel=BUDGET)
-    ] = 0.10,
+        str,
+        typer.Option(
+            metavar="SHARE|auto",
+            help="Share of the visible keys to read; auto: the smallest that keeps the answers, for each length.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = "0.10",
     min_keys: Annotated[
         int, typer.Option(metavar="N", help="Read at least this many keys.", rich_help_panel=BUDGET)
     ] = 128,
@@ -214,7 +219,7 @@ def select_anchors(
         phase=phase,
         weights=weights,
         assignment=assignment,
-        anchors=_anchors(anchors),
+        anchors=steps.anchors(anchors),
         min_recovered=min_recovered,
         target_speedup=target_speedup,
         max_anchors=max_anchors,
@@ -233,14 +238,15 @@ def select_anchors(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    wanted = _check_verification(verify, verification)
+    share, auto = steps.parse_ratio(ratio, verify)
+    wanted = steps.check_verification(verify, verification) or auto
     if plots is not None:
-        _check_plots(plots, overwrite)
-    deciding.capture_budget({"tile": 1}, ratio, min_keys)  # refused before the capture is read, which takes longer
+        steps.check_plots(plots, overwrite)
+    deciding.capture_budget({"tile": 1}, share, min_keys)  # refused before the capture is read, which takes longer
     table = costs.load(cost) if cost else costs.published()
     with open_capture(capture) as file:
         settings.limit(file.profiled_layers)
-        budget = deciding.capture_budget(file.meta, ratio, min_keys)
+        budget = deciding.capture_budget(file.meta, share, min_keys)
         record.model_card(file.meta)
         if verify is not False:
             verification.check_capture(file.meta)
@@ -257,90 +263,38 @@ def select_anchors(
             workers=workers,
             advance=lambda done, total: bar.update(bar.first, completed=done, total=total),
         )
-    search = deciding.Search(measured, settings, cost=table, context=length)
+    search = deciding.Search(
+        measured, settings, budget=budget, cost=table, context=length, workers=workers,
+        advance=steps.reading_again(),
+    )  # fmt: skip
     for line in search.problem.notes:
         note(line)
     measured_sets, verified = [], {}
-    journal = journal_path(output)
-    session = None if verify is False else _session(search, verification, wanted)
+    session = None if verify is False else steps.open_session(search, verification, wanted)
+    if auto:
+        steps.check_ratios(session)
     if session is not None:
-        with Steps("verifying") as steps:
+        journal, proposed = session.journal(journal_path(output), note), search.candidates(candidates)
+        with Steps("verifying") as shown:
             measured_sets, verified = measure_candidates(
-                search, search.candidates(candidates), budget,
-                session=session, journal=journal, report=steps.update, notify=note,
-            )  # fmt: skip
+                search, proposed, session=session, journal=journal, report=shown.update
+            )
     decision = search.decide(measured_sets, verified)
+    if auto:
+        budget = steps.find_ratios(session, search, decision, journal)
     for line in decision.notes:
         note(line)
     search.bootstrap(decision, bootstrap)
     origin = record.provenance_document(capture, measured, table, length)
     profile = search.profile(decision, budget, provenance=origin)
 
-    drawn: list[Path] = []
-    if plots:
-        from kascade_cli.analysis.plots import draw_all
-
-        drawn = draw_all(plots, measured, search.rows, decision.choice.row, decision.candidates)
-    document = report.result_document(output, search, decision, drawn)
+    drawn = steps.draw(plots, search, decision) if plots else []
+    document = report.result_document(output, search, decision, budget, drawn)
     shown = [] if as_json else report.renderables(document)
     profile.save(output, overwrite=overwrite)
     if session is not None:
-        journal.unlink(missing_ok=True)
+        journal.remove()
     if as_json:
         print_json(document)
     for part in shown:
         out.print(part, soft_wrap=isinstance(part, Text))
-
-
-def _anchors(text: str | None) -> int | tuple[int, ...] | None:
-    """`5` -> how many; `0,2,8` -> which layers."""
-    if text is None:
-        return None
-    try:
-        numbers = parse_ints(text.strip().removesuffix(","))
-    except UsageError as error:
-        raise UsageError(f"--anchors: {error}, nor how many there shall be, such as 5") from error
-    return tuple(numbers) if "," in text else numbers[0]
-
-
-def _check_plots(folder: Path, overwrite: bool) -> None:
-    from kascade_cli.analysis.plots import FILES
-
-    check_output_folder(folder)
-    for name in FILES if folder.exists() else ():
-        check_output(folder / name, overwrite)
-    require_extra("matplotlib", "plot")
-
-
-def _check_verification(verify: bool | None, verification: Any) -> bool:
-    """Whether verification is asked for, so that it must not fail. Raises UsageError for options that fit together
-    badly, or name what is not there."""
-    given = {
-        "--model": verification.model,
-        "--verify-dev-set": verification.dev_set,
-        "--verify-length": verification.max_length,
-        "--revision": verification.revision,
-    }
-    named = [name for name, value in given.items() if value is not None]
-    if verify is not False:
-        verification.check()
-        return verify is True or bool(named)
-    if named:
-        raise UsageError(f"{named[0]} is for verification: leave --no-verify out")
-    return False
-
-
-def _session(search: Any, verification: Any, wanted: bool) -> Any:
-    """The model and its prompts; None and a line that says why, where they are not there and nobody asked for them."""
-    from kascade_cli.evaluation.session import open_session
-
-    meta = search.measured.meta
-    try:
-        if not wanted and (missing := verification.missing(meta)):
-            raise KascadeError(missing)
-        return open_session(meta, search.settings.phases, verification)
-    except KascadeError as error:
-        if wanted:
-            raise
-        note(f"not verified: {error}; pass --model, or --no-verify to choose by the similarity alone")
-        return None

@@ -7,7 +7,7 @@ from typing import Any
 from kascade_cli.console import cell, format_size, plain_table
 
 
-def result_document(output: Path, search: Any, decision: Any, plots: Sequence[Path]) -> dict[str, Any]:
+def result_document(output: Path, search: Any, decision: Any, budget: Any, plots: Sequence[Path]) -> dict[str, Any]:
     """The result as plain data. A set that is no row of the search (asked for, or measured) has a row of its own."""
     from kascade_cli.analysis.record import number, row_document, stability_document, verify_document
 
@@ -28,6 +28,8 @@ def result_document(output: Path, search: Any, decision: Any, plots: Sequence[Pa
         "cost": {"source": search.cost.source, "context": search.context},
         "stability": stability_document(problem, decision.stable) if decision.stable else None,
         "verify": verify_document(problem, decision),
+        "ratios": decision.ratios,
+        "budget": budget.model_dump(mode="json"),
         "notes": [*problem.notes, *decision.notes],
         "plots": [str(path) for path in plots],
     }
@@ -39,6 +41,8 @@ def renderables(document: dict[str, Any]) -> list[Any]:
     parts: list[Any] = [budget_table(document["budgets"], chosen, document["cost"]), ""]
     if document["verify"]:
         parts += [verify_table(document["verify"], chosen), ""]
+    if document["ratios"]:
+        parts += [ratio_table(document["ratios"], document["budget"]["ratios"]), ""]
     return parts + [cell(line) for line in closing_lines(document)]
 
 
@@ -57,7 +61,8 @@ def _nats(value: float | None) -> str:
 def budget_table(budgets: Sequence[dict[str, Any]], chosen: Sequence[int], cost: dict[str, Any]) -> Any:
     """The Pareto table; the chosen row is marked."""
     free = any("objective_nearest" in row for row in budgets)
-    numbers = ["objective", *(["nearest"] if free else []), "recovered", "worst layer", "decode", "prefill"]
+    figures = ["similarity", "recovered", "worst layer"]
+    numbers = ["objective", *(["nearest"] if free else []), *figures, "decode", "prefill"]
     table = plain_table(["", "M", "anchors", *numbers], title="Best anchors for every budget", right=["M", *numbers])
     for row in budgets:
         mark = "*" if row["anchors"] == list(chosen) else ""
@@ -65,10 +70,14 @@ def budget_table(budgets: Sequence[dict[str, Any]], chosen: Sequence[int], cost:
         if free:
             nearest = row.get("objective_nearest")
             values.append("-" if nearest is None else f"{nearest:.4f}")
-        values += [f"{row['recovered_mean']:.1%}", f"{row['recovered_worst']:.1%} ({row['worst_layer']})"]
+        worst = f"{row['recovered_worst']:.1%} ({row['recovered_worst_layer']})"
+        values += [f"{row['similarity_mean']:.1%}", f"{row['recovered_mean']:.1%}", worst]
         values += [_times(row["speedup"][phase]) for phase in ("decode", "prefill")]
         table.add_row(mark, str(len(row["anchors"])), join(row["anchors"]), *values)
-    table.caption = cell(f"speed-up of attention at {format_size(cost['context'])} predicted from {cost['source']}")
+    table.caption = cell(
+        "recovered: attention kept at the budget, mean and worst layer; decode, prefill: speed-up of attention at "
+        f"{format_size(cost['context'])}, from {cost['source']}"
+    )
     table.caption_justify = "left"
     return table
 
@@ -101,6 +110,24 @@ def verify_table(verified: dict[str, Any], chosen: Sequence[int]) -> Any:
     return table
 
 
+def ratio_table(found: Sequence[dict[str, Any]], chosen: dict[Any, float]) -> Any:
+    """What was measured at each length; the ratio in the profile's table is marked where it was measured."""
+    numbers = ["length", "ratio", "KL", "answers", "prompts"]
+    table = plain_table(["", *numbers], title="Smallest ratio that keeps the answers, by length", right=numbers)
+    ratios = {int(length): ratio for length, ratio in chosen.items()}
+    for entry in found:
+        for row in entry["tried"]:
+            table.add_row(
+                "*" if row["ratio"] == ratios[entry["length"]] else "",
+                format_size(entry["length"]),
+                f"{row['ratio']:g}",
+                _nats(row["kl"]),
+                f"{row['kept']}/{row['given']}" if row["given"] else "-",
+                str(row["prompts"]),
+            )
+    return table
+
+
 def stability_lines(stable: dict[str, Any]) -> list[str]:
     """Two lines about the bootstrap."""
     shares = sorted(stable["layer_chosen"].items(), key=lambda item: int(item[0]))
@@ -119,6 +146,9 @@ def closing_lines(document: dict[str, Any]) -> Iterator[str]:
     recovered, chosen = document["chosen"]["recovered_mean"], document["chosen"]["anchors"]
     yield f"chosen: {join(chosen)} (recovers {recovered:.1%}; predicted {speed})"
     yield f"because: {document['why']}"
+    if document["budget"].get("ratios"):
+        shares = ", ".join(f"{format_size(int(n))} {r:g}" for n, r in document["budget"]["ratios"].items())
+        yield f"ratio by length, never rising: {shares}"
     if document["stability"]:
         yield from stability_lines(document["stability"])
     for path in [*document["plots"], document["profile"]]:

@@ -96,10 +96,8 @@ class Session:
             backend=self.options.backend, journal=journal, advance=advance,
         )  # fmt: skip
 
-    def journal(self, path: Path | None, notify: Callable[[str], None]) -> Journal | None:
-        """The journal at `path`, of runs with this model, dtype and backend."""
-        if path is None:
-            return None
+    def journal(self, path: Path, notify: Callable[[str], None]) -> Journal:
+        """The journal at `path`, of runs with this model, dtype and backend. Raises as `Journal` does."""
         from kascade_cli.evaluation.journal import Journal
         from kascade_cli.kernels import get_backend
         from kascade_cli.provenance import tool

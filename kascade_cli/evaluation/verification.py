@@ -1,23 +1,23 @@
 """Measures candidate anchor sets on the model that a capture was made from, on prompts held out from it.
 
 search = Search(measured, Settings())
-candidates, verified = verify(search, search.candidates(1), Budget(), Verification(prompts=4))
+candidates, verified = verify(search, search.candidates(1), Verification(prompts=4))
 decision = search.decide(candidates, verified)
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kascade_cli.analysis.candidates import NEIGHBOURS
 from kascade_cli.evaluation.session import Session, Verification, open_session
 from kascade_cli.provenance import portable_name
-from kascade_cli.schema import Budget, Profile
+from kascade_cli.schema import Profile
 
 if TYPE_CHECKING:
     from kascade_cli.analysis.candidates import Candidate
     from kascade_cli.analysis.decision import Search
     from kascade_cli.evaluation.forced import PromptKL
+    from kascade_cli.evaluation.journal import Journal
 
 __all__ = ["HELD_OUT", "Session", "Verification", "open_session", "verify"]
 
@@ -28,19 +28,17 @@ Report = Callable[[int, int, str], None]  # runs done, runs at most, what the la
 def verify(
     search: "Search",
     candidates: Sequence["Candidate"],
-    budget: Budget,
     options: Verification | None = None,
     *,
     session: Session | None = None,
-    journal: Path | None = None,
+    journal: "Journal | None" = None,
     report: Report | None = None,
-    notify: Callable[[str], None] = lambda line: None,
 ) -> tuple[list["Candidate"], dict[str, Any]]:
     """Races the candidates, then the same-size neighbours of the set that would be chosen, filling in what they do.
 
-    Returns all of them, and what a profile records about the measurement. `journal`: a file from which an interrupted
-    verification goes on (journal.py). Raises KascadeError if the model is not the capture's or a prompt is too short,
-    UsageError for a length that the model does not take.
+    Returns all of them, and what a profile records about the measurement. `journal`: what an interrupted verification
+    knew and this one adds to (`Session.journal`). Raises KascadeError if the model is not the capture's or a prompt is
+    too short, UsageError for a length that the model does not take.
     """
     from kascade_cli.evaluation.racing import planned, race
     from kascade_cli.integrations.transformers import compile_ahead
@@ -48,14 +46,14 @@ def verify(
     session = session or open_session(search.measured.meta, search.settings.phases, options or Verification())
     layouts: dict[tuple[int, ...], Profile] = {}
     progress = _Progress(report)
-    runs = session.runs(session.journal(journal, notify), progress.advance)
+    runs = session.runs(journal, progress.advance)
 
     def measure(entries: Sequence["Candidate"], prompt: int) -> Sequence["PromptKL"]:
         for entry in entries:
-            layouts.setdefault(entry.anchors, search.layout(entry.anchors, budget))
+            layouts.setdefault(entry.anchors, search.layout(entry.anchors))
         return runs.measure([(_label(entry), layouts[entry.anchors]) for entry in entries], prompt)
 
-    compile_ahead(session.model, search.layout(candidates[0].anchors, budget), backend=session.options.backend)
+    compile_ahead(session.model, search.layout(candidates[0].anchors), backend=session.options.backend)
     prompts = len(session.devset.prompts)
     sizes = [len(entry.anchors) for entry in candidates]
     beside = 0 if search.given is not None else NEIGHBOURS

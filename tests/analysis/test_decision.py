@@ -30,7 +30,7 @@ def measured(request, tmp_path_factory):
 
 
 def by_definition(measured, anchors, *, phase, weights, assignment):
-    """(objective, recovered mass per layer, head maps) of absolute `anchors`, with plain loops."""
+    """(objective, similarity per layer, head maps) of absolute `anchors`, with plain loops."""
     sims = {name: measured.sim[name].astype(np.float64).mean(axis=0) for name in measured.sim}
     both = ("decode", "prefill")
     used = [name for name in (both if phase == "both" else (phase,)) if name in sims] or list(sims)
@@ -74,7 +74,7 @@ def test_an_explicit_set_against_its_definition(measured, anchors, assignment, w
     assert profile.anchors == list(anchors)
     assert profile.selection["anchors"] == list(anchors)
     assert profile.selection["objective"] == pytest.approx(objective, abs=1e-6)
-    mass = profile.selection["recovered_mass"]
+    mass = profile.selection["similarity"]
     assert mass["mean"] == pytest.approx(recovered.mean(), abs=1e-6)
     assert mass["worst"] == pytest.approx(recovered.min(), abs=1e-6)
     for (layer, name), row in maps.items():
@@ -156,10 +156,10 @@ def test_settings_that_cannot_be():
 
 def test_a_profile_in_four_lines(measured, tmp_path):
     """As the documentation says that it is done."""
-    search = Search(measured, Settings(anchors=3))
+    search = Search(measured, Settings(anchors=3), budget=Budget(ratio=0.2, min_keys=16))
     found = search.decide()
-    search.profile(found, Budget(ratio=0.2, min_keys=16)).save(tmp_path / "profile.yaml")
+    search.profile(found).save(tmp_path / "profile.yaml")
     profile = Profile.load(tmp_path / "profile.yaml")
     assert profile.budget == Budget(ratio=0.2, min_keys=16)
     assert profile.anchors == [LAYERS[place] for place in choose(search.rows, anchors=3).row.anchors]
-    assert search.profile(found).budget == Budget()
+    assert search.profile(found, Budget()).budget == Search(measured).budget == Budget()

@@ -1,4 +1,5 @@
 import builtins
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ def parts(capture):
     problem = make_problem(measured, "both")
     sets = selection.search_sets(problem, "importance", 3, "nearest")
     rows = [make_row(problem, found, "nearest", cost.published(), 131072) for found in sets]
+    rows = [replace(row, recovered=row.similarity) for row in rows]
     return measured, problem, rows
 
 

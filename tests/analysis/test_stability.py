@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ def measured_of(sims, importance=None):
     prompts, layers = sims.shape[:2]
     importance = np.ones((prompts, layers), np.float32) if importance is None else importance
     return Measured(
-        meta={}, profiled_layers=list(range(layers)), prompts=prompts, top_k=64, reduce="min",
+        path=Path("none.h5"), meta={}, profiled_layers=list(range(layers)), prompts=prompts, top_k=64, reduce="min",
         tiles={"decode": 1, "prefill": 1}, sim={"decode": sims, "prefill": sims},
         present={phase: np.arange(prompts) for phase in ("decode", "prefill")},
         importance=importance.mean(axis=0, dtype=np.float64), importance_per_prompt=importance,

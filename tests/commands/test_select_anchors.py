@@ -154,7 +154,7 @@ def test_target_speedup_uses_the_cost_table(select, tmp_path):
         (["--anchors", "3", "--max-anchors", "2"], 2, "more than --max-anchors"),
         (["--anchors", "3", "--min-recovered", "0.5"], 2, "two rules"),
         (["--min-recovered", "2"], 2, "outside (0, 1]"),
-        (["--min-recovered", "0.99999"], 3, "recovers"),
+        (["--min-recovered", "0.99999", "--min-keys", "8"], 3, "recovers 100.0% of the attention; the most is"),
         (["--target-speedup", "50"], 3, "no set reaches 50x"),
         (["--ratio", "0"], 2, "--ratio"),
         (["--min-keys", "0"], 2, "--min-keys"),
@@ -541,3 +541,50 @@ def test_verification_is_what_happens_where_the_model_is(run_kascade, real_captu
     assert all(entry["answers"]["given"] == verified["answers"]["given"] > 0 for entry in verified["candidates"])
     assert "dense answers" in text
     assert not list(tmp_path.glob("*.jsonl"))  # the journal goes when the profile is written
+
+
+def test_ratios_by_length(run_kascade, real_capture, tmp_path):
+    """What the table says is what was measured: the smallest ratio that does as well as a half of the keys."""
+    target = tmp_path / "profile.yaml"
+    code, text, error = run_kascade(
+        "select-anchors", real_capture, "-o", target, "--ratio", "auto", "--verify-length", "1k", "--anchors", "0,2,7",
+        "--verify-prompts", "1", "--min-keys", "16", "--device", "cpu", "--bootstrap", "0",
+    )  # fmt: skip
+    assert code == 0, error
+    profile = Profile.load(target)
+    (found,) = profile.selection["ratios"]
+    assert profile.budget.ratios == {1024: found["ratio"]}
+    assert profile.selection["ratio"] == 0.1  # that anchors are compared at
+    tried = {row["ratio"]: row for row in found["tried"]}
+    most = tried[0.5]
+    assert most["given"] > 0
+    good = [ratio for ratio, row in tried.items() if row["kept"] >= most["kept"] and row["kl"] <= most["kl"] + 0.02]
+    assert found["ratio"] == min(good) < 0.5
+    assert "ratio by length, never rising: 1k " in text
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "line"),
+    [
+        (["--ratio", "auto", "--no-verify"], 2, "--ratio auto measures on the model: leave --no-verify out"),
+        (["--ratio", "much"], 2, "--ratio 'much' is neither a share such as 0.1 nor auto"),
+        (["--ratio", "auto"], 1, "cannot load toy"),
+        (["--lost-tolerance", "2"], 2, "--lost-tolerance"),
+    ],
+)
+def test_ratios_that_cannot_be_found(select, options, code, line):
+    found, out, error, target = select(*options)
+    assert (found, out) == (code, "")
+    assert error.count("\n") == 1
+    assert line in error
+    assert not target.exists()
+
+
+def test_ratios_need_prompts_of_1k(run_kascade, real_capture, tmp_path):
+    code, _, error = run_kascade(
+        "select-anchors", real_capture, "-o", tmp_path / "p.yaml", "--ratio", "auto", "--anchors", "0,2,7",
+        "--verify-prompts", "1", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 2
+    assert error.splitlines()[-1].endswith("held-out prompts have 384: pass --verify-length 1k or more")

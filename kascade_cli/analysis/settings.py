@@ -1,0 +1,70 @@
+"""How anchors are chosen, as one value."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kascade_cli.analysis import rules, selection, verdict
+from kascade_cli.errors import UsageError
+from kascade_cli.schema import PHASES
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How anchors are chosen. Raises UsageError for more than one rule, or numbers that make no sense.
+
+    phase: decode, prefill or both; weights: importance or uniform; assignment: nearest or free. The rules:
+    `anchors` (how many, or which absolute layers), `min_recovered`, `target_speedup`; None of them: the default.
+    max_anchors: the largest number to look at. kl_tolerance (nats), lost_tolerance (share of the answers): what is as
+    good as the best, where candidates were measured.
+    """
+
+    phase: str = "both"
+    weights: str = "importance"
+    assignment: str = "nearest"
+    anchors: int | tuple[int, ...] | None = None
+    min_recovered: float | None = None
+    target_speedup: float | None = None
+    max_anchors: int | None = None
+    kl_tolerance: float = verdict.KL_TOLERANCE
+    lost_tolerance: float = verdict.LOST_TOLERANCE
+
+    def __post_init__(self) -> None:
+        rules.check_rules(self.anchors, self.min_recovered, self.target_speedup)
+        if not (math.isfinite(self.kl_tolerance) and self.kl_tolerance >= 0):
+            raise UsageError(f"--kl-tolerance {self.kl_tolerance} must be a number, 0 or more")
+        if not 0 <= self.lost_tolerance <= 1:
+            raise UsageError(f"--lost-tolerance {self.lost_tolerance} is outside [0, 1]")
+        if isinstance(self.anchors, tuple):
+            selection.check_set(self.anchors)
+
+    @property
+    def phases(self) -> list[str]:
+        return list(PHASES) if self.phase == "both" else [self.phase]
+
+    @property
+    def tolerance(self) -> verdict.Tolerance:
+        return verdict.Tolerance(self.kl_tolerance, self.lost_tolerance)
+
+    @property
+    def has_rule(self) -> bool:
+        return not (self.anchors is self.min_recovered is self.target_speedup is None)
+
+    def limit(self, layers: Sequence[int]) -> int:
+        """The largest number of anchors to look at in a capture of these (absolute) layers.
+
+        Raises UsageError for numbers and sets that it cannot have.
+        """
+        count = len(layers)
+        given = isinstance(self.anchors, tuple)
+        if given:
+            selection.positions(self.anchors, layers)
+        size = len(self.anchors) if given else self.anchors
+        for name, value in (("--anchors", None if given else size), ("--max-anchors", self.max_anchors)):
+            if value is not None and not 1 <= value <= count:
+                raise UsageError(
+                    f"{name} {value} is outside 1..{count}: the capture has {count} full-attention layers"
+                )
+        if not given and size is not None and self.max_anchors is not None and size > self.max_anchors:
+            raise UsageError(f"--anchors {size} is more than --max-anchors {self.max_anchors}")
+        return self.max_anchors or max(selection.default_max_anchors(count), size or 0)

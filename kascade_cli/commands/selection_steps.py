@@ -1,0 +1,118 @@
+"""What `select-anchors` does beside calling the analysis: options that fit together, the model, a second reading."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kascade_cli.console import Steps, note, parse_ints, progress
+from kascade_cli.errors import KascadeError, UsageError, plain, require_extra
+from kascade_cli.files import check_output, check_output_folder
+
+
+def reading_again() -> Callable[[int, int], None]:
+    """Takes (prompts done, in all) of a pass over the capture that begins when it must, and shows a bar of it."""
+    bars: list[Any] = []
+
+    def advance(done: int, total: int) -> None:
+        if not bars:
+            bars.append(progress("reading the capture again", total=total))
+            bars[0].start()
+        bars[0].update(bars[0].first, completed=done)
+        if done == total:
+            bars.pop().stop()
+
+    return advance
+
+
+def parse_ratio(text: str, verify: bool | None) -> tuple[float, bool]:
+    """(the ratio that sets are compared at, whether a table by length is wanted). Raises UsageError."""
+    if text.strip() == "auto":
+        if verify is False:
+            raise UsageError("--ratio auto measures on the model: leave --no-verify out, or give a share such as 0.1")
+        return 0.10, True
+    try:
+        return float(text), False
+    except ValueError as error:
+        raise UsageError(f"--ratio '{plain(text, 40)}' is neither a share such as 0.1 nor auto") from error
+
+
+def check_ratios(session: Any) -> None:
+    """Raises UsageError where held-out prompts are too short to find ratios for, before anything is measured."""
+    from kascade_cli.evaluation.ratios import lengths
+
+    lengths(session.devset.max_length)
+
+
+def find_ratios(session: Any, search: Any, decision: Any, journal: Any) -> Any:
+    """The budget with the table found for the chosen anchors; adds to `decision` what was measured."""
+    from kascade_cli.evaluation import ratios
+
+    tolerance = search.settings.tolerance
+    with Steps("ratios") as shown:
+        found = ratios.find_ratios(
+            session, search.layout(decision.anchors), tolerance, journal=journal, report=shown.update
+        )
+    decision.ratios = [entry.document() for entry in found]
+    decision.notes += ratios.notes(found, tolerance)
+    return search.budget.override(ratios=ratios.table(found))
+
+
+def anchors(text: str | None) -> int | tuple[int, ...] | None:
+    """`5` -> how many; `0,2,8` -> which layers."""
+    if text is None:
+        return None
+    try:
+        numbers = parse_ints(text.strip().removesuffix(","))
+    except UsageError as error:
+        raise UsageError(f"--anchors: {error}, nor how many there shall be, such as 5") from error
+    return tuple(numbers) if "," in text else numbers[0]
+
+
+def draw(folder: Path, search: Any, decision: Any) -> list[Path]:
+    """The figures' paths."""
+    from kascade_cli.analysis.plots import draw_all
+
+    return draw_all(folder, search.measured, search.rows, decision.choice.row, decision.candidates)
+
+
+def check_plots(folder: Path, overwrite: bool) -> None:
+    from kascade_cli.analysis.plots import FILES
+
+    check_output_folder(folder)
+    for name in FILES if folder.exists() else ():
+        check_output(folder / name, overwrite)
+    require_extra("matplotlib", "plot")
+
+
+def check_verification(verify: bool | None, verification: Any) -> bool:
+    """Whether verification is asked for, so that it must not fail. Raises UsageError for options that fit together
+    badly, or name what is not there."""
+    given = {
+        "--model": verification.model,
+        "--verify-dev-set": verification.dev_set,
+        "--verify-length": verification.max_length,
+        "--revision": verification.revision,
+    }
+    named = [name for name, value in given.items() if value is not None]
+    if verify is not False:
+        verification.check()
+        return verify is True or bool(named)
+    if named:
+        raise UsageError(f"{named[0]} is for verification: leave --no-verify out")
+    return False
+
+
+def open_session(search: Any, verification: Any, wanted: bool) -> Any:
+    """The model and its prompts; None and a line that says why, where they are not there and nobody asked for them."""
+    from kascade_cli.evaluation import session
+
+    meta = search.measured.meta
+    try:
+        if not wanted and (missing := verification.missing(meta)):
+            raise KascadeError(missing)
+        return session.open_session(meta, search.settings.phases, verification)
+    except KascadeError as error:
+        if wanted:
+            raise
+        note(f"not verified: {error}; pass --model, or --no-verify to choose by the similarity alone")
+        return None
