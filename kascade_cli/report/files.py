@@ -108,12 +108,12 @@ def _capture(path: Path) -> Source:
             raise KascadeError(f"{path}: no complete prompt; finish the capture with `kascade profile ... --resume`")
         meta = capture.meta
     shape = {name: meta[name] for name in ("layers", "query_heads", "kv_heads")}
+    name = portable_name(meta["model_name"])
     command = (
-        f"kascade profile {meta['model_name']} --dev-set {meta['dev_set_name']} --num-prompts {meta['num_prompts']} "
+        f"kascade profile {name} --dev-set {portable_name(meta['dev_set_name'])} --num-prompts {meta['num_prompts']} "
         f"--max-length {meta['max_length']} --seed {meta['seed']} -o {path.name}"
     )
     made = f"kascade {meta['tool_version']}, {meta['dtype']} on {meta['device']}"
-    name = portable_name(meta["model_name"])
     return Source("capture", path, meta, name, meta["model_fingerprint"], shape, command, made)
 
 
@@ -186,16 +186,16 @@ def _evaluation(path: Path, found: dict[str, Any]) -> Source:
     rows = found["rows"]
     strategies = ",".join(dict.fromkeys(str(row["strategy"]) for row in rows))
     ratios = ",".join(dict.fromkeys(f"{row['ratio']:g}" for row in rows if row.get("ratio") is not None))
-    profile = f" --profile {found['profile']}" if found.get("profile") else ""
+    profile = f" --profile {portable_name(str(found['profile']))}" if found.get("profile") else ""
+    name = portable_name(str(found["model"]))
     command = (
-        f"kascade evaluate {found['model']}{profile} --strategies {strategies}"
+        f"kascade evaluate {name}{profile} --strategies {strategies}"
         + (f" --ratio {ratios}" if ratios else "")
         + f" --task {','.join(map(str, found['tasks']))} --seed {found.get('seed', 0)} --json"
     )  # fmt: skip
     command = str(found.get("command") or command)
     where = found.get("gpu") or found.get("device")
     made = ", ".join(str(part) for part in (day(found.get("date")), found.get("dtype"), where) if part)
-    name = portable_name(str(found["model"]))
     return Source("evaluation", path, found, name, str(found["fingerprint"]), {}, command, made)
 
 

@@ -100,6 +100,17 @@ def test_a_capture_without_a_finished_prompt(tmp_path, prompts):
         load(path)
 
 
+def test_commands_hold_no_paths_of_a_machine(files, prompts, tmp_path):
+    path = write_capture(
+        tmp_path / "c.h5", prompts, model_name="/home/me/models/mine", dev_set_name="/home/me/dev.jsonl"
+    )
+    change(files["evaluation"], model="/home/me/models/mine", profile="/home/me/p.yaml")
+    for source in load_all([path, files["evaluation"]]):
+        assert source.model == "mine"
+        assert "/home" not in source.command
+        assert "mine" in source.command
+
+
 def test_a_profile_that_names_no_file(tmp_path):
     path = tmp_path / "p.yaml"
     make_profile().model_copy(update={"provenance": {}}).save(path)
