@@ -18,7 +18,7 @@ from kascade_cli.analysis import cost as costs
 from kascade_cli.analysis import problem as problems
 from kascade_cli.analysis import record, recovered, rules, selection, stability, verdict
 from kascade_cli.analysis import rows as tables
-from kascade_cli.analysis.candidates import Candidate, neighbours, propose
+from kascade_cli.analysis.candidates import Candidate, neighbours, propose, without_one
 from kascade_cli.analysis.rows import Row
 from kascade_cli.analysis.rules import Choice
 from kascade_cli.analysis.settings import Settings
@@ -153,6 +153,12 @@ class Search:
         if self.given is not None:
             return []
         return neighbours(self.problem, best.anchors, [entry.anchors for entry in known], self.settings.assignment)
+
+    def fewer(self, best: Candidate, known: Sequence[Candidate]) -> list[Candidate]:
+        """Sets with an anchor less than `best` that are worth measuring too; none where a rule gives the number."""
+        if self.settings.has_rule or len(best.anchors) < 2:
+            return []
+        return without_one(self.problem, best.anchors, [entry.anchors for entry in known], self.settings.assignment)
 
     def _overruled(self, best: Candidate, candidates: Sequence[Candidate]) -> list[str]:
         """A line where the chosen set is not the objective's best of its size."""

@@ -62,6 +62,9 @@ def test_hopeless_sizes_are_given_up():
     runners = entrants(*results)
     race(runners, 4, measure)
     assert [entry.prompts for entry in runners] == [1, 1, 4, 4]
+    narrow = entrants(*results)
+    race(narrow, 4, measure, hopeless=0.06)
+    assert [entry.prompts for entry in narrow] == [1, 1, 4, 1]
 
 
 def test_somebody_is_always_left():
@@ -108,3 +111,11 @@ def test_never_more_runs_than_planned(seed):
     measure, log = table_of(results)
     race(entrants(*sets), prompts, measure)
     assert len(log) <= planned(sizes, prompts)
+
+
+def test_a_hopeless_set_does_not_go_on_in_the_shade_of_a_good_one():
+    results = {(0, 1): [(0.02, 4)] * 4, (0, 2): [(2.0, 4)] * 4, (0, 3): [(3.0, 4)] * 4}
+    measure, _ = table_of(results)
+    runners = entrants(*results)
+    race(runners, 4, measure)
+    assert [entry.prompts for entry in runners] == [4, 1, 1]
