@@ -1,5 +1,6 @@
 """GGUF files: the same model as the checkpoint that they were made from, and what is refused."""
 
+import json
 import random
 import shutil
 import struct
@@ -8,7 +9,9 @@ import sys
 import pytest
 import torch
 import transformers as tf
+import yaml
 
+from kascade_cli.app import main
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.models import check_revision, describe, fingerprint, load_config, load_model
 from kascade_cli.models.gguf_file import read_header
@@ -120,6 +123,20 @@ def test_half_precision_files_keep_their_type(kind, tmp_path, byte_tokenizer):
     assert said[0].endswith("MB on cpu")
     expected = source.get_parameter("model.layers.1.self_attn.q_proj.weight").to(model.dtype)
     assert torch.equal(model.get_parameter("model.layers.1.self_attn.q_proj.weight"), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(tmp_path, byte_tokenizer):
+    """bfloat16 there, under the fingerprint that float32 has on a CPU; a device map gives the same."""
+    path = write_gguf(tmp_path / "m.gguf", tiny("llama", byte_tokenizer), byte_tokenizer, kind="Q4_0")
+    said = []
+    model, _ = load_model(str(path), device="cuda", notify=said.append)
+    assert (model.dtype, model.device.type) == (torch.bfloat16, "cuda")
+    assert said[-1].endswith("MB on cuda:0, dequantised from Q4_0")
+    mark = fingerprint(load_model(str(path), device="cpu")[0])
+    assert fingerprint(model) == mark
+    placed, _ = load_model(str(path), device_map="auto")
+    assert (placed.dtype, fingerprint(placed)) == (torch.bfloat16, mark)
 
 
 def test_accelerate_places_its_layers(file, llama):
@@ -310,6 +327,44 @@ def test_files_that_would_load_as_another_model(tmp_path, llama, byte_tokenizer)
     path.write_bytes(path.read_bytes().replace(b"llama.attention.head_count\x04", b"llama.attention.head_counx\x04"))
     with pytest.raises(KascadeError, match=r"lacks llama\.attention\.head_count;"):
         load_model(str(path), device="cpu")
+
+
+def test_every_command_takes_one(tmp_path, byte_tokenizer, capsys):
+    """Captured, profiled, run and scored under a name that means something on another machine."""
+    folder = tmp_path / "tiny-model"
+    folder.mkdir()
+    model = tiny("llama", byte_tokenizer)
+    write_gguf(folder / "model.gguf", model, byte_tokenizer, kind="Q8_0", file_type=gguf.LlamaFileType.MOSTLY_Q8_0)
+    texts = tmp_path / "texts.jsonl"
+    rows = [
+        json.dumps({"text": " ".join(f"k{(index * step) % 50} v{index}" for index in range(60))}) for step in (3, 7)
+    ]
+    texts.write_text("\n".join(rows))
+    capture, profile = tmp_path / "c.h5", tmp_path / "p.yaml"
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert not stop.value.code, captured.err
+        return captured
+
+    shared = ("--device", "cpu")
+    run("profile", folder, "-o", capture, "--dev-set", texts, "--max-length", 160, "--num-prompts", 2, *shared)
+    run("select-anchors", capture, "-o", profile, "--max-anchors", 2, "--ratio", 0.3, "--min-keys", 16)
+    document = yaml.safe_load(profile.read_text())
+    assert document["model"]["name"] == "tiny-model"
+    assert document["model"]["fingerprint"] == fingerprint(load_model(str(folder), device="cpu")[0])
+    asked = ("--prompt", "k1 v2 k3 v4 " * 12, "--profile", profile, "--max-new-tokens", 4, "--compare", "dense")
+    for name in (folder, folder / "model.gguf"):
+        captured = run("generate", name, *asked, "--json", *shared)
+        assert json.loads(captured.out)
+        assert "MB on cpu, dequantised from Q8_0" in captured.err
+    rows = tmp_path / "task.jsonl"
+    rows.write_text(json.dumps({"prompt": "k1 v2 k3 v4 " * 12, "answer": "k1"}))
+    asked = ("--task", rows, "--strategies", "dense,kascade", "--profile", profile)
+    captured = run("evaluate", folder, *asked, "--json", *shared)
+    assert "kascade" in captured.out
 
 
 @pytest.mark.parametrize("package", ["gguf", "accelerate"])

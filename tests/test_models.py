@@ -167,6 +167,17 @@ def test_a_hub_that_cannot_be_reached_is_told_quickly(hub, monkeypatch):
     assert hub.requests == 0
 
 
+def test_a_repository_of_gguf_files_is_told_what_to_name():
+    """As transformers words it, with the file it misses."""
+    from kascade_cli.models.checks import loading_problem
+
+    said = "org/M-GGUF does not appear to have a file named config.json. Checkout 'https://huggingface.co/org/M-GGUF'"
+    assert loading_problem("org/M-GGUF", "org/M-GGUF", OSError(said)) == (
+        "org/M-GGUF: a repository of GGUF files; download one (hf download org/M-GGUF FILE.gguf) and name the file"
+    )
+    assert "cannot load org/M: " in loading_problem("org/M", "org/M", OSError(said))
+
+
 def test_a_slow_hub_and_one_that_answers_are_left_to_the_loading(hub):
     hub.delay = 1.5
     with pytest.raises(KascadeError) as error:

@@ -38,13 +38,15 @@ def loading_problem(name: str, source: str, error: Exception) -> str:
     if path.is_dir() and not (path / "config.json").is_file():
         return f"{name}: the folder has no config.json, so it is not a saved model"
     if path.is_file():
-        return f"{name}: a file; name the folder of a saved model"
+        return f"{name}: a file; name the folder of a saved model, or a .gguf file"
     if "backend tokenizer" in text:
         return f"{name}: no tokenizer that can be read; save it beside the model (tokenizer.json)"
     if "couldn't connect to" in text:
         return UNREACHABLE.format(name)
     if not path.exists() and (name.startswith((".", "/")) or name.count("/") > 1):
         return f"{name}: no such folder"
+    if "config.json" in text and "gguf" in name.lower():
+        return f"{name}: a repository of GGUF files; download one (hf download {name} FILE.gguf) and name the file"
     if "trust_remote_code" in text:
         return f"{name}: the model brings code of its own; read it, and pass --trust-remote-code to run it"
     if "does not support an attention implementation through" in text:

@@ -78,8 +78,8 @@ def _figure(source: Source) -> Safe:
         source,
         tag("b", "KL(dense ‖ sparse) of next-token distributions, nats, mean of the phases,"),
         f"against the number of anchors, measured at the {about.get('positions')} of {where}. Ring: the profile's "
-        "anchors. Small marks: hopeless after fewer prompts, and not measured further. The line joins the best of "
-        "each number.",
+        "anchors. Small marks: dropped after fewer prompts. Answers kept: of those that dense gives. The line "
+        "joins the best of each number.",
     )
     return figure(join([key, *panels]), said, id_="pareto", more=_numbers(entries, chosen))
 
