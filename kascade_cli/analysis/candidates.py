@@ -11,13 +11,13 @@ from kascade_cli.analysis.problem import Problem
 from kascade_cli.analysis.rows import any_set
 
 NEIGHBOURS = 8
-FEWER = 4
+ONE = 4  # sets with an anchor more or less
 
 
 @dataclass
 class Candidate:
     """An anchor set to be verified. objectives: weighting -> objective, for the weightings that propose it (both for a
-    neighbour: a set with one anchor of another one swapped or left out).
+    neighbour: a set with one anchor of another one swapped, added or left out).
 
     kl: phase -> mean KL(dense || sparse) in nats; prompts: how many were measured; in these, asked: answers; given:
     those that dense gives; kept: those of them that the set gives too.
@@ -76,11 +76,19 @@ def neighbours(
 
 
 def without_one(
-    problem: Problem, anchors: tuple[int, ...], known: Iterable[tuple[int, ...]], assignment: str, count: int = FEWER
+    problem: Problem, anchors: tuple[int, ...], known: Iterable[tuple[int, ...]], assignment: str, count: int = ONE
 ) -> list[Candidate]:
     """Sets that lack one of the anchors (never layer 0) and are not `known`: the `count` most promising."""
     left = {tuple(anchor for anchor in anchors if anchor != gone) for gone in anchors[1:]}
     return _promising(problem, left - set(known), assignment, count)
+
+
+def with_one_more(
+    problem: Problem, anchors: tuple[int, ...], known: Iterable[tuple[int, ...]], assignment: str, count: int = ONE
+) -> list[Candidate]:
+    """Sets that have one anchor more and are not `known`: the `count` most promising."""
+    added = {tuple(sorted({*anchors, new})) for new in range(1, len(problem.layers)) if new not in anchors}
+    return _promising(problem, added - set(known), assignment, count)
 
 
 def _promising(problem: Problem, sets: set[tuple[int, ...]], assignment: str, count: int) -> list[Candidate]:

@@ -11,7 +11,8 @@ from kascade_cli.analysis.candidates import Candidate
 from kascade_cli.evaluation.forced import PromptKL
 from kascade_cli.evaluation.kl import MeanKL
 
-HOPELESS_KL = 0.25  # nats above the best of all: a set that is measured no further
+HOPELESS_KL = 0.25  # nats above the best of all, over FIRM prompts: a set that is measured no further
+FIRM = 4  # of n prompts fewer than this, FIRM / n times as much: one prompt says little
 HOPELESS_LOST = 0.25  # of the answers, above the best of all (and 2 at least)
 
 Measure = Callable[[Sequence[Candidate], int], Sequence[PromptKL]]
@@ -36,8 +37,9 @@ def race(
     """Measures `entrants`, filling in what they do; those that are dropped on the way keep fewer prompts.
 
     After each round the worse half of every size is dropped (first by answers lost, then by KL), and every set that is
-    hopeless: `hopeless` nats above the best of all, or losing a quarter of the answers more. With an `incumbent` (one
-    of the entrants, which may have been measured before) only those go on that are ahead of it on the same prompts.
+    hopeless: `hopeless` nats above the best of all (more than that over few prompts), or a quarter of the answers.
+    With an `incumbent` (one of the entrants, which may have been measured before) only those go on that are ahead of
+    it on the same prompts.
     """
     running, sums = list(entrants), {id(entry): MeanKL() for entry in entrants}
     for prompts_of_round in rounds(prompts):
@@ -61,7 +63,8 @@ def survivors(
     sizes: dict[int, list[tuple[Candidate, MeanKL]]] = defaultdict(list)
     for entry, mean in measured:
         sizes[len(entry.anchors)].append((entry, mean))
-    lowest = min(mean.score for _, mean in measured) + hopeless
+    margin = hopeless * max(1, FIRM / measured[0][1].prompts)
+    lowest = min(mean.score for _, mean in measured) + margin
     most = min(mean.lost for _, mean in measured) + max(2, HOPELESS_LOST * measured[0][1].given)
     going = set()
     for group in sizes.values():

@@ -34,7 +34,7 @@ def verify(
     journal: "Journal | None" = None,
     report: Report | None = None,
 ) -> tuple[list["Candidate"], dict[str, Any]]:
-    """Races the candidates, then the neighbours of the set that would be chosen: one anchor swapped, one left out.
+    """Races the candidates, then neighbours of the set that would be chosen: with an anchor swapped, added, left out.
 
     Returns all of them with what they do, and what a profile records about the measurement. `journal`: what an
     interrupted verification knew and this one adds to (`Session.journal`). Raises KascadeError if the model is not the
@@ -56,8 +56,8 @@ def verify(
     compile_ahead(session.model, search.layout(candidates[0].anchors), backend=session.options.backend)
     prompts = len(session.devset.prompts)
     sizes = [len(entry.anchors) for entry in candidates]
-    beside = 0 if search.given is not None else NEIGHBOURS
-    progress.total = planned([sizes.count(size) for size in set(sizes)], prompts) + planned([beside], prompts)
+    more = 0 if search.given is not None else NEIGHBOURS
+    progress.total = planned([sizes.count(size) for size in set(sizes)], prompts) + planned([more], prompts)
     race(candidates, prompts, measure)
     everyone = list(candidates)
     best = search.verdict(everyone).best
@@ -66,14 +66,15 @@ def verify(
         race([best, *swapped], prompts, measure, incumbent=best)
         everyone += swapped
         best = search.verdict(everyone).best
-    # Neither weighting need know that one of the anchors can be left out.
-    while fewer := search.fewer(best, everyone):
-        progress.total = progress.done + planned([len(fewer)], prompts)
-        race([best, *fewer], prompts, measure, hopeless=3 * search.settings.tolerance.kl)
-        everyone += fewer
-        before, best = best, search.verdict(everyone).best
-        if len(best.anchors) >= len(before.anchors):
-            break
+    # Neither weighting need know which anchor the answers lack, or which one can be left out.
+    for step in (search.more, search.fewer):
+        while beside := step(best, everyone):
+            progress.total = progress.done + planned([len(beside)], prompts)
+            race([best, *beside], prompts, measure, hopeless=3 * search.settings.tolerance.kl)
+            everyone += beside
+            before, best = best, search.verdict(everyone).best
+            if len(best.anchors) == len(before.anchors):
+                break
     everyone.sort(key=lambda entry: len(entry.anchors))
     return everyone, _record(session, best)
 

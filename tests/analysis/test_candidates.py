@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from kascade_cli.analysis.candidates import neighbours, without_one
+from kascade_cli.analysis.candidates import neighbours, with_one_more, without_one
 from kascade_cli.analysis.problem import make_problem
 from kascade_cli.analysis.rows import any_set
 from kascade_cli.analysis.similarity import measure
@@ -29,6 +29,8 @@ def test_all_of_them(problem, anchors, assignment):
     assert {entry.anchors for entry in neighbours(problem, anchors, known, assignment, 99)} == beside - set(known)
     fewer = {entry for entry in of_size(len(anchors) - 1) if set(entry) < set(anchors)}
     assert {entry.anchors for entry in without_one(problem, anchors, [], assignment, 99)} == fewer
+    more = {entry for entry in of_size(len(anchors) + 1) if set(entry) > set(anchors)}
+    assert {entry.anchors for entry in with_one_more(problem, anchors, [], assignment, 99)} == more
     for entry in found:
         assert entry.neighbour
         assert entry.objectives == {
