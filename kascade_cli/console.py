@@ -112,7 +112,7 @@ class Steps:
         self.description, self.unit, self._clock = description, unit, clock
         self._bar = progress(description)
         self._began = self._said = clock()
-        self._share = 0.0
+        self._tenth = 0
 
     def __enter__(self) -> "Steps":
         self._bar.__enter__()
@@ -126,10 +126,10 @@ class Steps:
         self._bar.update(self._bar.first, completed=done, total=total, description=shown)
         if err.is_terminal:
             return
-        now, share = self._clock(), done / max(total, 1)
+        now, tenth = self._clock(), 10 * done // max(total, 1)
         waited = now - self._said
-        if waited >= self.EVERY or (waited >= self.SOON and share >= self._share + 0.1):
-            self._said, self._share = now, share
+        if waited >= self.EVERY or (waited >= self.SOON and tenth > self._tenth):
+            self._said, self._tenth = now, tenth
             left = (now - self._began) * (total - done) / max(done, 1)
             about = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
             detail = f", {text}" if text else ""

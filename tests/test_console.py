@@ -124,3 +124,40 @@ def test_arguments_that_are_no_text():
     with pytest.raises(UsageError, match=r"argument 'a\?.yaml' is not valid UTF-8") as error:
         console.check_arguments(["show", "a\udcff.yaml"])
     str(error.value).encode()
+
+
+def test_steps_without_a_terminal_are_a_line_now_and_then(monkeypatch):
+    text, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(console, "err", console._PlainConsole(file=text, width=60))
+    with console.Steps("verifying", clock=lambda: now[0]) as steps:
+        for done in range(1, 101):
+            now[0] += 1.0
+            steps.update(done, 100, f"{HOSTILE} KL 0.1")
+    lines = text.getvalue().splitlines()
+    assert len(lines) == 10  # one for each tenth
+    assert lines[2] == f"verifying: 30 of 100 runs, {SHOWN} KL 0.1, about 70 s left"
+    text.truncate(0)
+    with console.Steps("verifying", clock=lambda: now[0]) as steps:
+        for done in range(1, 11):
+            now[0] += 20.0
+            steps.update(done, 1000)
+    lines = text.getvalue().lstrip("\0").splitlines()
+    assert len(lines) == 5  # every 30 seconds, at the step after
+    assert lines[0] == "verifying: 2 of 1000 runs, about 333 min left"
+    text.truncate(0)
+    with console.Steps("verifying", clock=lambda: now[0]) as steps:
+        for done in range(1, 101):
+            now[0] += 0.01
+            steps.update(done, 100)
+    assert not text.getvalue().lstrip("\0")  # over before anyone could wonder
+
+
+def test_steps_on_a_terminal_are_a_bar(monkeypatch):
+    text = io.StringIO()
+    monkeypatch.setattr(console, "err", console._PlainConsole(file=text, force_terminal=True, width=200))
+    with console.Steps("verifying") as steps:
+        steps.update(12, 48, f"3 anchors {HOSTILE}")
+        steps._bar.refresh()
+    assert f"verifying: 3 anchors {SHOWN}" in text.getvalue()
+    assert "12/48" in text.getvalue()
+    assert "of 48 runs" not in text.getvalue()

@@ -11,12 +11,13 @@ from kascade_cli.analysis.problem import Problem
 from kascade_cli.analysis.rows import any_set
 
 NEIGHBOURS = 8
+ONE = 4  # sets with an anchor more or less
 
 
 @dataclass
 class Candidate:
     """An anchor set to be verified. objectives: weighting -> objective, for the weightings that propose it (both for a
-    neighbour: a set with one anchor swapped).
+    neighbour: a set with one anchor of another one swapped, added or left out).
 
     kl: phase -> mean KL(dense || sparse) in nats; prompts: how many were measured; in these, asked: answers; given:
     those that dense gives; kept: those of them that the set gives too.
@@ -68,16 +69,32 @@ def neighbours(
     assignment: str,
     count: int = NEIGHBOURS,
 ) -> list[Candidate]:
-    """Sets of the same size with one anchor swapped (never layer 0) that are not `known`: the most promising `count`,
-    taken in turn from the order of each weighting's objective."""
+    """Sets of the same size, one anchor swapped (never layer 0), that are not `known`: the `count` most promising."""
     others = [layer for layer in range(1, len(problem.layers)) if layer not in anchors]
-    swapped = {
-        tuple(sorted({*anchors} - {gone} | {new})) for gone, new in itertools.product(anchors[1:], others)
-    } - set(known)
-    values = {
-        name: {entry: any_set(problem, entry, name, assignment) for entry in swapped} for name in problem.weights
-    }
-    orders = [sorted(swapped, key=lambda entry: (-found[entry].value, entry)) for found in values.values()]
+    swapped = {tuple(sorted({*anchors} - {gone} | {new})) for gone, new in itertools.product(anchors[1:], others)}
+    return _promising(problem, swapped - set(known), assignment, count)
+
+
+def without_one(
+    problem: Problem, anchors: tuple[int, ...], known: Iterable[tuple[int, ...]], assignment: str, count: int = ONE
+) -> list[Candidate]:
+    """Sets that lack one of the anchors (never layer 0) and are not `known`: the `count` most promising."""
+    left = {tuple(anchor for anchor in anchors if anchor != gone) for gone in anchors[1:]}
+    return _promising(problem, left - set(known), assignment, count)
+
+
+def with_one_more(
+    problem: Problem, anchors: tuple[int, ...], known: Iterable[tuple[int, ...]], assignment: str, count: int = ONE
+) -> list[Candidate]:
+    """Sets that have one anchor more and are not `known`: the `count` most promising."""
+    added = {tuple(sorted({*anchors, new})) for new in range(1, len(problem.layers)) if new not in anchors}
+    return _promising(problem, added - set(known), assignment, count)
+
+
+def _promising(problem: Problem, sets: set[tuple[int, ...]], assignment: str, count: int) -> list[Candidate]:
+    """The `count` best, taken in turn from the order of each weighting's objective."""
+    values = {name: {entry: any_set(problem, entry, name, assignment) for entry in sets} for name in problem.weights}
+    orders = [sorted(sets, key=lambda entry: (-found[entry].value, entry)) for found in values.values()]
     chosen = list(dict.fromkeys(itertools.chain.from_iterable(zip(*orders, strict=True))))[:count]
     return [
         Candidate(entry, {name: found[entry].objective for name, found in values.items()}, neighbour=True)

@@ -18,7 +18,7 @@ from kascade_cli.analysis import cost as costs
 from kascade_cli.analysis import problem as problems
 from kascade_cli.analysis import record, recovered, rules, selection, stability, verdict
 from kascade_cli.analysis import rows as tables
-from kascade_cli.analysis.candidates import Candidate, neighbours, propose
+from kascade_cli.analysis.candidates import Candidate, neighbours, propose, with_one_more, without_one
 from kascade_cli.analysis.rows import Row
 from kascade_cli.analysis.rules import Choice
 from kascade_cli.analysis.settings import Settings
@@ -27,6 +27,7 @@ from kascade_cli.errors import UsageError
 from kascade_cli.schema import Budget, ModelCard, Profile
 
 DEFAULT_CONTEXT = 128 * 1024
+_ANSWERING = 0.25  # of the answers: a model that gives less loses them by chance
 
 
 @dataclass
@@ -153,6 +154,23 @@ class Search:
         if self.given is not None:
             return []
         return neighbours(self.problem, best.anchors, [entry.anchors for entry in known], self.settings.assignment)
+
+    def fewer(self, best: Candidate, known: Sequence[Candidate]) -> list[Candidate]:
+        """Sets with an anchor less than `best` that are worth measuring too; none where a rule gives the number."""
+        if self.settings.has_rule or len(best.anchors) < 2:
+            return []
+        return without_one(self.problem, best.anchors, [entry.anchors for entry in known], self.settings.assignment)
+
+    def more(self, best: Candidate, known: Sequence[Candidate]) -> list[Candidate]:
+        """Sets with an anchor more than `best`, where it loses answers of a model that gives some; none where a rule
+        gives the number, or at the limit."""
+        answering = best.given > 0 and best.given >= _ANSWERING * best.asked
+        if not answering or best.lost <= self.settings.lost_tolerance * best.given:
+            return []
+        if self.settings.has_rule or len(best.anchors) >= self.limit:
+            return []
+        known_sets = [entry.anchors for entry in known]
+        return with_one_more(self.problem, best.anchors, known_sets, self.settings.assignment)
 
     def _overruled(self, best: Candidate, candidates: Sequence[Candidate]) -> list[str]:
         """A line where the chosen set is not the objective's best of its size."""

@@ -41,7 +41,8 @@ def decide(measured: Sequence[Candidate], size: int | None = None, tolerance: To
     """
     tolerance = tolerance or Tolerance()
     pool = [entry for entry in finalists(measured) if size is None or len(entry.anchors) == size]
-    allowed = min(entry.lost for entry in pool) + tolerance.lost * pool[0].given
+    fewest_lost = min(entry.lost for entry in pool)
+    allowed = fewest_lost + tolerance.lost * pool[0].given
     keeping = [entry for entry in pool if entry.lost <= allowed]
     lowest = min(keeping, key=_by_kl)
     close = [entry for entry in keeping if entry.score <= lowest.score + (tolerance.kl if size is None else 0)]
@@ -55,9 +56,10 @@ def decide(measured: Sequence[Candidate], size: int | None = None, tolerance: To
     else:
         near = f"within {tolerance.kl:g} nats of the best ({best.score:.4f}; the best is {lowest.score:.4f}"
         near += f" with {len(lowest.anchors)} anchors)"
-        kept = f"that keep the answers ({answers.removesuffix(' answers')}) and whose measured KL is"
+        keep = "keep the answers" if fewest_lost <= tolerance.lost * best.given else "lose the fewest answers"
+        kept = f"that {keep} ({best.kept} of {best.given} kept) and whose measured KL is"
         why = f"the fewest anchors {kept if answers else 'with a measured KL'} {near}"
-        why += _what_decided(measured, best, allowed)
+        why += _what_decided(measured, best, allowed, lowest.score, tolerance)
     return Verdict(best, why, _notes(pool, best, tolerance))
 
 
@@ -65,7 +67,9 @@ def _by_kl(entry: Candidate) -> tuple:
     return entry.score, len(entry.anchors), entry.anchors
 
 
-def _what_decided(measured: Sequence[Candidate], best: Candidate, allowed: float) -> str:
+def _what_decided(
+    measured: Sequence[Candidate], best: Candidate, allowed: float, lowest: float, tolerance: Tolerance
+) -> str:
     """Which of the two excluded the next smaller number of anchors: `; the answers decided: ...`."""
     smaller = [entry for entry in measured if len(entry.anchors) < len(best.anchors) and entry.prompts]
     if not smaller:
@@ -75,13 +79,15 @@ def _what_decided(measured: Sequence[Candidate], best: Candidate, allowed: float
     most = max(entry.prompts for entry in beaten)
     beaten = [entry for entry in beaten if entry.prompts == most]
     early = "" if most == best.prompts else f", given up after {most} of {best.prompts} prompts"
-    # Of sets that were given up early the answers cannot be compared with those of all prompts.
+    # Of sets that were given up early the answers lost so far are the fewest that they can lose.
     keeping = [entry for entry in beaten if entry.lost <= allowed]
+    nearest = min(keeping or beaten, key=lambda entry: (entry.score,) if keeping else (entry.lost, entry.score))
+    lost = f"{nearest.lost} of {nearest.given} are lost"
     if keeping:
-        score = min(entry.score for entry in keeping)
-        return f"; KL decided: with {size} anchors it is {score:.4f}{early}"
-    nearest = min(beaten, key=lambda entry: (entry.lost, entry.score))
-    return f"; the answers decided: with {size} anchors {nearest.lost} of {nearest.given} are lost{early}"
+        return f"; KL decided: with {size} anchors it is {nearest.score:.4f}{early}"
+    if nearest.score > lowest + tolerance.kl:
+        return f"; both decided: with {size} anchors KL is {nearest.score:.4f} and of the answers {lost}{early}"
+    return f"; the answers decided: with {size} anchors {lost}{early}"
 
 
 def _notes(pool: Sequence[Candidate], best: Candidate, tolerance: Tolerance) -> list[str]:

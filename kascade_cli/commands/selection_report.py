@@ -103,8 +103,8 @@ def verify_table(verified: dict[str, Any], chosen: Sequence[int]) -> Any:
             str(entry["prompts"]),
         )
     table.caption = cell(
-        "importance, uniform: objective under the weighting that proposes the set (both: one anchor swapped); "
-        "fewer prompts: given up early"
+        "importance, uniform: objective under the weighting that proposes the set (both: a neighbour of "
+        "the best); fewer prompts: given up early"
     )
     table.caption_justify = "left"
     return table

@@ -38,6 +38,10 @@ class MeanKL:
     def score(self) -> float:
         return sum(self.kl.values()) / len(self.kl) if self.kl else float("inf")
 
+    @property
+    def lost(self) -> int:
+        return self.given - self.kept
+
     def add(self, result: PromptKL) -> None:
         for phase, value in result.kl.items():
             self.kl[phase] = (self.kl.get(phase, 0.0) * self.prompts + value) / (self.prompts + 1)

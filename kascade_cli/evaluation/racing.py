@@ -11,7 +11,8 @@ from kascade_cli.analysis.candidates import Candidate
 from kascade_cli.evaluation.forced import PromptKL
 from kascade_cli.evaluation.kl import MeanKL
 
-HOPELESS_KL = 0.25  # nats above the best of all: a number of anchors that is measured no further
+HOPELESS_KL = 0.25  # nats above the best of all, over FIRM prompts: a set that is measured no further
+FIRM = 4  # of n prompts fewer than this, FIRM / n times as much: one prompt says little
 HOPELESS_LOST = 0.25  # of the answers, above the best of all (and 2 at least)
 
 Measure = Callable[[Sequence[Candidate], int], Sequence[PromptKL]]
@@ -26,12 +27,19 @@ def rounds(prompts: int) -> Iterator[range]:
             done = until
 
 
-def race(entrants: Sequence[Candidate], prompts: int, measure: Measure, incumbent: Candidate | None = None) -> None:
+def race(
+    entrants: Sequence[Candidate],
+    prompts: int,
+    measure: Measure,
+    incumbent: Candidate | None = None,
+    hopeless: float = HOPELESS_KL,
+) -> None:
     """Measures `entrants`, filling in what they do; those that are dropped on the way keep fewer prompts.
 
-    After each round the worse half of every size is dropped (first by answers lost, then by KL), and every size whose
-    best set is hopeless against the best of all. With an `incumbent` (one of the entrants, which may have been
-    measured before) only those go on that are ahead of it on the same prompts.
+    After each round the worse half of every size is dropped (first by answers lost, then by KL), and every set that is
+    hopeless: `hopeless` nats above the best of all (more than that over few prompts), or a quarter of the answers.
+    With an `incumbent` (one of the entrants, which may have been measured before) only those go on that are ahead of
+    it on the same prompts.
     """
     running, sums = list(entrants), {id(entry): MeanKL() for entry in entrants}
     for prompts_of_round in rounds(prompts):
@@ -43,32 +51,36 @@ def race(entrants: Sequence[Candidate], prompts: int, measure: Measure, incumben
                     entry.kl, entry.prompts = dict(mean.kl), mean.prompts
                     entry.asked, entry.given, entry.kept = mean.asked, mean.given, mean.kept
         if prompts_of_round.stop < prompts:
-            running = survivors([(entry, sums[id(entry)]) for entry in running], incumbent)
+            running = survivors([(entry, sums[id(entry)]) for entry in running], incumbent, hopeless)
             if running == [incumbent]:
                 return
 
 
-def survivors(measured: Sequence[tuple[Candidate, MeanKL]], incumbent: Candidate | None = None) -> list[Candidate]:
-    """Who goes on, in the order given; at least one of the best size."""
+def survivors(
+    measured: Sequence[tuple[Candidate, MeanKL]], incumbent: Candidate | None = None, hopeless: float = HOPELESS_KL
+) -> list[Candidate]:
+    """Who goes on, in the order given; at least one."""
     sizes: dict[int, list[tuple[Candidate, MeanKL]]] = defaultdict(list)
     for entry, mean in measured:
         sizes[len(entry.anchors)].append((entry, mean))
-    best_kl = min(mean.score for _, mean in measured)
-    fewest = min(mean.given - mean.kept for _, mean in measured)
+    margin = hopeless * max(1, FIRM / measured[0][1].prompts)
+    lowest = min(mean.score for _, mean in measured) + margin
+    most = min(mean.lost for _, mean in measured) + max(2, HOPELESS_LOST * measured[0][1].given)
     going = set()
     for group in sizes.values():
-        group.sort(key=lambda pair: (pair[1].given - pair[1].kept, pair[1].score, pair[0].anchors))
-        least_kl = min(mean.score for _, mean in group)
-        lost = group[0][1].given - group[0][1].kept
-        slack = max(2, HOPELESS_LOST * group[0][1].given)
-        if least_kl <= best_kl + HOPELESS_KL and lost <= fewest + slack:
-            ahead = [id(entry) for entry, _ in group]
-            if incumbent is not None and id(incumbent) in ahead:
-                ahead = ahead[: ahead.index(id(incumbent)) + 1]
-            going.update(ahead[: math.ceil(len(group) / 2)])
-    if not going:  # the size with the lowest KL loses answers, and the one that keeps them has a high KL
-        going = {id(min(measured, key=lambda pair: (pair[1].given - pair[1].kept, pair[1].score))[0])}
+        group.sort(key=_order)
+        ahead = [entry for entry, mean in group if mean.score <= lowest and mean.lost <= most]
+        if incumbent in ahead:
+            ahead = ahead[: ahead.index(incumbent) + 1]
+        going.update(map(id, ahead[: math.ceil(len(group) / 2)]))
+    if not going:  # the set with the lowest KL loses answers, and those that keep them have a high KL
+        going = {id(min(measured, key=_order)[0])}
     return [entry for entry, _ in measured if id(entry) in going]
+
+
+def _order(pair: tuple[Candidate, MeanKL]) -> tuple:
+    entry, mean = pair
+    return mean.lost, mean.score, entry.anchors
 
 
 def planned(sizes: Sequence[int], prompts: int) -> int:

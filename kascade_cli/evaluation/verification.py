@@ -34,11 +34,11 @@ def verify(
     journal: "Journal | None" = None,
     report: Report | None = None,
 ) -> tuple[list["Candidate"], dict[str, Any]]:
-    """Races the candidates, then the same-size neighbours of the set that would be chosen, filling in what they do.
+    """Races the candidates, then neighbours of the set that would be chosen: with an anchor swapped, added, left out.
 
-    Returns all of them, and what a profile records about the measurement. `journal`: what an interrupted verification
-    knew and this one adds to (`Session.journal`). Raises KascadeError if the model is not the capture's or a prompt is
-    too short, UsageError for a length that the model does not take.
+    Returns all of them with what they do, and what a profile records about the measurement. `journal`: what an
+    interrupted verification knew and this one adds to (`Session.journal`). Raises KascadeError if the model is not the
+    capture's or a prompt is too short, UsageError for a length that the model does not take.
     """
     from kascade_cli.evaluation.racing import planned, race
     from kascade_cli.integrations.transformers import compile_ahead
@@ -56,14 +56,26 @@ def verify(
     compile_ahead(session.model, search.layout(candidates[0].anchors), backend=session.options.backend)
     prompts = len(session.devset.prompts)
     sizes = [len(entry.anchors) for entry in candidates]
-    beside = 0 if search.given is not None else NEIGHBOURS
-    progress.total = planned([sizes.count(size) for size in set(sizes)], prompts) + planned([beside], prompts)
+    more = 0 if search.given is not None else NEIGHBOURS
+    progress.total = planned([sizes.count(size) for size in set(sizes)], prompts) + planned([more], prompts)
     race(candidates, prompts, measure)
-    best = search.verdict(candidates).best
-    if swapped := search.neighbours(best, candidates):
+    everyone = list(candidates)
+    best = search.verdict(everyone).best
+    if swapped := search.neighbours(best, everyone):
         progress.total = progress.done + planned([len(swapped)], prompts)
         race([best, *swapped], prompts, measure, incumbent=best)
-    everyone = sorted([*candidates, *swapped], key=lambda entry: len(entry.anchors))
+        everyone += swapped
+        best = search.verdict(everyone).best
+    # Neither weighting need know which anchor the answers lack, or which one can be left out.
+    for step in (search.more, search.fewer):
+        while beside := step(best, everyone):
+            progress.total = progress.done + planned([len(beside)], prompts)
+            race([best, *beside], prompts, measure, hopeless=3 * search.settings.tolerance.kl)
+            everyone += beside
+            before, best = best, search.verdict(everyone).best
+            if len(best.anchors) == len(before.anchors):
+                break
+    everyone.sort(key=lambda entry: len(entry.anchors))
     return everyone, _record(session, best)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kascade_cli.analysis import decision
+from kascade_cli.analysis.candidates import Candidate
 from kascade_cli.analysis.decision import Search, Settings
 from kascade_cli.analysis.rules import choose
 from kascade_cli.analysis.similarity import measure
@@ -163,3 +164,44 @@ def test_a_profile_in_four_lines(measured, tmp_path):
     assert profile.budget == Budget(ratio=0.2, min_keys=16)
     assert profile.anchors == [LAYERS[place] for place in choose(search.rows, anchors=3).row.anchors]
     assert search.profile(found, Budget()).budget == Search(measured).budget == Budget()
+
+
+def measured_set(anchors, asked, given, kept, score=0.1):
+    return Candidate(anchors, {}, {"decode": score}, 4, asked, given, kept)
+
+
+def test_when_sets_of_another_size_are_tried(measured):
+    """An anchor more only where answers are lost of a model that gives some; neither where a rule gives the number."""
+    search = Search(measured, Settings(max_anchors=4))
+    lossy, sound = measured_set((0, 2), 16, 12, 10), measured_set((0, 2), 16, 12, 12)
+    assert {len(entry.anchors) for entry in search.more(lossy, [])} == {3}
+    assert search.more(sound, []) == []
+    assert search.more(measured_set((0, 2), 0, 0, 0), []) == []
+    assert search.more(measured_set((0, 2), 16, 3, 0), []) == []  # what dense gives, it gives by chance
+    assert search.more(measured_set((0, 1, 2, 3), 16, 12, 10), []) == []  # the limit
+    known = [measured_set((0, 2), 16, 12, 12)]
+    assert {entry.anchors for entry in search.fewer(measured_set((0, 2, 3), 16, 12, 12), known)} == {(0, 3)}
+    for settings in (Settings(anchors=3), Settings(anchors=(1, 4, 8))):
+        fixed = Search(measured, settings)
+        assert fixed.more(lossy, []) == fixed.fewer(lossy, []) == []
+    assert Search(measured, Settings(anchors=(1, 4, 8))).neighbours(lossy, []) == []
+    assert Search(measured, Settings(anchors=3)).neighbours(measured_set((0, 2, 3), 16, 12, 12), []) != []
+
+
+def test_the_objective_overruled_is_said(measured):
+    search = Search(measured, Settings(max_anchors=2))
+    first = search.rows[1].anchors
+    other = (0, 1 if first != (0, 1) else 2)
+    sets = [measured_set((0,), 4, 4, 0, 0.4), measured_set(first, 4, 4, 3, 0.2), measured_set(other, 4, 4, 4, 0.1)]
+    found = search.decide(sets, {"model": "toy"})
+    assert found.anchors == other
+    absolute = [" ".join(map(str, search.problem.absolute(entry))) for entry in (other, first)]
+    (line,) = found.notes
+    assert line == (
+        f"verification overrules the objective: {absolute[0]} instead of {absolute[1]} (KL 0.2000, answers 3 of 4 on "
+        "4 prompts), the best of 2 by importance"
+    )
+    assert line in search.record(found)["notes"]
+    sets[1].kept = 4
+    sets[1].kl = {"decode": 0.05}
+    assert search.decide(sets, {"model": "toy"}).notes == []

@@ -73,12 +73,18 @@ def test_the_last_words_name_what_excluded_the_next_smaller_size():
     far = candidate((0, 2), 0.2, kept=12, given=12)
     tiny = candidate((0,), 0.02, kept=0, given=12)
     why = decide([tiny, lost, large]).why
-    assert why.startswith("the fewest anchors that keep the answers (12 of 12) and whose measured KL is within 0.02")
+    assert why.startswith(
+        "the fewest anchors that keep the answers (12 of 12 kept) and whose measured KL is within 0.02"
+    )
     assert why.endswith("; the answers decided: with 2 anchors 1 of 12 are lost")
     assert decide([tiny, lost, far, large]).why.endswith("; KL decided: with 2 anchors it is 0.2000")
     early = candidate((0, 2), 0.4, kept=3, given=3, prompts=1)
     found = decide([tiny, early, large])
     assert found.why.endswith("; KL decided: with 2 anchors it is 0.4000, given up after 1 of 4 prompts")
+    lost.kl = {"decode": 0.5}
+    assert decide([tiny, lost, large]).why.endswith(
+        "; both decided: with 2 anchors KL is 0.5000 and of the answers 1 of 12 are lost"
+    )
     assert decide([large]).why.endswith("with 3 anchors)")
 
 
@@ -108,6 +114,7 @@ def test_when_no_set_keeps_the_answers():
     measured = [candidate((0,), 0.1, kept=2, given=12), candidate((0, 1), 0.09, kept=9, given=12)]
     found = decide(measured)
     assert found.best.anchors == (0, 1)
+    assert found.why.startswith("the fewest anchors that lose the fewest answers (9 of 12 kept) and")
     (line,) = found.notes
     assert "no set of up to 2 anchors keeps the answers: the best loses 3 of 12" in line
     assert "--max-anchors or --ratio" in line

@@ -52,16 +52,13 @@ def test_the_worse_half_of_every_size_is_dropped_and_the_rest_measured_on_all():
 
 
 def test_hopeless_sizes_are_given_up():
-    results = {
-        (0,): [(9.0, 4)] * 4,
-        (0, 1): [(0.02, 1)] * 4,
-        (0, 1, 2): [(0.01, 4)] * 4,
-        (0, 1, 2, 3): [(0.25, 4)] * 4,
-    }
-    measure, _ = table_of(results)
-    runners = entrants(*results)
-    race(runners, 4, measure)
-    assert [entry.prompts for entry in runners] == [1, 1, 4, 4]
+    """Far from the best, or losing answers; over one prompt four times as far, over two twice."""
+    figures = {(0,): (9.0, 4), (0, 1): (0.02, 1), (0, 1, 2): (0.01, 4), (0, 1, 2, 3): (0.25, 4)}
+    measure, _ = table_of({anchors: [figure] * 8 for anchors, figure in figures.items()})
+    for prompts, hopeless, wanted in ((4, 0.25, [1, 1, 4, 4]), (4, 0.07, [1, 1, 4, 2]), (8, 0.13, [2, 2, 8, 4])):
+        runners = entrants(*figures)
+        race(runners, prompts, measure, hopeless=hopeless)
+        assert [entry.prompts for entry in runners] == wanted
 
 
 def test_somebody_is_always_left():
@@ -108,3 +105,11 @@ def test_never_more_runs_than_planned(seed):
     measure, log = table_of(results)
     race(entrants(*sets), prompts, measure)
     assert len(log) <= planned(sizes, prompts)
+
+
+def test_a_hopeless_set_does_not_go_on_in_the_shade_of_a_good_one():
+    results = {(0, 1): [(0.02, 4)] * 4, (0, 2): [(2.0, 4)] * 4, (0, 3): [(3.0, 4)] * 4}
+    measure, _ = table_of(results)
+    runners = entrants(*results)
+    race(runners, 4, measure)
+    assert [entry.prompts for entry in runners] == [4, 1, 1]
