@@ -154,7 +154,7 @@ def lookups(tokenizer: Any, length: int, count: int, seed: int) -> list[dict[str
             lines += file.read_text(encoding="utf-8", errors="ignore").splitlines()
             if len(lines) * 14 > length * 4:
                 break
-        names = rng.sample([f"{colour}-{place}" for colour in colours for place in places], 8)
+        names = [f"{colour}-{place}" for colour, place in zip(rng.sample(colours, 8), rng.sample(places, 8), strict=True)]
         numbers = [str(rng.randrange(10**6, 10**7)) for _ in names]
         asked = rng.randrange(8)
 
