@@ -123,6 +123,15 @@ class Search:
             notes += self._overruled(found.best, candidates)
         return self._measured(Decision(choice, list(candidates), verified or {}, notes))
 
+    @property
+    def _every(self) -> tuple[int, ...]:
+        return tuple(range(len(self.problem.layers)))
+
+    @property
+    def own(self) -> float:
+        """The mean recovered mass where every layer reads its own keys (the first one all), once mass is measured."""
+        return float(np.mean([self._recovered[self._every][phase] for phase in self.problem.sims]))
+
     def _measured(self, decision: Decision) -> Decision:
         """With the recovered mass of its row, and of all rows: one pass over the capture at most."""
         self.rows[:], row = (found := self.with_mass([*self.rows, decision.choice.row]))[:-1], found[-1]
@@ -130,8 +139,12 @@ class Search:
         return decision
 
     def with_mass(self, rows: Sequence[Row]) -> list[Row]:
-        """`rows` with the recovered mass at the budget, reading the capture for those not known yet."""
-        if unknown := list(dict.fromkeys(row.anchors for row in rows if row.anchors not in self._recovered)):
+        """`rows` with the recovered mass at the budget, reading the capture for those not known yet.
+
+        With them goes the set of all layers, which says what there is to recover at this budget: `own`.
+        """
+        wanted = [self._every, *(row.anchors for row in rows)]
+        if unknown := list(dict.fromkeys(anchors for anchors in wanted if anchors not in self._recovered)):
             layers, heads = len(self.problem.layers), self.measured.meta["kv_heads"]
             links = []
             for anchors in unknown:
@@ -198,6 +211,7 @@ class Search:
             min_recovered=options.min_recovered,
             target_speedup=options.target_speedup,
             phase=options.phase,
+            own=self.own if self._recovered else None,
         )
 
     def bootstrap(self, decision: Decision, resamples: int) -> None:
@@ -252,7 +266,7 @@ class Search:
             "top_k": self.measured.top_k,
             "ratio": self.budget.ratio,
         }
-        return record.selection_document(settings, self.problem, decision, self.rows)
+        return record.selection_document(settings, self.problem, decision, self.rows, self.own)
 
 
 def capture_budget(meta: dict[str, Any], ratio: float = 0.10, min_keys: int = 128) -> Budget:

@@ -124,15 +124,15 @@ def verify_document(problem: "Problem", decision: "Decision") -> dict[str, Any] 
 
 
 def selection_document(
-    settings: dict[str, Any], problem: "Problem", decision: "Decision", rows: Sequence["Row"]
+    settings: dict[str, Any], problem: "Problem", decision: "Decision", rows: Sequence["Row"], own: float
 ) -> dict[str, Any]:
-    """The profile's `selection`."""
+    """The profile's `selection`. own: the mass recovered where every layer chooses for itself."""
     choice = decision.choice
     document = settings | {
         "anchors": problem.absolute(choice.row.anchors),
         "objective": number(choice.row.objective),
         "similarity": figures_dict(problem, choice.row.similarity),
-        "recovered_mass": figures_dict(problem, choice.row.recovered),
+        "recovered_mass": figures_dict(problem, choice.row.recovered) | {"own_keys": number(own)},
         "rule": choice.rule,
         "why": choice.why,
     }

@@ -8,7 +8,7 @@ from kascade_cli.analysis.rows import Row
 from kascade_cli.analysis.similarity import PHASES
 from kascade_cli.errors import TargetMissed, UsageError
 
-RECOVERED_TOLERANCE = 0.01  # share of the attention: as good as the largest set looked at
+RECOVERED_TOLERANCE = 0.015  # share of the attention: as good as the largest set looked at
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ def choose(
     min_recovered: float | None = None,
     target_speedup: float | None = None,
     phase: str = "both",
+    own: float | None = None,
 ) -> Choice:
     """Applies the one rule given, or the default (docs/select-anchors.md). Where mass decides, the rows' is measured.
+    own: the mass recovered where every layer chooses for itself.
 
     Raises UsageError for more than one rule or an impossible number, TargetMissed if no row meets the target.
     """
@@ -57,9 +59,11 @@ def choose(
     enough = [row for row in rows if row.recovered_mean >= min_recovered]
     if not enough:
         most = max(rows, key=lambda row: (row.recovered_mean, -row.size))
+        ceiling = "" if own is None else f", and {own:.1%} if every layer chose for itself"
+        cure = "--ratio" if own is not None and own < min_recovered else "--max-anchors or --ratio"
         raise TargetMissed(
             f"no set of up to {rows[-1].size} anchors recovers {min_recovered:.1%} of the attention; the most is "
-            f"{most.recovered_mean:.1%} with {most.size}: raise --max-anchors or --ratio, or lower --min-recovered"
+            f"{most.recovered_mean:.1%} with {most.size}{ceiling}: raise {cure}, or lower --min-recovered"
         )
     row = min(enough, key=lambda row: row.size)
     why = f"the fewest anchors that recover {min_recovered:.1%} of the attention ({row.recovered_mean:.1%})"
@@ -76,7 +80,7 @@ def _on_the_plateau(rows: Sequence[Row], phase: str) -> Choice:
     return Choice(
         best,
         "default",
-        f"the fewest anchors that recover within {RECOVERED_TOLERANCE:.0%} of the attention of the most "
+        f"the fewest anchors that recover within {100 * RECOVERED_TOLERANCE:g} points of the most "
         f"({best.recovered_mean:.1%}; {most.recovered_mean:.1%} with {most.size}); --verify measures what they keep",
     )
 

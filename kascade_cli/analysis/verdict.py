@@ -45,7 +45,7 @@ def decide(measured: Sequence[Candidate], size: int | None = None, tolerance: To
     allowed = fewest_lost + tolerance.lost * pool[0].given
     keeping = [entry for entry in pool if entry.lost <= allowed]
     lowest = min(keeping, key=_by_kl)
-    close = [entry for entry in keeping if entry.score <= lowest.score + (tolerance.kl if size is None else 0)]
+    close = [entry for entry in keeping if entry.score <= lowest.score + tolerance.kl]
     fewest = min(len(entry.anchors) for entry in close)
     best = min((entry for entry in close if len(entry.anchors) == fewest), key=_by_kl)
     answers = f"{best.kept} of {best.given} answers" if best.given else ""

@@ -26,6 +26,7 @@ def result_document(output: Path, search: Any, decision: Any, budget: Any, plots
         "why": decision.choice.why,
         "budgets": budgets,
         "cost": {"source": search.cost.source, "context": search.context},
+        "recovered_own_keys": number(search.own),
         "stability": stability_document(problem, decision.stable) if decision.stable else None,
         "verify": verify_document(problem, decision),
         "ratios": decision.ratios,
@@ -37,8 +38,8 @@ def result_document(output: Path, search: Any, decision: Any, budget: Any, plots
 
 def renderables(document: dict[str, Any]) -> list[Any]:
     """The result for people, ready to be printed: lines and tables, with nothing left that could fail."""
-    chosen = document["chosen"]["anchors"]
-    parts: list[Any] = [budget_table(document["budgets"], chosen, document["cost"]), ""]
+    chosen, own = document["chosen"]["anchors"], document["recovered_own_keys"]
+    parts: list[Any] = [budget_table(document["budgets"], chosen, document["cost"], own), ""]
     if document["verify"]:
         parts += [verify_table(document["verify"], chosen), ""]
     if document["ratios"]:
@@ -58,7 +59,7 @@ def _nats(value: float | None) -> str:
     return "inf" if value is None else f"{value:.4f}"  # NaN logits: infinitely wrong
 
 
-def budget_table(budgets: Sequence[dict[str, Any]], chosen: Sequence[int], cost: dict[str, Any]) -> Any:
+def budget_table(budgets: Sequence[dict[str, Any]], chosen: Sequence[int], cost: dict[str, Any], own: float) -> Any:
     """The Pareto table; the chosen row is marked."""
     free = any("objective_nearest" in row for row in budgets)
     figures = ["similarity", "recovered", "worst layer"]
@@ -75,7 +76,8 @@ def budget_table(budgets: Sequence[dict[str, Any]], chosen: Sequence[int], cost:
         values += [_times(row["speedup"][phase]) for phase in ("decode", "prefill")]
         table.add_row(mark, str(len(row["anchors"])), join(row["anchors"]), *values)
     table.caption = cell(
-        "recovered: attention kept at the budget, mean and worst layer; decode, prefill: speed-up of attention at "
+        f"recovered: attention kept at the budget, mean and worst layer ({own:.1%} if every layer chose for "
+        "itself); decode, prefill: speed-up of attention at "
         f"{format_size(cost['context'])}, from {cost['source']}"
     )
     table.caption_justify = "left"

@@ -106,7 +106,7 @@ def test_the_search_reads_the_capture_once_for_all_rows(tmp_path, monkeypatch):
     budget = Budget(ratio=0.25, min_keys=4)
     search = Search(measure(path, top_k=7), Settings(anchors=(1, 4, 9), max_anchors=3), budget=budget)
     found = search.decide()
-    assert passes == [4]  # the three rows and the set asked for
+    assert passes == [5]  # the three rows, the set asked for, and all layers
     for row in [*search.rows, found.choice.row]:
         maps = position_maps(search.problem, row.anchors, "nearest")
         for phase, values in by_definition(prompts, row.anchors, maps, budget).items():
@@ -143,3 +143,17 @@ def test_a_damaged_row_is_refused(tmp_path):
     links = [recovered.set_links((0,), position_maps(search.problem, (0,), "nearest"), LAYERS, HEADS)]
     with pytest.raises(KascadeError, match="layer 5, tile 0"):
         recovered.measure(path, links, Budget())
+
+
+def test_the_order_of_many_prompts_changes_no_bit(tmp_path):
+    rng = np.random.default_rng(8)
+    tiles = [(0, 32), (32, 32), (64, 7), (70, 1), (33, 1), (5, 1)]
+    made = [random_prompt(rng, layers=3, heads=2, n_tokens=71, tiles=tiles, related=0.2) for _ in range(11)]
+    links = [recovered.set_links((0, 2), {1: {p: [0, 1] for p in ("decode", "prefill")}}, 3, 2)]
+    found = []
+    for name, order in (("a", range(11)), ("b", rng.permutation(11)), ("c", range(10, -1, -1))):
+        path = write_capture(tmp_path / f"{name}.h5", [made[index] for index in order])
+        found.append(recovered.measure(path, links, Budget(ratio=0.1, min_keys=1))[0])
+    for phase in found[0]:
+        for other in found[1:]:
+            np.testing.assert_array_equal(other[phase], found[0][phase])

@@ -105,7 +105,7 @@ def test_rules():
     assert choose(table, anchors=2).row.size == 2
     assert choose(table, min_recovered=0.6).row.size == 2
     assert choose(table, min_recovered=0.61).row.size == 3
-    default = choose(table)  # .985 is enough: within a point of the most
+    default = choose(table)  # .985 is enough: within 1.5 points of the most
     assert (default.row.size, default.rule) == (4, "default")
     fast = choose(table, target_speedup=7)
     assert (fast.row.size, fast.rule) == (3, "target-speedup")
@@ -114,8 +114,8 @@ def test_rules():
 
 
 def test_the_default_is_the_fewest_on_the_plateau_and_not_slower_than_dense():
-    assert choose(rows(0.4, 0.8, 0.891, 0.89, 0.9, speed=[9, 8, 7, 6, 5])).row.size == 3
-    assert choose(rows(0.4, 0.8, 0.889, 0.9, speed=[9, 8, 7, 6])).row.size == 4
+    assert choose(rows(0.4, 0.8, 0.886, 0.885, 0.9, speed=[9, 8, 7, 6, 5])).row.size == 3
+    assert choose(rows(0.4, 0.8, 0.884, 0.9, speed=[9, 8, 7, 6])).row.size == 4
     slow = choose(rows(0.1, 0.2, 0.3, speed=[4, 3, 1.5]))  # 3 anchors would be slower than dense in prefill
     assert slow.row.size == 2
     assert "(20.0%; 20.0% with 2)" in slow.why

@@ -105,6 +105,19 @@ def test_answers_by_hand(llama, phases, anchors):
 
 
 @torch.no_grad()
+def test_an_answer_that_dense_does_not_give_is_none_to_keep(llama):
+    tokens = torch.tensor([prompt_of(60, seed=6)])
+    for place in range(40, 48):
+        tokens[0, place] = llama(tokens[:, :place]).logits[0, -1].argmax()
+    dense = DensePrompt(llama, tokens[0].tolist(), [(40, 43), (43, 48)], BOTH)
+    every = Setting(profile=profile_for(llama, [0, 1], ratio=1.0))
+    assert dense.given == [True, True]
+    assert dense.compare(llama, every).kept == 2
+    dense.given[0] = False
+    assert (dense.compare(llama, every).given, dense.compare(llama, every).kept) == (1, 1)
+
+
+@torch.no_grad()
 def test_with_decode_alone_answers_within_the_dense_prefill_are_not_judged(llama):
     ids = prompt_of(80, seed=5)
     tokens = torch.tensor([ids])

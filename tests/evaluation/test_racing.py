@@ -113,3 +113,21 @@ def test_a_hopeless_set_does_not_go_on_in_the_shade_of_a_good_one():
     runners = entrants(*results)
     race(runners, 4, measure)
     assert [entry.prompts for entry in runners] == [4, 1, 1]
+
+
+def test_a_better_half_that_is_behind_the_incumbent_does_not_go_on():
+    results = {(0, n): [(0.05 + n / 100, 4)] * 4 for n in range(1, 6)}
+    measure, _ = table_of(results)
+    runners = entrants(*results)
+    race(runners, 4, measure, incumbent=runners[1])
+    assert [entry.prompts for entry in runners] == [4, 2, 1, 1, 1]
+
+
+def test_an_incumbent_that_is_beaten_keeps_what_is_known_of_it():
+    results = {(0, n): [(0.5 - n / 100, 4)] * 4 for n in range(1, 6)}
+    measure, _ = table_of(results)
+    runners = entrants(*results)
+    race(runners[:1], 4, measure)
+    race(runners, 4, measure, incumbent=runners[0])
+    assert [entry.prompts for entry in runners] == [4, 1, 2, 4, 4]
+    assert (runners[0].given, runners[0].kept) == (16, 16)
