@@ -67,6 +67,11 @@ class Attachment:
         self._attached = False
 
     @property
+    def state(self) -> Pass | None:
+        """The pass that is running in this thread; None between passes."""
+        return self._thread.state
+
+    @property
     def memory(self) -> Any:
         """What the strategy carries from pass to pass in this thread; None for most."""
         return self._thread.memory
