@@ -6,7 +6,8 @@ predicts one of its tokens.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ LAST_POSITIONS = 64  # of the prefilled part, where no answer is marked
 _DECODED = 4  # answer tokens that shall be decoded, if 32 steps have so many
 
 Span = tuple[int, int]  # an answer's tokens, half-open
+Prefill = Callable[..., tuple[Tensor, Any]]  # (model, attachment, ids, positions, use_cache=) -> as `logits_at`
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,15 @@ class DensePrompt:
             return None
         return logits_at(model, self.ids[:, : self.positions.split], use_cache=True)[1].past_key_values
 
-    def compare(self, model: Any, setting: Setting, cache: Any = None) -> PromptKL:
-        """One run under `setting`. `cache` is what `prefilled` gave; it is left as it is."""
+    def compare(self, model: Any, setting: Setting, cache: Any = None, prefill: Prefill | None = None) -> PromptKL:
+        """One run under `setting`. `cache` is what `prefilled` gave; it is left as it is. prefill: what runs the first
+        `split` tokens instead of `logits_at` (prefix.py)."""
         with attach_setting(model, setting) as attached:
-            logits = torch.cat([rows.float() if rows.dtype != torch.float64 else rows
-                                for rows in self._sparse(model, copy.deepcopy(cache))])  # fmt: skip
+            if prefill is None:
+                run = functools.partial(logits_at, model)
+            else:
+                run = functools.partial(prefill, model, attached)
+            logits = torch.cat([wide(rows) for rows in self._sparse(model, copy.deepcopy(cache), run)])
             attached.report()  # raises if the model did not run the plan
         divergence = kl_divergence(self.logs, log_probabilities(logits))
         border, kl = len(self.positions.prefill), {}
@@ -155,12 +161,12 @@ class DensePrompt:
         kept = sum(dense and too for dense, too in zip(self.given, sparse, strict=True))
         return PromptKL(kl, len(self.given), sum(self.given), kept)
 
-    def _sparse(self, model: Any, cache: Any) -> Iterator[Tensor]:
+    def _sparse(self, model: Any, cache: Any, prefill: Callable[..., tuple[Tensor, Any]]) -> Iterator[Tensor]:
         """Logits at the measured positions, in order, [n, vocabulary] at a time."""
         positions = self.positions
         if "prefill" in self.phases:
             prompt = self.ids[:, : positions.split]
-            logits, output = logits_at(model, prompt, positions.prefill, use_cache="decode" in self.phases)
+            logits, output = prefill(prompt, positions.prefill, use_cache="decode" in self.phases)
             yield logits[0]
             cache = output.past_key_values
         wanted = set(positions.decode)
@@ -171,9 +177,14 @@ class DensePrompt:
                 yield logits[0, -1:]
 
 
+def wide(logits: Tensor) -> Tensor:
+    """At least in float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def log_probabilities(logits: Tensor) -> Tensor:
     """At least in float32."""
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    return wide(logits).log_softmax(-1)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

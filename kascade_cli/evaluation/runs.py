@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kascade_cli.evaluation.forced import DECODE_TOKENS, DensePrompt, PromptKL
+from kascade_cli.evaluation.prefix import SharedPrefill, can_share, layout_of
 from kascade_cli.schema import Profile
 from kascade_cli.sparse import Setting
 
@@ -36,25 +37,46 @@ class Runs:
         self.journal, self.advance = journal, advance
         self._dense: dict[int, DensePrompt] = {}
         self._known: dict[tuple[str, int], PromptKL] = {}
+        self._can_share: bool | None = None
 
     def measure(self, profiles: Sequence[tuple[str, Profile]], prompt: int) -> list[PromptKL]:
         """What each (description, profile) does on one prompt. Raises KascadeError if the dense model gives NaN."""
         keys = [layout_key(profile) for _, profile in profiles]
-        cache = None
-        found = []
+        found = {place: self._find(key, prompt) for place, key in enumerate(keys)}
+        todo = [place for place, result in found.items() if result is None]
         with torch.no_grad():
-            for key, (what, profile) in zip(keys, profiles, strict=True):
-                result = self._known.get((key, prompt)) or self._read(key, prompt)
-                if result is None:
-                    dense = self.dense(prompt)
-                    cache = dense.prefilled(self.model) if cache is None else cache
-                    result = dense.compare(self.model, Setting(profile=profile, backend=self.backend), cache)
-                    self._write(key, prompt, result)
-                if (key, prompt) not in self._known and self.advance:
-                    self.advance(what, result)
-                self._known[key, prompt] = result
-                found.append(result)
-        return found
+            dense = self.dense(prompt) if todo else None
+            cache = dense.prefilled(self.model) if todo else None
+            prefill = (
+                SharedPrefill(self.model) if self._shares([profiles[place][1] for place in todo], prompt) else None
+            )
+            # Layouts that begin alike follow each other.
+            for place in sorted(todo, key=lambda place: layout_of(profiles[place][1])):
+                setting = Setting(profile=profiles[place][1], backend=self.backend)
+                found[place] = dense.compare(self.model, setting, cache, prefill)
+                self._write(keys[place], prompt, found[place])
+                self._tell(keys[place], prompt, profiles[place][0], found[place])
+        for place, key in enumerate(keys):
+            self._tell(key, prompt, profiles[place][0], found[place])
+        return [found[place] for place in range(len(keys))]
+
+    def _find(self, key: str, prompt: int) -> PromptKL | None:
+        return self._known.get((key, prompt)) or self._read(key, prompt)
+
+    def _tell(self, key: str, prompt: int, what: str, result: PromptKL) -> None:
+        """Remembers a result, and says it the first time."""
+        if (key, prompt) not in self._known:
+            self._known[key, prompt] = result
+            if self.advance:
+                self.advance(what, result)
+
+    def _shares(self, profiles: Sequence[Profile], prompt: int) -> bool:
+        """Whether prefills of several profiles share what they have in common: tried once."""
+        if "prefill" not in self.phases or len(profiles) < 2:
+            return False
+        if self._can_share is None:
+            self._can_share = can_share(self.model, profiles, self.devset.prompts[prompt], self.backend)
+        return self._can_share
 
     def dense(self, prompt: int) -> DensePrompt:
         """Kept: the log-probabilities of a few positions."""
