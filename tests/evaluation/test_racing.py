@@ -53,9 +53,9 @@ def test_the_worse_half_of_every_size_is_dropped_and_the_rest_measured_on_all():
 
 def test_hopeless_sizes_are_given_up():
     """Far from the best, or losing answers; over one prompt four times as far, over two twice."""
-    figures = {(0,): (9.0, 4), (0, 1): (0.02, 1), (0, 1, 2): (0.01, 4), (0, 1, 2, 3): (0.25, 4)}
+    figures = {(0,): (9.0, 4), (0, 1): (0.02, 1), (0, 1, 2): (0.25, 4), (0, 1, 2, 3): (0.01, 4)}
     measure, _ = table_of({anchors: [figure] * 8 for anchors, figure in figures.items()})
-    for prompts, hopeless, wanted in ((4, 0.25, [1, 1, 4, 4]), (4, 0.07, [1, 1, 4, 2]), (8, 0.13, [2, 2, 8, 4])):
+    for prompts, hopeless, wanted in ((4, 0.25, [1, 1, 4, 4]), (4, 0.07, [1, 1, 2, 4]), (8, 0.13, [2, 2, 4, 8])):
         runners = entrants(*figures)
         race(runners, prompts, measure, hopeless=hopeless)
         assert [entry.prompts for entry in runners] == wanted
@@ -131,3 +131,12 @@ def test_an_incumbent_that_is_beaten_keeps_what_is_known_of_it():
     race(runners, 4, measure, incumbent=runners[0])
     assert [entry.prompts for entry in runners] == [4, 1, 2, 4, 4]
     assert (runners[0].given, runners[0].kept) == (16, 16)
+
+
+def test_a_set_that_is_worse_than_a_smaller_one_is_of_no_use():
+    figures = {(0,): (0.20, 4), (0, 1): (0.10, 3), (0, 2, 3): (0.25, 4), (0, 1, 2, 3): (0.29, 4)}
+    measure, _ = table_of({anchors: [figure] * 4 for anchors, figure in figures.items()})
+    runners = entrants(*figures)
+    race(runners, 4, measure)
+    # By .09 over one prompt (.08 and more count), by .05 over two (.04); (0, 1) loses an answer, so it beats nobody.
+    assert [entry.prompts for entry in runners] == [4, 4, 2, 1]
