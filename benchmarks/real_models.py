@@ -25,7 +25,7 @@ STRATEGIES = (
     "dense,kascade,kascade-pooled,kascade-no-remap,kascade-decode-only,kascade-reused-norm,"
     "oracle,oracle-per-query,quest,omnikv,lessismore,streaming-llm,streaming-llm:ratio=0.3"
 )
-LOOKUPS = "dense,kascade,kascade-pooled,kascade-no-remap,oracle,streaming-llm"
+LOOKUPS = "dense,kascade,kascade-pooled,oracle"
 STEPS = ("profile", "anchors", "auto", "tasks", "lookups", "report")
 
 
@@ -108,8 +108,8 @@ class Job:
                     self.kascade(
                         "evaluate", self.options.model, "--profile", self.folder / "profile.yaml", "--task", task,
                         "--max-length", length, "--num-prompts", self.options.num_prompts, "--questions", "4",
-                        "--strategies", self.options.strategies, "--anchors", "random:3",
-                        "--capture", self.folder / "capture.h5", "--json", output=found,
+                        "--strategies", self.options.strategies, *self.options.more,
+                        "--json", output=found,
                     )  # fmt: skip
 
     def lookups(self) -> None:
@@ -154,7 +154,9 @@ def lookups(tokenizer: Any, length: int, count: int, seed: int) -> list[dict[str
             lines += file.read_text(encoding="utf-8", errors="ignore").splitlines()
             if len(lines) * 14 > length * 4:
                 break
-        names = [f"{colour}-{place}" for colour, place in zip(rng.sample(colours, 8), rng.sample(places, 8), strict=True)]
+        names = [
+            f"{colour}-{place}" for colour, place in zip(rng.sample(colours, 8), rng.sample(places, 8), strict=True)
+        ]
         numbers = [str(rng.randrange(10**6, 10**7)) for _ in names]
         asked = rng.randrange(8)
 
@@ -206,10 +208,13 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS), type=lambda text: text.split(","))
     parser.add_argument("--strategies", default=STRATEGIES)
     parser.add_argument("--num-prompts", default="16")
-    parser.add_argument("--lookups", type=int, default=32)
+    parser.add_argument("--lookups", type=int, default=64)
+    parser.add_argument("--random", type=int, default=3, help="sets of random anchors to compare with; 0: none")
     parser.add_argument("--profile", default="", type=str.split, help="more options of kascade profile")
     parser.add_argument("--select", default="", type=str.split, help="more options of kascade select-anchors")
     options = parser.parse_args()
+    drawn = ["--anchors", f"random:{options.random}", "--capture", options.output / "capture.h5"]
+    options.more = drawn if options.random else []
     job = Job(options)
     try:
         for step in options.only.split(","):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,13 @@ class DevSet:
     def answer_positions(self) -> list[list[int]]:
         """Per prompt, the token positions whose logits predict answer tokens, ascending."""
         return [predicting(spans) for spans in self.answers]
+
+    def take(self, indices: Sequence[int]) -> DevSet:
+        """These of its prompts, as a dev set of that name."""
+        prompts, answers, questions = (
+            [column[index] for index in indices] for column in (self.prompts, self.answers, self.questions)
+        )
+        return replace(self, sha256=ids_sha256(*prompts), prompts=prompts, answers=answers, questions=questions)
 
     def notes(self) -> list[str]:
         """What a user should know about the choice, one line each."""

@@ -10,7 +10,8 @@ from kascade_cli.analysis import anchors as search
 from kascade_cli.analysis.problem import Problem
 from kascade_cli.analysis.rows import any_set
 
-NEIGHBOURS = 8
+NEIGHBOURS = 8  # sets with an anchor swapped that an objective thinks best
+MOVED = 12  # sets with an anchor moved a little, which no objective need think well of
 ONE = 4  # sets with an anchor more or less
 
 
@@ -69,10 +70,22 @@ def neighbours(
     assignment: str,
     count: int = NEIGHBOURS,
 ) -> list[Candidate]:
-    """Sets of the same size, one anchor swapped (never layer 0), that are not `known`: the `count` most promising."""
+    """Sets of the same size, one anchor swapped (never layer 0), that are not `known`: the `count` most promising, and
+    the best of those that move an anchor by up to three layers, nearest first.
+
+    Look-ups hang on few heads, whose share of a layer's attention is small: no objective need see which anchor has
+    what they read, and the next layer may have it.
+    """
     others = [layer for layer in range(1, len(problem.layers)) if layer not in anchors]
-    swapped = {tuple(sorted({*anchors} - {gone} | {new})) for gone, new in itertools.product(anchors[1:], others)}
-    return _promising(problem, swapped - set(known), assignment, count)
+    swaps = itertools.product(anchors[1:], others)
+    distance = {tuple(sorted({*anchors} - {gone} | {new})): abs(new - gone) for gone, new in swaps}
+    left = set(distance) - set(known)
+    found = _promising(problem, left, assignment, count)
+    left -= {entry.anchors for entry in found}
+    for step in (1, 2, 3):
+        near = {entry for entry in left if distance[entry] == step}
+        found += _promising(problem, near, assignment, max(0, count + MOVED - len(found)))
+    return found
 
 
 def without_one(

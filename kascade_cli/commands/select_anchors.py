@@ -81,7 +81,7 @@ def select_anchors(
         typer.Option(
             metavar="N", min=1, max=shared.MOST_PROMPTS, help="Held-out prompts to verify on.", rich_help_panel=_VERIFY
         ),
-    ] = 4,
+    ] = 8,
     verify_length: Annotated[
         str | None,
         typer.Option(

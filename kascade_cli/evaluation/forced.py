@@ -5,6 +5,7 @@ as they follow each other in use. An answer is given if the most likely token is
 predicts one of its tokens.
 """
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -107,32 +108,42 @@ def _split(length: int, answers: Sequence[Span], decode_tokens: int) -> int:
 class DensePrompt:
     """A prompt and what the dense model says at its measured positions.
 
-    Attributes: ids int64 [1, T]; positions; logs: log-probabilities [P, vocabulary] of positions.measured;
-    given: per judged answer, whether dense gives it.
+    Of answers only those count that dense gives: what it does not know, it says in a way that a hair can change, and
+    KL there says nothing. Where it gives none, all of them are measured, and none is judged.
+
+    Attributes: ids int64 [1, T]; asked: answers in the prompt; given: how many of them dense gives; positions; logs:
+    log-probabilities [P, vocabulary] of positions.measured.
     """
 
     def __init__(self, model: Any, ids: Sequence[int], answers: Sequence[Span], phases: Sequence[str],
                  decode_tokens: int = DECODE_TOKENS) -> None:  # fmt: skip
         """Runs the model once. Raises KascadeError if it gives NaN, or the prompt is too short."""
         self.phases = tuple(phases)
-        self.positions = split_positions(len(ids), answers, phases, decode_tokens)
         self.ids = torch.tensor([list(ids)], device=next(model.parameters()).device)
-        # Judging an answer needs all of its positions, those that are not measured too.
-        places = sorted({*self.positions.measured, *predicting(self.positions.answers)})
+        answers = [span for span in answers if span[0] > 0]
+        positions = split_positions(len(ids), answers, phases, decode_tokens)
+        places = sorted({*positions.measured, *predicting(answers)})
         logits = logits_at(model, self.ids, places, use_cache=False)[0][0]
         if torch.isnan(logits).any():
             raise KascadeError("the dense model gives NaN logits; use another --dtype")
-        self.given = self.answered(dict(zip(places, logits.argmax(-1).tolist(), strict=True)))
+        likeliest = dict(zip(places, logits.argmax(-1).tolist(), strict=True))
+        self.asked = len(positions.answers)
+        right = [span for span in positions.answers if self._says(likeliest, span)]
+        with contextlib.suppress(KascadeError):  # what dense gives may leave a phase without a position
+            positions = split_positions(len(ids), right, phases, decode_tokens) if right else positions
+        self.positions = positions
+        self.judged = [span for span in positions.answers if span in right]
         row = {place: index for index, place in enumerate(places)}
         self.logs = log_probabilities(logits[[row[place] for place in self.positions.measured]])
 
-    def answered(self, likeliest: dict[int, int]) -> list[bool]:
-        """Per judged answer, whether the likeliest token is right at every position that `likeliest` has."""
+    @property
+    def given(self) -> int:
+        return len(self.judged)
+
+    def _says(self, likeliest: dict[int, int], span: Span) -> bool:
+        """Whether the likeliest token is right at every position of an answer that `likeliest` has."""
         ids = self.ids[0].tolist()
-        return [
-            all(likeliest[place] == ids[place + 1] for place in predicting([span]) if place in likeliest)
-            for span in self.positions.answers
-        ]
+        return all(likeliest[place] == ids[place + 1] for place in predicting([span]) if place in likeliest)
 
     def prefilled(self, model: Any) -> Any:
         """The cache of a dense prefill, where only decoding is measured; None otherwise."""
@@ -157,9 +168,8 @@ class DensePrompt:
                 value = float(part.mean())
                 kl[phase] = value if value == value else float("inf")  # NaN logits are infinitely wrong
         likeliest = logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1).tolist()
-        sparse = self.answered(dict(zip(self.positions.measured, likeliest, strict=True)))
-        kept = sum(dense and too for dense, too in zip(self.given, sparse, strict=True))
-        return PromptKL(kl, len(self.given), sum(self.given), kept)
+        said = dict(zip(self.positions.measured, likeliest, strict=True))
+        return PromptKL(kl, self.asked, self.given, sum(self._says(said, span) for span in self.judged))
 
     def _sparse(self, model: Any, cache: Any, prefill: Callable[..., tuple[Tensor, Any]]) -> Iterator[Tensor]:
         """Logits at the measured positions, in order, [n, vocabulary] at a time."""

@@ -121,7 +121,7 @@ def find_ratios(
             report(done, max(done, per_length * len(wanted)), f"{what} KL {kl:.3f}{kept}")
 
     for place, length in enumerate(wanted):
-        runs = session.runs(journal, shown, session.held_out(length))
+        runs = session.runs(journal, shown, session.answerable(length))
         ratio, tried = find_ratio(
             _measure(runs, layout, length), grid(length, layout.budget), len(runs.devset.prompts), tolerance
         )

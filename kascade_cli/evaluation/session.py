@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ class Verification:
 
     model: str | None = None
     dev_set: str | None = None
-    prompts: int = 4
+    prompts: int = 8
     max_length: int | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -120,6 +120,35 @@ class Session:
         _check_lengths(devset, self.phases)
         return devset
 
+    def answerable(self, length: int) -> DevSet:
+        """Held-out prompts that dense answers something of, or that ask nothing; all of them if there are none such.
+
+        Of twice as many as are asked for the first that will do, so that a model is judged by what it can do.
+        """
+        import torch
+
+        count = self.options.prompts
+        first = self.held_out(length, count)
+        if not any(first.answers):
+            return first
+        with torch.no_grad():
+            fit = self._answered(first, range(len(first.prompts)))
+            if len(fit) == len(first.prompts):
+                return first
+            more = self.held_out(length, 2 * count)
+            fit += self._answered(more, range(len(first.prompts), len(more.prompts)))
+        return more.take(fit[:count]) if fit else first
+
+    def _answered(self, devset: DevSet, prompts: Iterable[int]) -> list[int]:
+        from kascade_cli.evaluation.forced import DensePrompt
+
+        return [
+            index
+            for index in prompts
+            if not devset.answers[index]
+            or DensePrompt(self.model, devset.prompts[index], devset.answers[index], self.phases).given
+        ]
+
 
 def open_session(meta: dict[str, Any], phases: Sequence[str], options: Verification) -> Session:
     """Loads the model and makes the prompts. `meta`: the capture's root attributes.
@@ -147,7 +176,7 @@ def open_session(meta: dict[str, Any], phases: Sequence[str], options: Verificat
             raise UsageError(f"--verify-length {length} is more than the {limit} positions of {name}")
         length = limit  # a capture of short texts may name more than the model takes
     session = Session(model, tokenizer, info, name, None, list(phases), options, meta)
-    session.devset = session.held_out(length)
+    session.devset = session.answerable(length)
     return session
 
 

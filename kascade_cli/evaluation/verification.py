@@ -8,7 +8,7 @@ decision = search.decide(candidates, verified)
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kascade_cli.analysis.candidates import NEIGHBOURS
+from kascade_cli.analysis.candidates import MOVED, NEIGHBOURS
 from kascade_cli.evaluation.session import Session, Verification, open_session
 from kascade_cli.provenance import portable_name
 from kascade_cli.schema import Profile
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HELD_OUT", "Session", "Verification", "open_session", "verify"]
 
+SWAPS = 2  # rounds of swapped anchors, each from the best set of the last
 HELD_OUT = "/held-out"  # what the twin of a dev set adds to its name
 Report = Callable[[int, int, str], None]  # runs done, runs at most, what the last one showed
 
@@ -56,16 +57,21 @@ def verify(
     compile_ahead(session.model, search.layout(candidates[0].anchors), backend=session.options.backend)
     prompts = len(session.devset.prompts)
     sizes = [len(entry.anchors) for entry in candidates]
-    more = 0 if search.given is not None else NEIGHBOURS
+    more = 0 if search.given is not None else NEIGHBOURS + MOVED
     progress.total = planned([sizes.count(size) for size in set(sizes)], prompts) + planned([more], prompts)
     race(candidates, prompts, measure)
     everyone = list(candidates)
     best = search.verdict(everyone).best
-    if swapped := search.neighbours(best, everyone):
+    for _ in range(SWAPS):
+        swapped = search.neighbours(best, everyone)
+        if not swapped:
+            break
         progress.total = progress.done + planned([len(swapped)], prompts)
         race([best, *swapped], prompts, measure, incumbent=best)
         everyone += swapped
-        best = search.verdict(everyone).best
+        before, best = best, search.verdict(everyone).best
+        if best is before:
+            break
     # Neither weighting need know which anchor the answers lack, or which one can be left out.
     for step in (search.more, search.fewer):
         while beside := step(best, everyone):

@@ -105,16 +105,20 @@ def test_answers_by_hand(llama, phases, anchors):
 
 
 @torch.no_grad()
-def test_an_answer_that_dense_does_not_give_is_none_to_keep(llama):
-    tokens = torch.tensor([prompt_of(60, seed=6)])
-    for place in range(40, 48):
-        tokens[0, place] = llama(tokens[:, :place]).logits[0, -1].argmax()
-    dense = DensePrompt(llama, tokens[0].tolist(), [(40, 43), (43, 48)], BOTH)
-    every = Setting(profile=profile_for(llama, [0, 1], ratio=1.0))
-    assert dense.given == [True, True]
-    assert dense.compare(llama, every).kept == 2
-    dense.given[0] = False
-    assert (dense.compare(llama, every).given, dense.compare(llama, every).kept) == (1, 1)
+def test_only_answers_that_dense_gives_are_measured(llama):
+    spans, ids = [(20, 22), (40, 43), (50, 53), (55, 60)], prompt_of(60, seed=6)
+    tokens = torch.tensor([ids])
+    for start, stop in (spans[1], spans[3]):
+        for place in range(start, stop):
+            tokens[0, place] = llama(tokens[:, :place]).logits[0, -1].argmax()
+    ids = tokens[0].tolist()
+    dense = DensePrompt(llama, ids, spans, BOTH)
+    assert (dense.asked, dense.given) == (4, 2)
+    assert (dense.positions.prefill, dense.positions.decode) == ([39, 40, 41, 54], [55, 56, 57, 58])
+    assert dense.compare(llama, Setting(profile=profile_for(llama, [0, 1], ratio=1.0))).kept == 2
+    nothing = DensePrompt(llama, ids, [spans[0], spans[2]], BOTH)
+    assert (nothing.asked, nothing.given) == (2, 0)
+    assert nothing.positions.measured == [19, 20, 49, 50, 51]  # of a prompt without such answers all are
 
 
 @torch.no_grad()
