@@ -1,5 +1,6 @@
 """Sparse runs over held-out prompts: each is made once, remembered, and written down."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +33,12 @@ class Runs:
         backend: str = "auto",
         journal: "Journal | None" = None,
         advance: Advance | None = None,
+        dense: Callable[[int], DensePrompt] | None = None,
     ) -> None:
+        """dense: what runs the dense model over a prompt, where others need that too; once is enough."""
         self.model, self.devset, self.phases, self.backend = model, devset, list(phases), backend
         self.journal, self.advance = journal, advance
-        self._dense: dict[int, DensePrompt] = {}
+        self.dense = functools.cache(dense or self._run)
         self._known: dict[tuple[str, int], PromptKL] = {}
         self._can_share: bool | None = None
 
@@ -78,12 +81,9 @@ class Runs:
             self._can_share = can_share(self.model, profiles, self.devset.prompts[prompt], self.backend)
         return self._can_share
 
-    def dense(self, prompt: int) -> DensePrompt:
-        """Kept: the log-probabilities of a few positions."""
-        if prompt not in self._dense:
-            ids, answers = self.devset.prompts[prompt], self.devset.answers[prompt]
-            self._dense[prompt] = DensePrompt(self.model, ids, answers, self.phases, DECODE_TOKENS)
-        return self._dense[prompt]
+    def _run(self, prompt: int) -> DensePrompt:
+        ids, answers = self.devset.prompts[prompt], self.devset.answers[prompt]
+        return DensePrompt(self.model, ids, answers, self.phases, DECODE_TOKENS)
 
     def _prompt_key(self, prompt: int) -> str:
         from kascade_cli.evaluation.journal import digest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from kascade_cli.errors import KascadeError, UsageError
 
 if TYPE_CHECKING:
     from kascade_cli.devset import DevSet
+    from kascade_cli.evaluation.forced import DensePrompt
     from kascade_cli.evaluation.journal import Journal
     from kascade_cli.evaluation.runs import Advance, Runs
     from kascade_cli.models import ModelInfo
@@ -84,6 +85,18 @@ class Session:
     phases: list[str]
     options: Verification
     meta: dict[str, Any]
+    _dense: dict[str, DensePrompt] = field(default_factory=dict)
+
+    def dense(self, devset: DevSet, prompt: int) -> DensePrompt:
+        """What the dense model says to a prompt: it is run once."""
+        from kascade_cli.evaluation.forced import DensePrompt
+        from kascade_cli.evaluation.journal import digest
+
+        ids, answers = devset.prompts[prompt], devset.answers[prompt]
+        key = digest(ids, answers)
+        if key not in self._dense:
+            self._dense[key] = DensePrompt(self.model, ids, answers, self.phases)
+        return self._dense[key]
 
     def runs(
         self, journal: Journal | None = None, advance: Advance | None = None, devset: DevSet | None = None
@@ -91,9 +104,10 @@ class Session:
         """What runs profiles over the prompts (of another dev set than the session's)."""
         from kascade_cli.evaluation.runs import Runs
 
+        devset = devset or self.devset
         return Runs(
-            self.model, devset or self.devset, self.phases,
-            backend=self.options.backend, journal=journal, advance=advance,
+            self.model, devset, self.phases, backend=self.options.backend, journal=journal, advance=advance,
+            dense=lambda prompt: self.dense(devset, prompt),
         )  # fmt: skip
 
     def journal(self, path: Path, notify: Callable[[str], None]) -> Journal:
@@ -140,14 +154,7 @@ class Session:
         return more.take(fit[:count]) if fit else first
 
     def _answered(self, devset: DevSet, prompts: Iterable[int]) -> list[int]:
-        from kascade_cli.evaluation.forced import DensePrompt
-
-        return [
-            index
-            for index in prompts
-            if not devset.answers[index]
-            or DensePrompt(self.model, devset.prompts[index], devset.answers[index], self.phases).given
-        ]
+        return [index for index in prompts if not devset.answers[index] or self.dense(devset, index).given]
 
 
 def open_session(meta: dict[str, Any], phases: Sequence[str], options: Verification) -> Session:

@@ -2,12 +2,15 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
+from kascade_cli.analysis import candidates
 from kascade_cli.analysis.candidates import neighbours, with_one_more, without_one
 from kascade_cli.analysis.problem import make_problem
 from kascade_cli.analysis.rows import any_set
 from kascade_cli.analysis.similarity import measure
+from tests.toy_captures import random_prompt, write_capture
 
 
 @pytest.fixture
@@ -38,7 +41,8 @@ def test_all_of_them(problem, anchors, assignment):
         }
 
 
-def test_the_most_promising_of_each_weighting(problem):
+def test_the_most_promising_of_each_weighting(problem, monkeypatch):
+    monkeypatch.setattr(candidates, "MOVED", 0)
     every = neighbours(problem, (0, 1, 3), [], "nearest", 99)
     for count in (1, 2, 3, len(every)):
         few = {entry.anchors for entry in neighbours(problem, (0, 1, 3), [], "nearest", count)}
@@ -46,6 +50,27 @@ def test_the_most_promising_of_each_weighting(problem):
         for name, share in (("importance", -(-count // 2)), ("uniform", count // 2)):
             best = sorted(every, key=lambda entry: -entry.objectives[name])[:share]  # noqa: B023
             assert {entry.anchors for entry in best} <= few
+
+
+def test_anchors_moved_a_little_come_besides_nearest_first(tmp_path, monkeypatch):
+    prompt = random_prompt(np.random.default_rng(2), layers=9, heads=2, n_tokens=90, tiles=[(64, 26), (80, 1)])
+    wide = make_problem(measure(write_capture(tmp_path / "c.h5", [prompt]), top_k=9), "both")
+    anchors = (0, 2, 6)
+    every = {
+        entry: sum(abs(mine - theirs) for mine, theirs in zip(entry, anchors, strict=True))
+        for entry in ((0, *rest) for rest in itertools.combinations(range(1, 9), 2))
+        if len({*entry} ^ {*anchors}) == 2
+    }
+    near = {entry: far for entry, far in every.items() if far <= 3 and len({*entry} & {*anchors}) == 2}
+    found = [entry.anchors for entry in neighbours(wide, anchors, [], "nearest", 2)]
+    assert len(found) == len(set(found))
+    moved = found[2:]
+    assert set(near) - set(found[:2]) <= set(moved)
+    steps = [min(abs(new - old) for new in {*entry} - {*anchors} for old in {*anchors} - {*entry}) for entry in moved]
+    assert steps == sorted(steps)
+    assert max(steps) <= 3
+    monkeypatch.setattr(candidates, "MOVED", 3)
+    assert [entry.anchors for entry in neighbours(wide, anchors, [], "nearest", 2)] == found[:5]
 
 
 def test_layer_0_stays(problem):

@@ -181,7 +181,7 @@ def test_nan_in_a_sparse_run_is_infinitely_wrong_and_no_answer(make_tiny_model, 
     tokens = torch.tensor([prompt_of(60)])
     tokens[0, 50] = 0  # argmax of NaN is token 0
     dense = DensePrompt(model, tokens[0].tolist(), [(50, 51)], ("prefill",))
-    dense.given = [True]
+    dense.judged = [(50, 51)]
     monkeypatch.setattr(DensePrompt, "_sparse", lambda self, *_: iter([model(tokens).logits[0, 49:50] * torch.nan]))
     monkeypatch.setattr("kascade_cli.integrations.transformers.report.Tally.check", lambda self: {})
     assert dense.compare(model, Setting("dense")) == PromptKL({"prefill": float("inf")}, 1, 1, 0)
