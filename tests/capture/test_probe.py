@@ -398,7 +398,7 @@ def test_tiles_of_questions_and_rows_of_answers_are_always_sampled():
             wanted = set(range(start // 32 * 32, stop, 32))
             assert wanted <= set(prefill[:, 0].tolist())  # the ragged last tile too
         predicting = {p for start, stop in answers for p in range(start - 1, stop - 1)}
-        assert sum(int(row) in predicting for row in rows) == 12
+        assert sum(int(row) in predicting for row in rows) >= 12
     many = sample_tiles(4096, 8, tile=32, seed=0, prompt=0, questions=[(1000, 4000)], answers=[(1000, 4000)])
     inside = [1000 - 32 < start < 4000 for start in many[many[:, 1] > 1][:, 0]]
     assert sum(inside) >= 3
