@@ -77,11 +77,15 @@ def select_anchors(
         ),
     ] = 1,
     verify_prompts: Annotated[
-        int,
+        int | None,
         typer.Option(
-            metavar="N", min=1, max=shared.MOST_PROMPTS, help="Held-out prompts to verify on.", rich_help_panel=_VERIFY
+            metavar="N",
+            min=1,
+            max=shared.MOST_PROMPTS,
+            help="Held-out prompts to verify on. Default: 16 on a GPU, 8 on a CPU.",
+            rich_help_panel=_VERIFY,
         ),
-    ] = 8,
+    ] = None,
     verify_length: Annotated[
         str | None,
         typer.Option(

@@ -110,7 +110,7 @@ def find_ratios(
     """
     found, done = [], 0
     wanted = lengths(session.devset.max_length)
-    per_length = len(GRID).bit_length() * session.options.prompts  # a bisection and the last ratio
+    per_length = len(GRID).bit_length() * session.count  # a bisection and the last ratio
 
     def shown(what: str, result: "PromptKL") -> None:
         nonlocal done

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 class Verification:
     """On what candidates are measured. None: as the capture was made.
 
-    model: where the model is now; dev_set, prompts, max_length: the held-out prompts.
+    model: where the model is now; dev_set, prompts, max_length: the held-out prompts (16 on a GPU, 8 on a CPU).
     """
 
     model: str | None = None
     dev_set: str | None = None
-    prompts: int = 8
+    prompts: int | None = None
     max_length: int | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -129,10 +129,15 @@ class Session:
     def held_out(self, length: int, prompts: int | None = None) -> DevSet:
         """Held-out prompts of at most `length` tokens. Raises KascadeError where one is too short to measure on."""
         source = self.options.dev_set or self.meta["dev_set_name"]
-        count = prompts or self.options.prompts
+        count = prompts or self.count
         devset = held_out_prompts(self.meta, self.tokenizer, source, num_prompts=count, max_length=length)
         _check_lengths(devset, self.phases)
         return devset
+
+    @property
+    def count(self) -> int:
+        """How many prompts to measure on."""
+        return self.options.prompts or (8 if self.model.device.type == "cpu" else 16)
 
     def answerable(self, length: int) -> DevSet:
         """Held-out prompts that dense answers something of, or that ask nothing; all of them if there are none such.
@@ -141,7 +146,7 @@ class Session:
         """
         import torch
 
-        count = self.options.prompts
+        count = self.count
         first = self.held_out(length, count)
         if not any(first.answers):
             return first

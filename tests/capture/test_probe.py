@@ -385,3 +385,22 @@ def test_a_compiled_model_is_measured_as_it_is(llama, llama_info):
     assert plain.keys() == compiled.keys()
     assert all((plain[key] == compiled[key]).all() for key in plain)
     assert (found.importance == expected.importance).all()
+
+
+def test_tiles_of_questions_and_rows_of_answers_are_always_sampled():
+    """Up to three quarters of each kind; the rest is drawn as without questions."""
+    questions, answers = [(3000, 3060), (3100, 3150), (4060, 4090)], [(3050, 3060), (3140, 3150), (4080, 4090)]
+    for prompt in range(8):
+        tiles = sample_tiles(4090, 32, tile=32, seed=0, prompt=prompt, questions=questions, answers=answers)
+        prefill, rows = tiles[tiles[:, 1] > 1], tiles[tiles[:, 1] == 1][:, 0]
+        assert (len(prefill), len(rows)) == (16, 16)
+        for start, stop in questions:
+            wanted = set(range(start // 32 * 32, stop, 32))
+            assert wanted <= set(prefill[:, 0].tolist())  # the ragged last tile too
+        predicting = {p for start, stop in answers for p in range(start - 1, stop - 1)}
+        assert sum(int(row) in predicting for row in rows) >= 12
+    many = sample_tiles(4096, 8, tile=32, seed=0, prompt=0, questions=[(1000, 4000)], answers=[(1000, 4000)])
+    inside = [1000 - 32 < start < 4000 for start in many[many[:, 1] > 1][:, 0]]
+    assert sum(inside) >= 3
+    plain = sample_tiles(4096, 32, tile=32, seed=5, prompt=7)
+    assert (plain == sample_tiles(4096, 32, tile=32, seed=5, prompt=7, questions=(), answers=())).all()
