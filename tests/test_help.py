@@ -1,5 +1,7 @@
 """Help pages: grouped, with examples, in plain text, quick, whose lines parse."""
 
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -109,3 +111,18 @@ def test_help_of_these_commands_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_option_names_do_not_hang_on_typers_reading_of_metavars():
+    """typer 0.27 takes a metavar that is the option's name in capitals for the name; named ones it leaves alone."""
+    seen = 0
+    for target, _ in app.COMMANDS.values():
+        module, name = target.split(":")
+        function = getattr(importlib.import_module(module), name)
+        signature = inspect.signature(function) if inspect.isfunction(function) else None
+        for parameter in signature.parameters.values() if signature else ():
+            for extra in getattr(parameter.annotation, "__metadata__", ()):
+                if type(extra).__name__ == "OptionInfo" and extra.metavar == parameter.name.upper():
+                    seen += 1
+                    assert extra.param_decls, (name, parameter.name)
+    assert seen

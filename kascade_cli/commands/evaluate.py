@@ -59,6 +59,7 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option(
+            "--task",
             metavar="TASK",
             help="Built-in tasks, comma-separated (mix, niah_multikey_1, vt ...: docs/tasks.md), or a .jsonl file. "
             "Default: mix, which is several; what a demo model was trained on.",

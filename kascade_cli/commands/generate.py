@@ -35,7 +35,10 @@ def generate(
     task: Annotated[
         str | None,
         typer.Option(
-            metavar="TASK", help="Ask a question of this built-in task about a long text.", rich_help_panel=PROMPTS
+            "--task",
+            metavar="TASK",
+            help="Ask a question of this built-in task about a long text.",
+            rich_help_panel=PROMPTS,
         ),
     ] = None,
     max_length: Annotated[

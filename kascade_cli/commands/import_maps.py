@@ -38,6 +38,7 @@ def import_maps(
     model: Annotated[
         str | None,
         typer.Option(
+            "--model",
             metavar="MODEL",
             help="Hub id, local folder, .gguf file or demo model: its config gives the geometry.",
             rich_help_panel=_GEOMETRY,

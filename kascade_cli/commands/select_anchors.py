@@ -121,7 +121,10 @@ def select_anchors(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="The model to verify with. Default: the capture's.", rich_help_panel=_VERIFY
+            "--model",
+            metavar="MODEL",
+            help="The model to verify with. Default: the capture's.",
+            rich_help_panel=_VERIFY,
         ),
     ] = None,
     dtype: shared.Dtype = "auto",

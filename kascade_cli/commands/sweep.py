@@ -36,6 +36,7 @@ _MinKeys = Annotated[
 _Task = Annotated[
     list[str] | None,
     typer.Option(
+        "--task",
         metavar="TASK",
         help="What `evaluate --task` takes: tasks, comma-separated, or a .jsonl file. Default: mix, which is several; "
         "what a demo model was trained on.",
