@@ -30,7 +30,7 @@ def test_every_architecture(kind, make_tiny_model, tmp_path, capsys):
     kascade("profile", folder, "-o", capture, "--num-prompts", 2, "--max-length", 300, "--decode-tokens", 2, *common)
     kascade(
         *("select-anchors", capture, "-o", profile, "--anchors", 2, "--min-keys", 8, "--bootstrap", 5),
-        *("--verify", 1, "--verify-prompts", 1, *common),
+        *("--verify", "--verify-prompts", 1, *common),
     )
     chosen = Profile.load(profile)
     assert chosen.attention_layers == info.profiled_layers

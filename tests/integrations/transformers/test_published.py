@@ -139,7 +139,7 @@ def test_published_depths_as_shares_of_the_models():
         ("omnikv:filter_layers=a", "not a list of layers"),
         ("lessismore:recent=1.5", r"recent 1.5 is outside \[0, 1\]"),
         ("lessismore:recent=nan", r"recent nan is outside \[0, 1\]"),
-        ("oracle:page=3", "no option 'page': it has none"),
+        ("oracle:page=3", "no option 'page': it has pool"),
         ("dense:ratio=x", "ratio x is not a number"),
     ],
 )
