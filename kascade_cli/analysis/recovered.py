@@ -6,18 +6,17 @@ first layer is dense and keeps everything, an anchor what its own Top-k holds. M
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from kascade_cli.analysis.similarity import PHASES, default_workers
+from kascade_cli.analysis.pool import each_prompt
+from kascade_cli.analysis.similarity import PHASES
 from kascade_cli.analysis.topk import to_float32, top_indices
 from kascade_cli.capture.plausible import check_rows
-from kascade_cli.capture.store import Capture, CapturedPrompt, open_capture
+from kascade_cli.capture.store import CapturedPrompt, open_capture
 from kascade_cli.errors import KascadeError
 from kascade_cli.schema import Budget
 
@@ -65,16 +64,17 @@ def measure(
         phase: sorted({link for entry in sets for row in entry.links[phase] for link in row}) for phase in PHASES
     }
     found: dict[str, list[np.ndarray]] = {phase: [] for phase in PHASES}
-    with open_capture(path) as capture:
-        if workers is None:
-            workers = default_workers(sum(prompt.mass.size * 2 for prompt in capture))
-        total = len(capture)
-        for done, result in enumerate(_results(capture, wanted, budget, min(total, workers)), 1):
-            for phase, kept in result.items():
-                found[phase].append(kept)
-            if advance:
-                advance(done, total)
-        layers = len(capture.profiled_layers)
+    try:
+        with open_capture(path) as capture:
+            results = each_prompt(capture, prompt_recovered, (wanted, budget), workers)
+            for done, result in enumerate(results, 1):
+                for phase, kept in result.items():
+                    found[phase].append(kept)
+                if advance:
+                    advance(done, len(capture))
+            layers = len(capture.profiled_layers)
+    except MemoryError as error:
+        raise KascadeError(f"{path}: not enough memory to read it") from error
     means: dict[str, dict[Link, float]] = {}
     for phase, rows in found.items():
         if rows:
@@ -141,29 +141,3 @@ def _plan(links: Sequence[Link]) -> dict[int, dict[int, tuple[np.ndarray, np.nda
     for (layer, anchor), rows in grouped.items():
         plan[layer][anchor] = tuple(np.array(rows).T)
     return plan
-
-
-_open: dict[str, Capture] = {}
-
-
-def _work(path: str, name: str, wanted: dict[str, list[Link]], budget: Budget) -> dict[str, np.ndarray]:
-    """Runs in a worker process, which keeps the file open between prompts."""
-    if path not in _open:
-        _open[path] = open_capture(path)
-    return prompt_recovered(_open[path].prompt(name), wanted, budget)
-
-
-def _results(
-    capture: Capture, wanted: dict[str, list[Link]], budget: Budget, workers: int
-) -> Iterator[dict[str, np.ndarray]]:
-    if workers <= 1:
-        for prompt in capture:
-            yield prompt_recovered(prompt, wanted, budget)
-        return
-    try:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            yield from pool.map(
-                _work, *zip(*((str(capture.path), name, wanted, budget) for name in capture.prompts), strict=True)
-            )
-    except MemoryError as error:
-        raise KascadeError(f"{capture.path}: not enough memory to read it") from error

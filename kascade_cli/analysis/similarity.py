@@ -15,25 +15,22 @@ neither the order of keys nor the number of workers changes a bit of the result.
 """
 
 import hashlib
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kascade_cli.analysis.pool import each_prompt
 from kascade_cli.analysis.topk import to_float32, top_indices
 from kascade_cli.capture.plausible import check_rows
-from kascade_cli.capture.store import Capture, CapturedPrompt, open_capture
+from kascade_cli.capture.store import CapturedPrompt, open_capture
 from kascade_cli.errors import KascadeError
 
 PHASES = ("decode", "prefill")
 REDUCTIONS = ("min", "mean")
 _BLOCK_BYTES = 32 << 20  # of chosen keys held at a time
-_SMALL_CAPTURE = 400 << 20  # raw bytes below which starting worker processes costs more than it gives
 
 
 @dataclass
@@ -160,37 +157,6 @@ def _tile_ratio(
     return kept / own  # own > 0: a row has mass, and its largest key is chosen or on the diagonal
 
 
-_open: dict[str, Capture] = {}
-
-
-def _work(path: str, name: str, top_k: int, reduce: str) -> PromptSimilarity:
-    """Runs in a worker process, which keeps the file open between prompts."""
-    if path not in _open:
-        _open[path] = open_capture(path)
-    return prompt_similarity(_open[path].prompt(name), top_k, reduce)
-
-
-def _results(capture: Capture, top_k: int, reduce: str, workers: int) -> Iterator[PromptSimilarity]:
-    if workers <= 1:
-        for prompt in capture:
-            yield prompt_similarity(prompt, top_k, reduce)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_work, str(capture.path), name, top_k, reduce) for name in capture.prompts]
-        try:
-            for future in futures:
-                yield future.result()
-        finally:
-            for future in futures:
-                future.cancel()
-
-
-def default_workers(raw_bytes: int) -> int:
-    """One process for a small capture, else one per available core up to 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if raw_bytes < _SMALL_CAPTURE else min(cores, 8)
-
-
 def measure(
     path: str | Path,
     *,
@@ -217,9 +183,7 @@ def _measure(
     with open_capture(path) as capture:
         if not capture.prompts:
             raise KascadeError(f"{path}: no complete prompt; finish the capture with `kascade profile ... --resume`")
-        if workers is None:
-            workers = default_workers(sum(prompt.mass.size * 2 for prompt in capture))
-        for result in _results(capture, top_k, reduce, min(len(capture), workers)):
+        for result in each_prompt(capture, prompt_similarity, (top_k, reduce), workers):
             results.append(result)
             if advance:
                 advance(len(results), len(capture))

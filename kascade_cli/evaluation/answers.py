@@ -112,6 +112,19 @@ def shared_tokens(context: int, shortest: int, tile: int) -> int:
     return shared if shared >= 2 else 0
 
 
+def read_context(
+    model: nn.Module, context: Sequence[int], questions: Sequence[Sequence[int]], tile: int
+) -> tuple[int, Any]:
+    """(tokens of the context that all questions share, the model's own cache of them); (0, None) if there are none."""
+    shared = 0
+    if continues_in_chunks(model):
+        shared = shared_tokens(len(context), min(map(len, questions)), tile)
+    if not shared:
+        return 0, None
+    ids = torch.tensor([list(context[:shared])], device=model.device)
+    return shared, logits_at(model, ids, use_cache=True)[1].past_key_values
+
+
 @torch.no_grad()
 def greedy_answers(
     model: nn.Module,
@@ -121,19 +134,17 @@ def greedy_answers(
     *,
     tile: int,
     max_bytes: int | None = None,
+    read: tuple[int, Any] | None = None,
 ) -> list[list[int]]:
     """For each question, the first `new_tokens[i]` tokens that greedy decoding writes after context + question.
 
     Runs whatever attention the model has attached. An answer ends before the model's end-of-sequence token. Rows of a
-    batch share the question's length; `max_bytes` bounds the repeated cache (default: 1 GB,
-    16 GB on a GPU).
+    batch share the question's length; `max_bytes` bounds the repeated cache (default: 1 GB, 16 GB on a GPU).
+    `read`: what read_context gave, if the context has been read.
     """
     chunks = continues_in_chunks(model)
-    shared = shared_tokens(len(context), min(map(len, questions)), tile) if chunks else 0
-    rest, cache = list(context[shared:]), None
-    if shared:
-        ids = torch.tensor([list(context[:shared])], device=model.device)
-        cache = logits_at(model, ids, use_cache=True)[1].past_key_values  # of the model's own kind
+    shared, cache = read_context(model, context, questions, tile) if read is None else read
+    rest = list(context[shared:])
     by_length: dict[int, list[int]] = {}
     for index, question in enumerate(questions):
         by_length.setdefault(len(question), []).append(index)

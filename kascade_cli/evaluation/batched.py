@@ -5,7 +5,7 @@ is the one that `model.generate` gives on its context and question alone. Models
 values (sliding windows, linear attention) answer context by context.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,22 +20,14 @@ from kascade_cli.evaluation.answers import (
     cache_bytes,
     ends,
     greedy_answers,
-    shared_tokens,
+    read_context,
     until_end,
 )
-from kascade_cli.evaluation.behind import continues_in_chunks, logits_behind
+from kascade_cli.evaluation.behind import logits_behind
+from kascade_cli.evaluation.cases import Case
 from kascade_cli.models import logits_at
 
 _LOOK = 8  # steps between two looks whether all answers have ended
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One context (token ids) and its questions; new_tokens: how many each answer may have."""
-
-    context: Sequence[int]
-    questions: Sequence[Sequence[int]]
-    new_tokens: Sequence[int]
 
 
 @dataclass
@@ -62,25 +54,30 @@ class _Row:
 @torch.no_grad()
 def answer_all(
     model: nn.Module,
-    asked: Sequence[Asked],
+    cases: Sequence[Case],
     *,
     tile: int,
     max_bytes: int | None = None,
     advance: Callable[[int], None] = lambda index: None,
 ) -> list[list[list[int]]]:
-    """Per context and question, the tokens that greedy decoding writes, without the end-of-sequence token.
+    """Per case and question, the tokens that greedy decoding writes, without the end-of-sequence token.
 
     Runs whatever attention the model has attached. `max_bytes` bounds the keys and values of a batch (default: 1 GB,
-    16 GB on a GPU). `advance(index)` is called when a context has been read with its questions.
+    16 GB on a GPU). `advance(index)` is called when a case has been read.
     """
-    answers: list[list[list[int]]] = [[[] for _ in entry.questions] for entry in asked]
+    answers: list[list[list[int]]] = [[[] for _ in case.questions] for case in cases]
     limit = max_bytes or cache_bytes(model.device)
     rows: list[_Row] = []
-    for index, entry in enumerate(asked):
-        found = _read(model, entry, index, tile)
-        if found is None:
-            answers[index] = greedy_answers(model, entry.context, entry.questions, entry.new_tokens, tile=tile)
-        for row in found or ():
+    for index, case in enumerate(cases):
+        asked = [question.ids for question in case.questions]
+        read = read_context(model, case.context, asked, tile)
+        found: Iterable[_Row] = ()
+        if _stands_alone(read[1]):
+            found = _rows(model, case, index, *read)
+        else:
+            new = [question.new_tokens for question in case.questions]
+            answers[index] = greedy_answers(model, case.context, asked, new, tile=tile, read=read)
+        for row in found:
             grown = [*rows, row]
             widest = max(other.tokens for other in grown)
             needed = sum(other.bytes(widest - other.tokens + row.steps) for other in grown)
@@ -94,29 +91,21 @@ def answer_all(
     return answers
 
 
-def _read(model: nn.Module, entry: Asked, index: int, tile: int) -> Iterator[_Row] | None:
-    """The questions of a context, read one by one; None for a model whose caches cannot stand side by side."""
-    if not continues_in_chunks(model):
-        return None
-    shared = shared_tokens(len(entry.context), min(map(len, entry.questions)), tile)
-    if not shared:
-        return None
-    ids = torch.tensor([list(entry.context[:shared])], device=model.device)
-    cache = logits_at(model, ids, use_cache=True)[1].past_key_values
-    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return None
-    return _rows(model, entry, index, cache, shared)
+def _stands_alone(cache: Any) -> bool:
+    """Whether a cache is keys and values and nothing else, so that rows of several can be put side by side."""
+    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-def _rows(model: nn.Module, entry: Asked, index: int, cache: Any, shared: int) -> Iterator[_Row]:
-    rest = list(entry.context[shared:])
-    repeated = Repeated(cache, 1, len(rest) + max(map(len, entry.questions)))
-    for number, (question, steps) in enumerate(zip(entry.questions, entry.new_tokens, strict=True)):
-        chunk = torch.tensor([rest + list(question)], device=model.device)
+def _rows(model: nn.Module, case: Case, index: int, shared: int, cache: Any) -> Iterator[_Row]:
+    """The questions of a case, read one by one behind the `shared` tokens of the context."""
+    rest = list(case.context[shared:])
+    repeated = Repeated(cache, 1, len(rest) + max(len(question.ids) for question in case.questions))
+    for number, question in enumerate(case.questions):
+        chunk = torch.tensor([rest + question.ids], device=model.device)
         logits, output = logits_behind(model, chunk, repeated.take(1), shared)
         # The next question writes over these slots.
         layers = [(layer.keys.clone(), layer.values.clone()) for layer in output.past_key_values.layers]
-        yield _Row((index, number), layers, logits[0, -1].argmax(-1), steps)
+        yield _Row((index, number), layers, logits[0, -1].argmax(-1), question.new_tokens)
 
 
 def _finish(model: nn.Module, rows: list[_Row], answers: list[list[list[int]]]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from kascade_cli.console import format_size
 from kascade_cli.errors import KascadeError
-from kascade_cli.evaluation.batched import Asked, answer_all
+from kascade_cli.evaluation.batched import answer_all
 from kascade_cli.evaluation.cases import Case, score_question
 from kascade_cli.integrations.transformers import attach_setting
 from kascade_cli.schema import Budget
@@ -70,12 +70,8 @@ def run_cases(
     for setting in run.settings:
         row: list[float] = []
         with attach_setting(model, setting) as attachment:
-            asked = [
-                Asked(case.context, [q.ids for q in case.questions], [q.new_tokens for q in case.questions])
-                for case in cases
-            ]
             written = answer_all(
-                model, asked, tile=attachment.budget.tile, advance=lambda index: advance(cases[index].tokens)
+                model, cases, tile=attachment.budget.tile, advance=lambda index: advance(cases[index].tokens)
             )
             for case, answers in zip(cases, written, strict=True):
                 pairs = zip(answers, case.questions, strict=True)

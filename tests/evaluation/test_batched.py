@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kascade_cli.evaluation.batched import Asked, answer_all
+from kascade_cli.evaluation.batched import answer_all
+from kascade_cli.evaluation.cases import Case, EncodedQuestion
 from kascade_cli.integrations.transformers import attach_setting
 from kascade_cli.sparse import Setting
 from tests.conftest import tiny_model
@@ -16,25 +17,21 @@ def questions_of(seed, contexts):
     rng = np.random.default_rng(seed)
     asked = []
     for length in contexts:
-        count = int(rng.integers(1, 4))
-        sizes = rng.integers(1, 41, count)
-        asked.append(
-            Asked(
-                rng.integers(3, 64, length).tolist(),
-                [rng.integers(3, 64, size).tolist() for size in sizes],
-                [11 if length % 2 else 9] * count,
-            )
-        )
+        sizes = rng.integers(1, 41, int(rng.integers(1, 4)))
+        new = 11 if length % 2 else 9
+        questions = [EncodedQuestion("", rng.integers(3, 64, size).tolist(), (), new) for size in sizes]
+        asked.append(Case(rng.integers(3, 64, length).tolist(), questions))
     return asked
 
 
 def one_by_one(model, asked):
     answers = []
-    for entry in asked:
+    for case in asked:
         answers.append([])
-        for question, new in zip(entry.questions, entry.new_tokens, strict=True):
-            ids = torch.tensor([[*entry.context, *question]])
-            out = model.generate(ids, max_new_tokens=new, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
+        for question in case.questions:
+            ids = torch.tensor([[*case.context, *question.ids]])
+            options = {"max_new_tokens": question.new_tokens, "do_sample": False, "pad_token_id": 0}
+            out = model.generate(ids, **options)[0, ids.shape[1] :].tolist()
             answers[-1].append(out[: out.index(2)] if 2 in out else out)
     return answers
 
@@ -63,3 +60,20 @@ def test_models_with_other_caches_answer_context_by_context(kind):
     asked = questions_of(2, (97, 31, 130))
     with attach_setting(model, Setting("oracle", ratio=0.2, min_keys=8)):
         assert answer_all(model, asked, tile=32) == one_by_one(model, asked)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_context_is_read_once(kind, monkeypatch):
+    model = tiny_model(kind)
+    asked = questions_of(3, (97, 130))
+    genuine, widths = model.forward, []
+
+    def counted(input_ids, *args, **options):
+        widths.append(input_ids.shape[1])
+        return genuine(input_ids, *args, **options)
+
+    monkeypatch.setattr(model, "forward", counted)
+    with attach_setting(model, Setting("oracle", ratio=0.2, min_keys=8)):
+        answer_all(model, asked, tile=32)
+    assert sum(width == 96 for width in widths) == 1
+    assert sum(width == 128 for width in widths) == 1
