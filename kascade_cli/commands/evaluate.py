@@ -160,21 +160,17 @@ def evaluate(
 
     loaded_profile = Profile.load(profile) if profile else None
 
-    from kascade_cli.demo import DEMO_TASKS
     from kascade_cli.evaluation.anchors import parse_anchors
-    from kascade_cli.evaluation.cases import Asking, gather_cases, split_sources
+    from kascade_cli.evaluation.cases import Asking, gather_cases, named_tasks
     from kascade_cli.evaluation.plan import anchors_label, check_strategies, parse_strategies, plan_runs
     from kascade_cli.evaluation.require import parse_requirement
     from kascade_cli.evaluation.run import run_table
     from kascade_cli.integrations.transformers import compile_ahead
-    from kascade_cli.models import describe, load_model
+    from kascade_cli.models import describe
     from kascade_cli.sparse import Setting
-    from kascade_cli.tasks.natural import MIX
 
     shared.check_haystack(haystack)
-    demo_task = DEMO_TASKS.get(model)
-    asked = [part.strip() for entry in task or [demo_task or MIX] for part in entry.split(",")]
-    sources = split_sources(asked, demo_task)
+    _, sources = named_tasks(task, model)
     # A file has the lengths it has; built-in texts are made to one.
     lengths = lengths or [NATURAL_LENGTH if sources.natural else DEFAULT_LENGTH if sources.kinds else None]
     sets = {text: parse_anchors(text) for text in anchors or []}
@@ -187,15 +183,8 @@ def evaluate(
     targets = [parse_requirement(text, labels, kinds) for text in require or []]
 
     told: list[str] = []  # shown once nothing is left to refuse
-    loaded, tokenizer = load_model(
-        model,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        notify=told.append,
-    )
+    loading = shared.Loading(dtype, device, device_map, revision, trust_remote_code)
+    loaded, tokenizer = loading.load(model, told.append)
     info = describe(loaded, model)
     asking = Asking(num_prompts, questions, seed, chat, max_new_tokens, haystack, note)
     found = [(length, gather_cases(sources, tokenizer, info, length, asking)) for length in lengths]

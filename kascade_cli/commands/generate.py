@@ -129,7 +129,7 @@ def generate(
     from kascade_cli import generation
     from kascade_cli.evaluation.cases import split_sources
     from kascade_cli.integrations.transformers import compile_ahead
-    from kascade_cli.models import describe, load_model
+    from kascade_cli.models import describe
     from kascade_cli.sparse import Setting
     from kascade_cli.tasks.chat import encode_request
 
@@ -146,15 +146,8 @@ def generate(
     if task is not None and not split_sources([task]).built_in:
         raise UsageError(f"--task {task}: ask a file's questions with --prompt-file, or kascade evaluate")
     told: list[str] = []  # shown once nothing is left to refuse
-    loaded, tokenizer = load_model(
-        model,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        notify=told.append,
-    )
+    loading = shared.Loading(dtype, device, device_map, revision, trust_remote_code)
+    loaded, tokenizer = loading.load(model, told.append)
     info = describe(loaded, model)
     expected = None
     if task:

@@ -1,7 +1,9 @@
 """Options that several commands have, with one wording, under one heading of the help (kascade_cli.help)."""
 
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +20,23 @@ def check_device(device: str) -> str:
     if device.split(":")[0].strip().lower() == "meta":
         raise UsageError("device 'meta' holds no data: use --device cpu, cuda or auto")
     return device
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded: the options that every command with a MODEL has."""
+
+    dtype: str
+    device: str
+    device_map: str | None
+    revision: str | None
+    trust_remote_code: bool
+
+    def load(self, model: str, notify: Callable[[str], None]) -> tuple[Any, Any]:
+        """(model, tokenizer) as `models.load_model` gives them."""
+        from kascade_cli.models import load_model
+
+        return load_model(model, **asdict(self), notify=notify)
 
 
 def check_haystack(haystack: str | None) -> None:

@@ -133,7 +133,7 @@ def profile(
     from kascade_cli.capture.run import CaptureOptions, plan_capture, run_capture
     from kascade_cli.demo import DEMO_TASKS
     from kascade_cli.devset import check_source, default_devset, load_devset
-    from kascade_cli.models import check_revision, describe, load_model
+    from kascade_cli.models import check_revision, describe
 
     if resume and output.exists():
         dev_set, length = _as_before(output, dev_set, length)
@@ -156,15 +156,8 @@ def profile(
     if resume and output.exists():
         _check_resumed(output, options | ({"max_length": length} if length else {}), dev_set, dtype, device)
     with _interruptible(output, begun=resume):
-        loaded, tokenizer = load_model(
-            model,
-            dtype=dtype,
-            device=device,
-            device_map=device_map,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            notify=note,
-        )
+        loading = shared.Loading(dtype, device, device_map, revision, trust_remote_code)
+        loaded, tokenizer = loading.load(model, note)
         info = describe(loaded, model)
         dev_set = dev_set or default_devset(tokenizer)
         length = _length(loaded, info, length, num_prompts, decode_tokens)

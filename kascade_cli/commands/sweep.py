@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from kascade_cli.commands import options as shared
-from kascade_cli.commands.sweep_job import Job
+from kascade_cli.commands.sweep_job import Job, Prompts
 from kascade_cli.console import parse_floats, parse_ints
 from kascade_cli.errors import UsageError
 from kascade_cli.help import BUDGET, OUTPUT, PROMPTS, Command, examples
@@ -150,10 +150,9 @@ def oracle(
 
         return oracle_points(base, ratios, counts, per_query)
 
-    Job("oracle", output, overwrite, as_json).run(
-        points, model, None, task, max_length, num_prompts, questions, kl_prompts, haystack, chat, seed, min_keys,
-        dtype, device, device_map, backend, revision, trust_remote_code,
-    )  # fmt: skip
+    prompts = Prompts(task, max_length, num_prompts, questions, kl_prompts, haystack, chat, seed)
+    loading = shared.Loading(dtype, device, device_map, revision, trust_remote_code)
+    Job("oracle", output, overwrite, as_json).run(points, model, prompts, loading, min_keys=min_keys, backend=backend)
 
 
 @sweep.command(short_help="Figure 5: pooling before or after the softmax, over tile sizes.", cls=Command)
@@ -195,10 +194,9 @@ def pooling(
 
         return pooling_points(base, sizes, ratios)
 
-    Job("pooling", output, overwrite, as_json, prompts=8).run(
-        points, model, None, task, max_length, num_prompts, questions, kl_prompts, haystack, chat, seed, min_keys,
-        dtype, device, device_map, "torch", revision, trust_remote_code,
-    )  # fmt: skip
+    prompts = Prompts(task, max_length, num_prompts, questions, kl_prompts, haystack, chat, seed)
+    loading = shared.Loading(dtype, device, device_map, revision, trust_remote_code)
+    Job("pooling", output, overwrite, as_json, prompts=8).run(points, model, prompts, loading, min_keys=min_keys)
 
 
 @sweep.command(short_help="Figure 6: head maps, one set for all heads, or no map.", cls=Command)
@@ -256,7 +254,8 @@ def remap(
         others = [other for other in others if other.anchors != loaded.anchors]
         return remap_points(base, ratios, [loaded, *others])
 
+    prompts = Prompts(task, max_length, num_prompts, questions, kl_prompts, haystack, chat, seed)
+    loading = shared.Loading(dtype, device, device_map, revision, trust_remote_code)
     Job("remap", output, overwrite, as_json).run(
-        points, model, profile, task, max_length, num_prompts, questions, kl_prompts, haystack, chat, seed, min_keys,
-        dtype, device, device_map, backend, revision, trust_remote_code,
-    )  # fmt: skip
+        points, model, prompts, loading, min_keys=min_keys, backend=backend, profile=profile
+    )

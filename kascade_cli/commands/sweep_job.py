@@ -1,6 +1,7 @@
 """What the commands of `kascade sweep` share: from options to a result file that grows row by row."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,20 @@ from kascade_cli.files import check_output
 
 DEFAULT_LENGTH, NATURAL_LENGTH = 1024, 2048
 MOST_PROMPTS = 16  # by default, of all tasks together
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is asked: the options of that heading."""
+
+    task: list[str] | None
+    max_length: str | None
+    num_prompts: int | None
+    questions: int
+    kl_prompts: int
+    haystack: str | None
+    chat: bool
+    seed: int
 
 
 class Job:
@@ -29,61 +44,45 @@ class Job:
         self,
         points: Callable[..., Any],
         model: str,
-        profile: Path | None,
-        task: list[str] | None,
-        max_length: str | None,
-        num_prompts: int | None,
-        questions: int,
-        kl_prompts: int,
-        haystack: str | None,
-        chat: bool,
-        seed: int,
+        prompts: Prompts,
+        loading: shared.Loading,
+        *,
         min_keys: int,
-        dtype: str,
-        device: str,
-        device_map: str | None,
-        backend: str,
-        revision: str | None,
-        trust_remote_code: bool,
+        backend: str = "torch",
+        profile: Path | None = None,
     ) -> None:
         """Measures what the result lacks; `points(base setting, model info)` says what there is to measure."""
-        length = parse_size(max_length, "--max-length") if max_length is not None else None
+        length = parse_size(prompts.max_length, "--max-length") if prompts.max_length is not None else None
 
-        from kascade_cli.demo import DEMO_TASKS
-        from kascade_cli.evaluation.cases import Asking, gather_cases, split_sources
+        from kascade_cli.evaluation.cases import Asking, gather_cases, named_tasks
         from kascade_cli.integrations.transformers import compile_ahead
-        from kascade_cli.models import describe, load_model
+        from kascade_cli.models import describe
         from kascade_cli.sparse import Setting
         from kascade_cli.sweeps.document import SCHEMA, open_result, read_result
         from kascade_cli.sweeps.head import head
         from kascade_cli.sweeps.plan import check_points
         from kascade_cli.sweeps.run import run_sweep, tokens_to_read
-        from kascade_cli.tasks.natural import MIX
 
-        shared.check_haystack(haystack)
-        demo_task = DEMO_TASKS.get(model)
-        asked = [part.strip() for entry in task or [demo_task or MIX] for part in entry.split(",")]
-        sources = split_sources(asked, demo_task)
+        shared.check_haystack(prompts.haystack)
+        asked, sources = named_tasks(prompts.task, model)
         length = length or (NATURAL_LENGTH if sources.natural else DEFAULT_LENGTH if sources.kinds else None)
-        num_prompts = num_prompts or max(1, self.prompts // max(1, len(sources.natural)))
+        num_prompts = prompts.num_prompts or max(1, self.prompts // max(1, len(sources.natural)))
         base = Setting(min_keys=min_keys, backend=backend)
         check_points(points(base))
         if self.output.exists() and not self.overwrite:
             read_result(self.output)
 
-        loaded, tokenizer = load_model(
-            model, dtype=dtype, device=device, device_map=device_map, revision=revision,
-            trust_remote_code=trust_remote_code, notify=note,
-        )  # fmt: skip
+        loaded, tokenizer = loading.load(model, note)
         info = describe(loaded, model)
-        asking = Asking(num_prompts, questions, seed, chat, None, haystack, note)
+        asking = Asking(num_prompts, prompts.questions, prompts.seed, prompts.chat, None, prompts.haystack, note)
         cases = gather_cases(sources, tokenizer, info, length, asking)
-        kl_prompts = min(kl_prompts, len(cases))
+        kl_prompts = min(prompts.kl_prompts, len(cases))
         plan = points(base, info)
         check_points(plan)
         settings = {
             "tasks": asked, "length": length or max(case.tokens for case in cases), "prompts": len(cases),
-            "questions": questions, "seed": seed, "chat": chat, "kl_prompts": kl_prompts, "min_keys": min_keys,
+            "questions": prompts.questions, "seed": prompts.seed, "chat": prompts.chat, "kl_prompts": kl_prompts,
+            "min_keys": min_keys,
         }  # fmt: skip
         about = head(SCHEMA, self.name, loaded, info, settings, cases, profile)
         result = open_result(self.output, about, self.overwrite)

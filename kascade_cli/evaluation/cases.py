@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kascade_cli.console import format_size
+from kascade_cli.demo import DEMO_TASKS
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.evaluation.rows import Row, read_rows
 from kascade_cli.models import ModelInfo
@@ -104,6 +105,13 @@ def split_sources(names: Sequence[str], demo_task: str | None = None) -> Sources
         raise UsageError(f"--task {','.join(built_in)} mixes two kinds of haystack; evaluate them one by one")
     others = list(dict.fromkeys(task for name in names for task in natural.natural_names(name)))
     return Sources(kinds, layouts.pop() if kinds else None, others, files)
+
+
+def named_tasks(task: Sequence[str] | None, model: str) -> tuple[list[str], Sources]:
+    """What `--task` names (comma-separated, repeatable), or the default of a model, as given and as sources."""
+    demo_task = DEMO_TASKS.get(model)
+    names = [part.strip() for entry in task or [demo_task or natural.MIX] for part in entry.split(",")]
+    return names, split_sources(names, demo_task)
 
 
 def _is_file(name: str) -> bool:

@@ -101,13 +101,12 @@ def test_a_capture_without_a_finished_prompt(tmp_path, prompts):
 
 
 def test_commands_hold_no_paths_of_a_machine(files, prompts, tmp_path):
-    path = write_capture(
-        tmp_path / "c.h5", prompts, model_name="/home/me/models/mine", dev_set_name="/home/me/dev.jsonl"
-    )
-    change(files["evaluation"], model="/home/me/models/mine", profile="/home/me/p.yaml")
+    model, texts, profile = (str(tmp_path / name) for name in ("mine", "dev.jsonl", "p.yaml"))
+    path = write_capture(tmp_path / "c.h5", prompts, model_name=model, dev_set_name=texts)
+    change(files["evaluation"], model=model, profile=profile)
     for source in load_all([path, files["evaluation"]]):
         assert source.model == "mine"
-        assert "/home" not in source.command
+        assert str(tmp_path) not in source.command
         assert "mine" in source.command
 
 

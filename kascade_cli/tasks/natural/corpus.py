@@ -135,7 +135,7 @@ def _read(file: Path) -> str | None:
 
 
 def _corpus(name: str, texts: dict[str, Sequence[tuple[str, str]]]) -> Corpus:
-    """Documents go to the split that owns their first passage; a passage seen before stays with its first owner."""
+    """Documents go to the split that owns how they begin; a passage seen before stays with its first owner."""
     owners: dict[str, str] = {}
     documents: dict[str, dict[str, list[list[str]]]] = {
         kind: {split: [] for split in OWNERS} for kind, found in texts.items() if found

@@ -1,8 +1,7 @@
 """Texts with questions as token ids, as long as asked for, by any tokenizer; in its chat template if it has one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.tasks.encoding import EncodedPrompt, encode_text
@@ -10,6 +9,7 @@ from kascade_cli.tasks.natural.base import Asked, NaturalTask, Text
 from kascade_cli.tasks.natural.corpus import Corpus
 from kascade_cli.tasks.natural.splits import Draw
 
+Encoded = TypeVar("Encoded")
 _CHARACTERS_PER_TOKEN = 3.0
 _FIRST = 6000  # characters of the text that shows how long a token is
 _CLOSE = 0.97  # of the length: near enough
@@ -109,36 +109,31 @@ def _tokens(tokenizer: Any, whole: str, chat: bool) -> tuple[list[int], Callable
     return ids, token_of
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A text of the length asked for. tokens: of its longest prompt, or of the dialogue."""
-
-    text: Text
-    tokens: int
-
-
 def fit(
     task: NaturalTask,
     draw: Draw,
     corpus: Corpus,
     length: int,
     questions: int,
-    count: Callable[[Text], int],
-) -> Fitted:
-    """The text of the task that takes at most `length` tokens by `count`, and nearly that many.
+    encode: Callable[[Text], tuple[int, Encoded]],
+) -> Encoded:
+    """What `encode` makes of the text of the task that takes at most `length` tokens, and nearly that many.
+
+    encode: (how many tokens a text takes, whatever the caller wants of it).
 
     Where the questions do not fit, there are fewer. Raises KascadeError if not even the shortest fits, or the corpus
     is too short for the length.
     """
-    size, best = min(_FIRST, int(length * _CHARACTERS_PER_TOKEN)), None
+    size = min(_FIRST, int(length * _CHARACTERS_PER_TOKEN))
+    best: tuple[int, Encoded] | None = None
     low, high = 0, None  # sizes known to fit, and not to
     for _ in range(_ATTEMPTS):
         text = task.make(draw, corpus, size, questions)
-        tokens = count(text)
+        tokens, encoded = encode(text)
         if tokens <= length:
             low = size
-            if best is None or tokens > best.tokens:
-                best = Fitted(text, tokens)
+            if best is None or tokens > best[0]:
+                best = tokens, encoded
             if tokens >= _CLOSE * length:
                 break
         else:
@@ -151,7 +146,7 @@ def fit(
             break
         size = guess
     if best is None and questions > 1:
-        return fit(task, draw, corpus, length, questions // 2, count)
+        return fit(task, draw, corpus, length, questions // 2, encode)
     if best is None:
         raise KascadeError(f"{length} tokens cannot hold the task {task.name}: take a longer length")
-    return best
+    return best[1]

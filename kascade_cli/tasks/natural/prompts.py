@@ -20,16 +20,12 @@ def dialogue(name: str, tokenizer: Any, corpus: Corpus, draw: Draw, length: int,
     kind = MIXED[draw.index % len(MIXED)] if name == MIX else name
     if kind not in NATURAL:
         return _plain(kind, tokenizer, corpus, draw, length)
-    questions = max(1, min(4, length // 256))
-    found = fit(
-        NATURAL[kind],
-        draw,
-        corpus,
-        length,
-        questions,
-        lambda text: len(encode_dialogue(tokenizer, text, chat).ids),
-    )
-    return encode_dialogue(tokenizer, found.text, chat)
+
+    def encode(text: Text) -> tuple[int, EncodedPrompt]:
+        found = encode_dialogue(tokenizer, text, chat)
+        return len(found.ids), found
+
+    return fit(NATURAL[kind], draw, corpus, length, max(1, min(4, length // 256)), encode)
 
 
 def _plain(kind: str, tokenizer: Any, corpus: Corpus, draw: Draw, length: int) -> EncodedPrompt:
@@ -48,12 +44,11 @@ def questions(
 
     Raises KascadeError if the length cannot hold the task, or the corpus is too short.
     """
-    room = length - task.new_tokens
 
-    def longest(text: Text) -> int:
+    def encode(text: Text) -> tuple[int, Text]:
         # Prompts of one text differ by their questions alone: the longest is that with the longest question.
         asked = max(text.asked, key=lambda asked: len(asked.question) + len(asked.prefix))
-        return len(question_ids(tokenizer, text, asked, chat))
+        return len(question_ids(tokenizer, text, asked, chat)), text
 
-    text = fit(task, draw, corpus, room, count, longest).text
+    text = fit(task, draw, corpus, length - task.new_tokens, count, encode)
     return text, *encode_questions(tokenizer, text, chat)

@@ -65,7 +65,7 @@ def read(name, body, question):
         order = {key: [value for k, value in needles if k == key] for key in keys}
         found = [value for key in keys for value in order[key]]
         # The values of one key are asked for in the order drawn, and hidden anywhere.
-        return sorted_like(found, keys, name)
+        return found if len(found) == len(keys) else Unordered(found)
     if name == "vt":
         value = re.search(r"value (\d+)", question)[1]
         lines = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", body)
@@ -101,10 +101,6 @@ class Unordered(list):
         return sorted(self) == sorted(other)
 
     __hash__ = None
-
-
-def sorted_like(found, keys, name):
-    return found if len(found) == len(keys) else Unordered(found)
 
 
 def test_splits_share_no_word_number_fact_or_passage(corpus):
