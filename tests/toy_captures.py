@@ -104,3 +104,20 @@ def reseal(file):
         counts = [int(group.attrs[n]) for n in ("n_tokens", "n_prompt_tokens")]
         head = [key, name, text(group, "token_ids_sha256"), *counts]
         set_attribute(group, "seal", sha256(head, *(group[n] for n in ("tiles", "importance", "top_mass"))))
+
+
+def toy(path, *, layers=6, prompts=5, order=None, total=None, **options):
+    """A small capture at `path`: its prompts in `order`."""
+    rng = np.random.default_rng(11)
+    made = [
+        random_prompt(
+            rng,
+            layers=layers,
+            heads=2,
+            n_tokens=120 + index,
+            tiles=[(64, 32), (96, 24), (100, 1), (90, 1)],
+            related=0.3,
+        )
+        for index in range(prompts)
+    ]
+    return write_capture(path, [made[i] for i in order or range(prompts)], layers=total, **options)
