@@ -1,8 +1,10 @@
 """What a verification needs before it can start."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from kascade_cli.devset import DevSet
+from kascade_cli.devset import DevSet, ids_sha256
 from kascade_cli.errors import KascadeError
 from kascade_cli.evaluation import session
 from kascade_cli.evaluation.session import Verification
@@ -40,3 +42,25 @@ def test_options_of_the_captured_texts_are_not_those_of_a_built_in_task(monkeypa
     session.held_out_prompts(meta, None, source, num_prompts=2, max_length=64)
     assert (seen["text_field"], seen["chat_template"]) == passed
     assert (seen["seed"], seen["held_out"]) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ([2, 1, 4, 9, 9, 9], [0, 1, 2]),  # all of the first three
+        ([2, 0, 4, 0, 1, 9], [0, 2, 4]),
+        ([0, 0, 3, 0, 0, 0], [2]),
+        ([0, 0, 0, 0, 0, 0], [0, 1, 2]),  # dense answers nothing: said elsewhere, and all of them are taken
+        ([None, 0, 2, 5, 0, 0], [0, 2, 3]),  # the first asks nothing
+    ],
+)
+def test_prompts_that_dense_cannot_answer_are_passed_over(monkeypatch, given, chosen):
+    prompts = [[number] * 5 for number in range(6)]
+    spans = [[] if count is None else [(3, 5)] for count in given]
+    whole = DevSet("d", "0", prompts, 0, 5, spans, spans)
+    asked = session.Session(None, None, None, "m", None, ["prefill"], Verification(prompts=3), {})
+    monkeypatch.setattr(asked, "held_out", lambda length, prompts=None: whole.take(range(prompts or 3)))
+    monkeypatch.setattr(asked, "dense", lambda devset, prompt: SimpleNamespace(given=given[devset.prompts[prompt][0]]))
+    found = asked.answerable(5)
+    assert found.prompts == [prompts[number] for number in chosen]
+    assert found.sha256 == ids_sha256(*found.prompts)

@@ -4,39 +4,18 @@ import re
 from collections import Counter
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from kascade_cli.devset import default_devset, load_devset
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.tasks.natural import MIX, MIX_TASKS, NATURAL, Draw, dialogue, natural_names, open_corpus, questions
 from kascade_cli.tasks.natural.splits import OWNERS, owner
 from kascade_cli.tasks.scoring import score_answer
-
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
+from tests.toy_tokenizers import TEMPLATE, trained
 
 
 @pytest.fixture(scope="module")
 def corpus():
     return open_corpus()
-
-
-def trained(texts, template=None, vocabulary=1200):
-    """A byte-level BPE trained on the spot, as real models have them."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    specials = ["<|user|>", "<|assistant|>", "<|end|>"]
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=specials, initial_alphabet=alphabet)
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-    fast.chat_template = template
-    return fast
 
 
 @pytest.fixture(scope="module")
