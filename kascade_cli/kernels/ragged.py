@@ -3,7 +3,8 @@
 The `prefill_*` ops take both forms, padded and ragged; `block_table` and `query_start_loc`, given together, make a
 call ragged. Nothing is padded and no cache is gathered. Shapes, beside those of `reference`:
 
-    q                  [N, H, D]           queries of all rows, one row after the other
+    q                  [N, H, D]           queries of all rows, one row after the other; tokens may be strided (a view
+                                           of what an engine projects q, k and v into), heads are not
     k, v               [P, page, G, D]     pages of the cache (`page` a power of two from 16 to 256 in `tilelang`)
     block_table        int32 [B, MP]       slot s of row b is slot s % page of page block_table[b, s // page]; S below
                                            is MP * page, so cut the table to what the longest row needs
@@ -31,7 +32,7 @@ is nobody's. `NT = tile_room(N, B, tile)` depends on shapes only, so nothing wai
     row, before = ragged_tiles(query_start_loc, query_start, kv_len, tile, N)    # int32 [NT] each, once a pass
     counts = k(before)                                                           # 0 for tiles that are nobody's
     _, lse = prefill_dense(q, k, None, ...)
-    for here in blocks of tiles, each beginning at an even number:
+    for here in blocks of tiles:
         scores = prefill_score(q, k, lse, ..., first=here.start, tiles=len(here))
         indices[:, here] = select_topk(scores, counts[here], zeros, before[here], max_count=K)
 
@@ -129,9 +130,3 @@ def check_tiles(op: str, queries: int, rows: int, tile: int, indices: Tensor, co
             f"{op}: ragged indices and counts are [G2, {room}, K] and [{room}], not {list(indices.shape)} and "
             f"{list(counts.shape)}"
         )
-
-
-def check_first(first: int) -> None:
-    """KascadeError for scores that begin inside a pair of tiles."""
-    if first % 2:
-        raise KascadeError(f"prefill_score: ragged tiles are scored from an even number on, not from {first}")

@@ -225,15 +225,36 @@ def test_every_paged_kernel_checks_its_arguments(kernels: Any):
             kernels[op](**{**given, **{name: x for name, x in PAGES_OF_48.items() if name in given}})
     with pytest.raises(KascadeError, match=r"lse must be float32 \[4, 8\]"):
         kernels["prefill_score"](**{**calls["prefill_score"], "lse": torch.zeros(1, 4, 8)})
-    with pytest.raises(KascadeError, match="from an even number on, not from 3"):
-        kernels["prefill_score"](**calls["prefill_score"], first=3)
+    with pytest.raises(KascadeError, match=r"no tiles \[12, 10\)"):
+        kernels["prefill_score"](**calls["prefill_score"], first=12)
 
 
-def test_scores_begin_at_even_tiles():
-    given = {name: value for name, value in BASE.items() if name not in ("v", "indices", "counts", "head_map")}
-    assert reference.prefill_score(**given, lse=None, first=2, tiles=3).shape == (2, 3, 48)
-    with pytest.raises(KascadeError, match="from an even number on, not from 1"):
-        reference.prefill_score(**given, lse=None, first=1)
+def test_queries_in_front_of_keys_are_not_copied(kernels: Any):
+    from kascade_cli.kernels.tilelang.prefill_common import tokens_view
+
+    projected = torch.randn(7, (8 + 2 + 2) * 64, dtype=BF16)
+    q = projected[:, : 8 * 64].view(7, 8, 64)
+    seen = tokens_view(q)
+    assert seen.shape == (1, 7, 12, 64)
+    assert seen.is_contiguous()
+    assert seen.data_ptr() == q.data_ptr()
+    assert torch.equal(seen[0, :, :8], q)
+    behind = projected[:, 2 * 64 : 10 * 64].view(7, 8, 64)  # its last row would end past the allocation
+    for copied in (behind, q[:, ::2], q.transpose(0, 1)):
+        assert torch.equal(tokens_view(copied)[0], copied)
+    assert tokens_view(q[:0]).shape[1] == 0
+    assert torch.equal(tokens_view(q[2:5])[0, :, :8], q[2:5])
+
+
+def test_any_block_of_tiles_can_be_scored():
+    case = CASES[1]
+    at = ragged.make_inputs(case, 3, "cpu")
+    given = {"scale": at.scale, "tile": case.tile, **at.pages}
+    whole = reference.prefill_score(at.q, at.k, None, *at.args, **given)
+    for first in range(whole.shape[1]):
+        part = reference.prefill_score(at.q, at.k, None, *at.args, **given, first=first, tiles=3)
+        want = whole[:, first : first + 3]
+        torch.testing.assert_close(part[:, : want.shape[1]], want)
 
 
 def test_nothing_at_all():

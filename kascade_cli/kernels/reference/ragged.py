@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kascade_cli.errors import KascadeError
-from kascade_cli.kernels.ragged import check_first, check_ragged, check_tiles, tile_base, tile_room
+from kascade_cli.kernels.ragged import check_ragged, check_tiles, tile_base, tile_room
 from kascade_cli.kernels.reference.common import wide
 from kascade_cli.kernels.reference.decode import gather_pages
 
@@ -89,7 +89,6 @@ def score(
     **pages: Tensor,
 ) -> Tensor:
     """`prefill_score`, ragged; `run` is the padded one. Zero where scores are undefined."""
-    check_first(first)
     table = pages["block_table"]
     tiles = tile_room(len(q), len(table), tile) - first if tiles is None else tiles
     out = torch.zeros(k.shape[2], tiles, table.shape[1] * k.shape[1], dtype=wide(q).dtype, device=q.device)

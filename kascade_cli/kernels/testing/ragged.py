@@ -152,12 +152,12 @@ def pack(case: RaggedCase, inputs: Inputs, rows: Selections) -> tuple[Tensor, Te
 
 
 def run_ops(ops: Any, case: RaggedCase, inputs: Inputs, indices: Tensor, counts: Tensor) -> dict[str, Tensor]:
-    """The prefill ops of `ops` on these inputs, scores in two blocks of tiles."""
+    """The prefill ops of `ops` on these inputs, scores in two blocks of tiles that cut a pair in some cases."""
     q, k, v, args, given = inputs.q, inputs.k, inputs.v, inputs.args, {"scale": inputs.scale, **inputs.pages}
     out, lse = ops.prefill_dense(q, k, v, *args, **given)
     lse_only = ops.prefill_dense(q, k, None, *args, **given)[1]
     room, tile = len(counts), {"tile": case.tile}
-    half = room // 4 * 2
+    half = room // 3
     norm = lse_only.float()
     parts = [ops.prefill_score(q, k, norm, *args, **given, **tile, first=0, tiles=half)] if half else []
     parts.append(ops.prefill_score(q, k, norm, *args, **given, **tile, first=half))

@@ -167,7 +167,19 @@ def views(
         table, loc = lengths[2].view(1, -1), lengths[2]  # the kernel has no such arguments
         return Views(queries_view(q), cache_view(k), None if v is None else cache_view(v), (table, loc, *lengths))
     where = (block_table.contiguous(), query_start_loc.contiguous(), *lengths)
-    return Views(aligned(q.contiguous())[None], k, v, where)
+    return Views(tokens_view(q), k, v, where)
+
+
+def tokens_view(q: Tensor) -> Tensor:
+    """q [N, H, D] as contiguous [1, N, H' >= H, D]: no copy where tokens are strided by whole heads, as in a view of a
+    projection to q, k and v."""
+    tokens, heads, dim = q.shape
+    step = q.stride(0)
+    wide = q.stride()[1:] == (dim, 1) and step % dim == 0 and step >= heads * dim
+    room = q.untyped_storage().nbytes() // q.element_size() - q.storage_offset()
+    if wide and tokens * step <= room and q.data_ptr() % 16 == 0:
+        return q.as_strided((1, tokens, step // dim, dim), (tokens * step, step, dim, 1))
+    return aligned(q.contiguous())[None]
 
 
 def queries_view(q: Tensor) -> Tensor:

@@ -22,12 +22,13 @@ def lse_kernel(dtype: str, head_dim: int, page: int = 0, stages: int = 4):
     policy = T.GemmWarpPolicy.FullRow
     B, G, S, H, NQ, L, R, MP = (T.dynamic(x) for x in ("B", "G", "S", "H", "NQ", "L", "R", "MP"))
     batch, cache = (1, (S, page, G, head_dim)) if page else (B, (B, G, S, head_dim))
+    HQ = T.dynamic("HQ") if page else H  # ragged queries may be the front of longer rows
     place = block_finder(rows, KEYS, page) if page else None
     look, load = page_loader(page, KEYS, head_dim)
 
     @T.prim_func
     def main(
-        Q: T.Tensor((batch, NQ, H, head_dim), dtype),
+        Q: T.Tensor((batch, NQ, HQ, head_dim), dtype),
         K: T.Tensor(cache, dtype),
         table: T.Tensor((R, MP), "int32"),
         loc: T.Tensor((L,), "int32"),

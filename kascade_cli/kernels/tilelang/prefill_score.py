@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kascade_cli.errors import KascadeError
 from kascade_cli.kernels.contract import LOG2E, tile_count
-from kascade_cli.kernels.ragged import check_first, tile_room
+from kascade_cli.kernels.ragged import tile_room
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
 from kascade_cli.kernels.tilelang.prefill_common import allocate, check, require, views
 from kascade_cli.kernels.tilelang.prefill_dense import prefill_dense
@@ -34,7 +34,8 @@ def score_kernel(
     add: add to `scores` (the group's further heads) instead of overwriting. S^T = K Q^T, so that pooling sums along a
     row of the accumulator. Four consumer warpgroups with one accumulator each take the row blocks in turn: while some
     wait for the tensor cores, the others take exponentials. One WGMMA in the loop: with two, ptxas spills.
-    page: keys in pages of so many slots under ragged rows, whose tiles begin at even numbers (0: contiguous).
+    page: keys in pages of so many slots under ragged rows (0: contiguous). Pairs begin at even numbers there, so that
+    no two rows share one; where `first` is odd, the first pair begins before it.
     """
     rows, f32 = tile * heads, "float32"
     policy = T.GemmWarpPolicy.FullRow
@@ -42,6 +43,7 @@ def score_kernel(
     step = 128 // lanes
     B, G, S, H, NQ, L, R, MP = (T.dynamic(x) for x in ("B", "G", "S", "H", "NQ", "L", "R", "MP"))
     batch, cache = (1, (S, page, G, head_dim)) if page else (B, (B, G, S, head_dim))
+    HQ = T.dynamic("HQ") if page else H  # ragged queries may be the front of longer rows
     place = tile_finder(tile) if page else None
     look, take = page_loader(page, KEYS, head_dim)
     N = T.dynamic("N", "int64")
@@ -69,7 +71,7 @@ def score_kernel(
 
     @T.prim_func
     def main(
-        Q: T.Tensor((batch, NQ, H, head_dim), dtype),
+        Q: T.Tensor((batch, NQ, HQ, head_dim), dtype),
         K: T.Tensor(cache, dtype),
         lse: T.Tensor((batch, H, NQ), f32),
         table: T.Tensor((R, MP), "int32"),
@@ -85,7 +87,8 @@ def score_kernel(
         heads_end: T.int32,
         scale: T.float32,
     ):
-        with T.Kernel(T.ceildiv(tiles, 2) if pair else tiles, G, batch, threads=CONSUMERS + 128) as (x, g, b):
+        ahead = first % 2 if page and pair else 0
+        with T.Kernel(T.ceildiv(tiles + ahead, 2) if pair else tiles, G, batch, threads=CONSUMERS + 128) as (x, g, b):
             Qs = T.alloc_shared((2, rows, head_dim), dtype)
             Ks = T.alloc_shared((stages, KEYS, head_dim), dtype)
             norm = T.alloc_shared((2, rows), f32)
@@ -114,7 +117,7 @@ def score_kernel(
             second = T.alloc_var("int32")
             n = T.alloc_var("int32")
             base = T.alloc_var("int64")
-            t = ((T.ceildiv(tiles, 2) - 1 - x) * 2) if pair else (tiles - 1 - x)
+            t = ((T.ceildiv(tiles + ahead, 2) - 1 - x) * 2 - ahead) if pair else (tiles - 1 - x)
             if page:
                 lo = 0
                 place(
@@ -130,7 +133,7 @@ def score_kernel(
             if not page:
                 begin = T.max(lo - query_start[b], 0)
                 end = T.min(lo + kv_len[b] - query_start[b], NQ)
-            before = T.if_then_else(q0 < end, edge - lo, 0)
+            before = T.if_then_else(q0 < end and t >= 0 if page else q0 < end, edge - lo, 0)
             second = T.if_then_else(q0 + tile < end and t + 1 < tiles, edge + tile - lo, 0) if pair else 0
             n = T.ceildiv(T.max(before, second), KEYS)
             base = ((T.cast(b, "int64") * G + g) * tiles + t) * width + lo
@@ -262,7 +265,7 @@ def prefill_score(
 
     q [B, H, T, D] (memory [B, T, H, D]); k [B, G, S, D]; lse float32 [B, H, T] from `prefill_dense`, or None to
     compute it. Returns float32 [B, G, tiles, S] for local tiles [first, first + tiles); with pages
-    [G, tiles, S] for tile numbers, first even. Raises KascadeError for what
+    [G, tiles, S] for tile numbers. Raises KascadeError for what
     the kernels do not take, and when the scores do not fit: the caller then asks for fewer tiles at a time.
     """
     lengths, pages = (query_start, kv_start, kv_len), (block_table, query_start_loc)
@@ -270,8 +273,6 @@ def prefill_score(
     if lse is not None:
         norms = (shape.heads, shape.queries) if shape.page else (shape.batch, shape.heads, shape.queries)
         require("prefill_score", "lse", lse, norms, q.device, torch.float32)
-    if shape.page:
-        check_first(first)
     if tiles is None:
         room = tile_room(shape.queries, shape.rows, tile) if shape.page else tile_count(shape.queries, tile)
         tiles = room - first

@@ -32,6 +32,7 @@ def sparse_kernel(
     B, G, G2, S, H, NQ, NT, W = (T.dynamic(x) for x in ("B", "G", "G2", "S", "H", "NQ", "NT", "W"))
     L, R, MP = (T.dynamic(x) for x in ("L", "R", "MP"))
     batch, cache = (1, (S, G, head_dim)) if page else (B, (B, G, S, head_dim))
+    HQ = T.dynamic("HQ") if page else H  # ragged queries may be the front of longer rows
     place = tile_finder(tile) if page else None
 
     @T.macro
@@ -48,7 +49,7 @@ def sparse_kernel(
 
     @T.prim_func
     def main(
-        Q: T.Tensor((batch, NQ, H, head_dim), dtype),
+        Q: T.Tensor((batch, NQ, HQ, head_dim), dtype),
         K: T.Tensor(cache, dtype),
         V: T.Tensor(cache, dtype),
         indices: T.Tensor((batch, G2, NT, W), "int32"),
