@@ -179,6 +179,7 @@ def part_prefill(ctx: Context) -> None:
         judge(ctx, rows)
         free_memory(ctx.device)
     judge(ctx, broken.check_prefill(ops, ctx.device, broken.PREFILL_CASES[1 if ctx.dry else 0 :]))
+    judge(ctx, broken.check_ragged(ops, ctx.device, ragged_cases(True) if ctx.dry else broken.RAGGED_CASES))
 
 
 def stress_cases() -> list[Any]:

@@ -4,10 +4,10 @@
     PYTHONPATH=. python benchmarks/paged_prefill.py --dry-run        the same code on a CPU, tiny sizes, PyTorch
 
 First every case of `kernels/testing/ragged.py` against float64 (the rule is FlashAttention's: at most twice the error
-of plain PyTorch), races, and that no op waits for the device. Then a Llama-3.1-8B shape (32 query heads, 8 KV heads of
-128, bfloat16, Top-k 10 %): whole prompts of 32k, 64k and 128k tokens, the last 8k of 128k (a chunk), and four rows of
-16k, each op on a contiguous cache and over shuffled pages, in turn; what they give must agree. Writes one JSON
-document with the machine's description; exit code 1 if a check failed.
+of plain PyTorch), rows of NaN, races, and that no op waits for the device. Then a Llama-3.1-8B shape (32 query heads,
+8 KV heads of 128, bfloat16, Top-k 10 %): whole prompts of 32k, 64k and 128k tokens, the last 8k of 128k (a chunk), and
+four rows of 16k, each op on a contiguous cache and over shuffled pages, in turn; what they give must agree. Writes one
+JSON document with the machine's description; exit code 1 if a check failed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from kascade_cli.benchmarking.timing import free_memory, time_calls
 from kascade_cli.kernels import get_backend
 from kascade_cli.kernels.contract import tile_count
 from kascade_cli.kernels.ragged import ragged_tiles, tile_room
-from kascade_cli.kernels.testing import ragged
+from kascade_cli.kernels.testing import broken, ragged
 
 GROUP, KV_HEADS, DIM, TILE, RATIO, FLOOR = 4, 8, 128, 32, 0.10, 128
 # (name, rows, queries of each, keys of each): what is timed
@@ -203,10 +203,11 @@ def check(ops: Any, cases: tuple[ragged.RaggedCase, ...], device: str) -> list[d
 
 
 def check_more(ops: Any) -> list[dict[str, Any]]:
-    """Races over a few seeds, and one pass in which any wait for the device is an error."""
+    """Rows of NaN, races over a few seeds, and one pass in which any wait for the device is an error."""
+    rows = broken.check_ragged(ops, torch.device("cuda"))
     found = ragged.stress(ops, ragged.CASES[1], seeds=6, repeats=4)
     changed = {op: times for op, times in found["changed"].items() if times}
-    rows = [{"op": "stress", "case": found["case"], "ok": not changed, "note": str(changed or "")}]
+    rows += [{"op": "stress", "case": found["case"], "ok": not changed, "note": str(changed or "")}]
     case = ragged.CASES[1]
     made = ragged.make_inputs(case, 5)
     room = tile_room(case.tokens, len(case.rows), case.tile)
