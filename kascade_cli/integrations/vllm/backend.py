@@ -117,6 +117,7 @@ class KascadeBuilder(AttentionMetadataBuilder[Step]):
             raise Refusal(problem)
         layers = [extract_layer_index(name) for name in layer_names]
         self.served.settle(layers, stage_here(vllm_config, layers))
+        self.full = self.served.settings.graphs == "full"
         drafts = vllm_config.speculative_config
         self.drafts = 0 if drafts is None else drafts.num_speculative_tokens
         if self.drafts:
@@ -128,9 +129,12 @@ class KascadeBuilder(AttentionMetadataBuilder[Step]):
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if full else AttentionCGSupport.NEVER
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
-        return read_step(common_attn_metadata, self.page, self.drafts, self.served.budget.tile)
+        step = read_step(common_attn_metadata, self.page, self.drafts, self.served.budget.tile, self.full)
+        self.served.reporter.step(step.counts)
+        return step
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Step:
+        self.served.reporter.captured()
         return captured_step(common_attn_metadata)
 
 

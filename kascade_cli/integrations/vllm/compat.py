@@ -78,4 +78,5 @@ def longest(common: Any) -> list[int]:
     bound = common.seq_lens_cpu_upper_bound
     if bound is None:
         bound = getattr(common, "_seq_lens_cpu", None)
-    return [common.max_seq_len] * common.num_reqs if bound is None else bound[: common.num_reqs].tolist()
+    known = [] if bound is None else bound[: common.num_reqs].tolist()
+    return known + [common.max_seq_len] * (common.num_reqs - len(known))

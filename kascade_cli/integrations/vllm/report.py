@@ -23,7 +23,7 @@ class Reporter:
 
     def __init__(self, served: "Served") -> None:
         self.served, self.tally, self.counts = served, Tally(), Counter()
-        self._last, self._started = time.monotonic(), False
+        self._last, self._started, self._warm = time.monotonic(), False, False
 
     def start(self) -> None:
         """Says what will run, and sees to the report at the exit."""
@@ -40,9 +40,16 @@ class Reporter:
         """A pass has run through."""
         self.tally.add(state)
 
+    def captured(self) -> None:
+        """vLLM captures CUDA graphs: what ran so far was to warm up."""
+        self._warm = True
+
     def step(self, counts: dict[str, int]) -> None:
-        """A step has run through. Reports if it is time."""
-        self.tally.forward()
+        """A step begins. Reports if it is time."""
+        if self._warm:
+            self._warm = False
+            self.tally.reset()
+            self.counts.clear()
         self.counts.update(counts)
         every = self.served.settings.log
         if every and time.monotonic() - self._last >= every:
@@ -85,7 +92,7 @@ def _roles(served: "Served") -> dict[str, list[int]]:
 def summary(report: dict[str, Any]) -> str:
     """One line of what ran."""
     parts = [f"{report['strategy']} on {report['backend']}"]
-    if not report["forward_passes"]:
+    if not report["keys_visible"]:
         return f"{parts[0]}: nothing ran"
     for phase, counted in report["phases"].items():
         parts.append(f"{phase} read {100 * counted['density']:.2f} % of the keys visible")

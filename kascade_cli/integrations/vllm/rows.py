@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kascade_cli.integrations.vllm.views import Pages
 from kascade_cli.kernels import Backend
-from kascade_cli.kernels.reference import gather_pages
 from kascade_cli.partition import Partition
 from kascade_cli.schema import Budget
 from kascade_cli.sparse import Batch, Layer, Lengths, Pass
@@ -70,10 +69,15 @@ class PrefillChunk:
     def layer(self, index: int, query: Tensor, cache: Pages, scale: float, ops: Backend) -> Layer:
         """query [N, H, D], all of the step's."""
         pages = self.table[:, : -(-self.end // cache.size)] * cache.step
-        key, value = (gather_pages(part, pages)[:, :, : self.end] for part in (cache.key, cache.value))
+        key, value = (_gather(part, pages[0])[:, :, : self.end] for part in (cache.key, cache.value))
         here = query[self.first : self.first + self.count].transpose(0, 1)[None]
         return Layer(index, here, key, value, scale, self.state, ops)
 
     def put(self, output: Tensor, out: Tensor) -> None:
         """out [1, H, T, D] to its place in output [N, H, D]."""
         output[self.first : self.first + self.count] = out[0].transpose(0, 1)
+
+
+def _gather(cache: Tensor, pages: Tensor) -> Tensor:
+    """cache [P, page, G, D] at pages int32 [MP] as contiguous [1, G, MP * page, D], in one copy."""
+    return cache.permute(2, 0, 1, 3).index_select(1, pages).flatten(1, 2)[None]

@@ -54,8 +54,6 @@ class Served:
                 state, part.state = part.state, None
                 self.strategy.end(state)
                 self.reporter.add(state)
-        if layer == self.layers[-1]:
-            self.reporter.step(step.counts)
 
 
 _current: tuple[Any, Served] | None = None

@@ -28,15 +28,16 @@ class Step:
     max_seq_len: int
 
 
-def read_step(common: Any, page: int, drafts: int, tile: int) -> Step:
-    """common: vLLM's CommonAttentionMetadata. page: tokens of a block. drafts: most speculative tokens of a row.
+def read_step(common: Any, page: int, drafts: int, tile: int, wide: bool = False) -> Step:
+    """common: vLLM's CommonAttentionMetadata. page: tokens of a block. drafts: most speculative tokens of a row. wide:
+    steps of decode rows alone are made as a CUDA graph is (to warm it up), of any length.
 
     A row decodes if vLLM says that its prompt is done, whatever its query length. A row whose prompt is done and that
     has more tokens than a decode step can have is computed anew after a preemption: that is prefill.
     """
     starts, ends = common.query_start_loc_cpu[: common.num_reqs + 1].tolist(), longest(common)
-    prefilling = common.is_prefilling
-    busy = [False] * common.num_reqs if prefilling is None else prefilling[: common.num_reqs].tolist()
+    prefilling = [] if common.is_prefilling is None else common.is_prefilling[: common.num_reqs].tolist()
+    busy = prefilling + [False] * (common.num_reqs - len(prefilling))  # what is not told of is padding
     decodes, parts = [], []
     for row in range(common.num_reqs):
         count = starts[row + 1] - starts[row]
@@ -49,7 +50,8 @@ def read_step(common: Any, page: int, drafts: int, tile: int) -> Step:
             parts.append(PrefillChunk(starts[row], count, ends[row], table))
     counts = _counts(decodes, parts, starts, tile)
     if decodes:
-        parts.insert(0, _decode_rows(common, decodes, starts, -(-max(ends[row] for row in decodes) // page)))
+        blocks = None if wide and not parts else -(-max(ends[row] for row in decodes) // page)
+        parts.insert(0, _decode_rows(common, decodes, starts, blocks))
     return _step(common, parts, counts)
 
 
@@ -67,7 +69,7 @@ def _step(common: Any, parts: list[DecodeRows | PrefillChunk], counts: dict[str,
     )  # fmt: skip
 
 
-def _decode_rows(common: Any, rows: list[int], starts: list[int], blocks: int) -> DecodeRows:
+def _decode_rows(common: Any, rows: list[int], starts: list[int], blocks: int | None) -> DecodeRows:
     first, count = rows[0], len(rows)
     tokens = [token for row in rows for token in range(starts[row], starts[row + 1])]
     if rows == list(range(first, first + count)) and len(tokens) == count:  # the usual case, without a copy
