@@ -10,13 +10,14 @@ from kascade_cli.sparse import Setting, Strategy
 
 @dataclass(frozen=True)
 class Heads:
-    """strategy: for the heads of this process. partition: None where it needs no other process.
+    """strategy: for the heads of this process, `rank` of `world`. partition: None where it needs no other process.
 
     gathers: anchors whose indices are gathered from all processes.
     """
 
     strategy: Strategy
     partition: Partition | None
+    rank: int
     world: int
     gathers: tuple[int, ...]
 
@@ -40,12 +41,12 @@ def split(setting: Setting, info: ModelInfo, whole: Partition) -> Heads:
     """As `share_heads`, for process `whole.rank` of `whole.world`."""
     strategy = setting.make(info.profiled_layers)
     if whole.world == 1:
-        return Heads(strategy, None, 1, ())
+        return Heads(strategy, None, 0, 1, ())
     own = local_profile(strategy, whole.rank, whole.world)
     if own is not None:
-        return Heads(replace(setting, profile=own).make(info.profiled_layers), None, whole.world, ())
+        return Heads(replace(setting, profile=own).make(info.profiled_layers), None, whole.rank, whole.world, ())
     sources = {source for layer in strategy.layers for phase in PHASES for source in strategy.reads(layer, phase)}
-    return Heads(strategy, whole, whole.world, tuple(sorted(sources)))
+    return Heads(strategy, whole, whole.rank, whole.world, tuple(sorted(sources)))
 
 
 def local_profile(strategy: Strategy, rank: int, world: int) -> Profile | None:

@@ -4,6 +4,8 @@ import atexit
 import json
 import logging
 import os
+import signal
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -30,11 +32,23 @@ class Reporter:
         if self._started:
             return
         self._started, served = True, self.served
+        if served.heads.rank:
+            return  # one voice for all
         log.info(
             "kascade: strategy %s on %s, %s of the keys, layers %s; %s",
             served.strategy.name, served.ops.name, served.budget.describe(), _roles(served), served.heads.describe(),
         )  # fmt: skip
         atexit.register(self.emit)
+        self._listen()
+
+    def _listen(self) -> None:
+        """Reports when it is asked to from outside: kill -USR2."""
+        if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGUSR2):
+            return  # not ours to take
+        # In a thread of its own: the signal may come while a step holds what the report needs.
+        signal.signal(signal.SIGUSR2, lambda *_: threading.Thread(target=self.emit).start())
+        if self.served.heads.rank == 0:
+            log.info("kascade: kill -USR2 %d for a report of what ran", os.getpid())
 
     def add(self, state: Pass) -> None:
         """A pass has run through."""
@@ -73,10 +87,14 @@ class Reporter:
     def emit(self) -> None:
         """To the log, and to the file of the settings."""
         self._last = time.monotonic()
+        if self.served.heads.rank:
+            return
         found = self.report()
         log.info("kascade: %s", summary(found))
-        path = self.served.settings.report
-        if path and (self.served.partition is None or self.served.partition.rank == 0):
+        if path := self.served.settings.report:
+            first = self.served.layers[0]
+            # Every stage of a pipeline has a file of its own.
+            path = path if first == self.served.info.profiled_layers[0] else f"{path}.{first}"
             temporary = Path(f"{path}.{os.getpid()}")
             temporary.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             temporary.replace(path)

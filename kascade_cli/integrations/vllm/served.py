@@ -1,6 +1,8 @@
 """The model of this process as kascade sees it: what its layers run, and what has run."""
 
 import logging
+import re
+from importlib.metadata import requires
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +17,7 @@ from kascade_cli.integrations.vllm.step import Step
 from kascade_cli.integrations.vllm.views import Pages
 from kascade_cli.kernels import Backend, get_backend
 from kascade_cli.models import ModelInfo
+from kascade_cli.provenance import version
 from kascade_cli.schema import Budget
 
 log = logging.getLogger("kascade")
@@ -91,7 +94,21 @@ def _ops(name: str, device: str) -> Backend:
             get_backend("tilelang", device)
         except KascadeError as error:
             log.warning("%s; attention runs on PyTorch, which is slow", error)
-    return get_backend(name, device)
+    ops = get_backend(name, device)
+    if ops.name == "tilelang" and (problem := other_tilelang(version("tilelang"), requires("kascade-cli") or [])):
+        log.warning(problem)
+    return ops
+
+
+def other_tilelang(installed: str | None, requirements: list[str]) -> str | None:
+    """What to say where vLLM's tilelang stands in for ours. requirements: this package's, as metadata has them."""
+    wanted = [found[1] for line in requirements if (found := re.match(r"tilelang==([\w.]+)", line.replace(" ", "")))]
+    if not wanted or installed is None or installed == wanted[0]:
+        return None
+    return (
+        f"tilelang {installed} is installed, and the kernels are written for {wanted[0]}: "
+        "pip install --upgrade 'kascade-cli[kernels]' after vLLM (docs/serving.md)"
+    )
 
 
 def stage_here(vllm_config: Any, layers: list[int]) -> range:

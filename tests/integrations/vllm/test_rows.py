@@ -39,6 +39,7 @@ def make_served(strategy):
     heads = SimpleNamespace(
         strategy=make_strategy(strategy, range(LAYERS), profile()),
         partition=None,
+        rank=0,
         world=1,
         gathers=(),
         describe=lambda: "",
