@@ -15,7 +15,7 @@ def main(path: str) -> None:
     asked = spec["prompts"]
     out = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in asked],
-        [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in lengths(asked)],
+        [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in lengths(asked, spec["new"])],
         use_tqdm=False,
     )
     Path(spec["out"]).write_text(json.dumps([list(one.outputs[0].token_ids) for one in out]))

@@ -33,11 +33,11 @@ REFUSED = {
     "fp8 cache": ({"kv_cache_dtype": "fp8"}, "KV cache of dtype fp8"),
     "blocks": ({"block_size": 16}, "16 tokens, no multiple of the tile of 32: use --block-size 32"),
     "context parallel": (
-        {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "context parallelism",
+        {"tensor_parallel_size": 4, "decode_context_parallel_size": 2}, "context parallelism",
     ),
     "heads": ({"tensor_parallel_size": 4}, "tensor parallel 4 does not divide the 2 KV heads"),
     "pipeline": ({"pipeline_parallel_size": 2}, "cut at layer 8, and layer 8 reads the keys of layer 3"),
-    "no backend": ({"attention_config": None}, "would run dense on the backend vLLM's default one"),
+    "no backend": ({"attention_config": None}, "would run dense on the backend that vLLM chooses"),
     "other backend": ({"attention_config": {"backend": "CPU_ATTN"}}, "would run dense on the backend CPU_ATTN"),
     "transfer": (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV transfer",
@@ -98,15 +98,38 @@ def test_models(changed):
     soft = changed(model_type="gemma2", architectures=["Gemma2ForCausalLM"], attn_logit_softcapping=50.0)
     with kascade(None, strategy="oracle"), pytest.raises(Refusal, match="soft-capping"):
         configure(**soft)
-    windows = {
-        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64, "layer_types": None,
-    }  # fmt: skip
-    with (
-        kascade(None, strategy="oracle"),
-        pytest.raises(Refusal, match="sliding-window layers"),
-        engine(**changed(**windows)),
-    ):
-        pass
+    windows = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
+    with kascade(None, strategy="oracle"), pytest.raises(Refusal, match="no full-attention layers"):
+        configure(**changed(**windows, layer_types=None))
+    kinds = {
+        "layer_types": ["sliding_attention", "full_attention"] * 8,
+        "sliding_window": 64,
+        "use_sliding_window": True,
+    }
+    with kascade(None, strategy="oracle"), pytest.raises(Refusal, match="CUSTOM does not run sliding-window layers"):
+        configure(**changed(**kinds))
+    with kascade(None, strategy="oracle"):
+        configure(**changed(**kinds), attention_config={"backend_per_kind": {"full_attention": "CUSTOM"}})
+
+
+def test_layers_as_they_choose_a_backend():
+    """What no configuration told before: `get_attn_backend` asks for each layer."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.selector import get_attn_backend
+
+    with kascade():
+        config = configure()
+        for more, says in (
+            ({"has_sink": True}, "attention sinks"),
+            ({"has_sliding_window": True, "has_sink": True}, "sliding-window layers .*, attention sinks"),
+            ({"use_mm_prefix": True}, "bidirectional prefixes"),
+        ):
+            with set_current_vllm_config(config), pytest.raises(Refusal, match=says):
+                get_attn_backend(64, torch.float32, "auto", **more)
+        config.attention_config.backend = None
+        with set_current_vllm_config(config), pytest.raises(Refusal, match="would run dense on the backend that"):
+            get_attn_backend(64, torch.float32, "auto")
 
 
 def test_attention_layers():

@@ -4,7 +4,7 @@ import pytest
 
 from .engine import engine, generate, kascade, prompts, replay, whole
 
-ASKED = [130, 300, 420, 512, 700, 1026]
+ASKED = [130, 300, 420, 512]
 
 
 def same_as_transformers(asked, run, strategy="kascade", profile=None):
@@ -42,9 +42,9 @@ def test_a_last_chunk_of_one_token_is_prefill():
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 def test_prefixes_from_the_cache(block_size):
     """Blocks are whole tiles, so that a cached prefix holds what the request would have written itself."""
-    asked = prompts(ASKED, questions=3)
+    asked = prompts(ASKED[1:], questions=2)
     run = generate(asked, enable_prefix_caching=True, block_size=block_size, max_num_seqs=3)
-    assert run.cached > 2000
+    assert run.cached > 1000
     for prompt, got in zip(asked, run.tokens, strict=True):
         assert got == replay(prompt, got, whole(prompt, len(got)), "kascade")[0]
 
@@ -52,9 +52,9 @@ def test_prefixes_from_the_cache(block_size):
 @pytest.mark.parametrize("strategy", ["kascade", "dense"])
 def test_preemption(strategy):
     """A cache of 1,024 tokens for requests of 600 and more: some lose their blocks and are computed anew."""
-    asked = prompts([300, 301, 302, 303, 304, 305])
+    asked = prompts([300, 301, 302, 303, 304])
     run = generate(
-        asked, new=40, strategy=strategy, num_gpu_blocks_override=21, block_size=64, max_model_len=1024,
+        asked, new=30, strategy=strategy, num_gpu_blocks_override=21, block_size=64, max_model_len=1024,
         max_num_seqs=6, max_num_batched_tokens=1024,
     )  # fmt: skip
     assert run.preempted > 0
@@ -64,7 +64,7 @@ def test_preemption(strategy):
 def test_arrivals_at_any_time_and_aborts():
     from vllm import SamplingParams
 
-    asked = prompts([130, 300, 420, 512, 700], questions=2)
+    asked = prompts([130, 300, 420, 512], questions=2)
     gone, got = {2, 5}, {}
     with kascade(strategy="kascade"), engine(max_num_seqs=4, max_num_batched_tokens=256) as llm:
         running, waiting, step = llm.llm_engine, list(enumerate(asked)), 0
@@ -87,16 +87,3 @@ def test_arrivals_at_any_time_and_aborts():
         wrote, _ = replay(prompt, got[number], whole(prompt, len(got[number])), "kascade")
         assert len(got[number]) == 8 + number % 5
         assert got[number][0] == wrote[0]
-
-
-@pytest.mark.parametrize("strategy", ["kascade", "streaming-llm"])
-def test_drafts_are_decode_rows(strategy):
-    """Prompt look-up: each token of a draft reads what a decode step of its own would."""
-    asked = prompts(ASKED)
-    run = generate(
-        asked, new=20, strategy=strategy, max_num_seqs=3,
-        speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
-    )  # fmt: skip
-    assert run.report["steps"]["speculative_rows"] > 5
-    for prompt, got in zip(asked, run.tokens, strict=True):
-        assert got == replay(prompt, got, whole(prompt, len(got)), strategy)[0]

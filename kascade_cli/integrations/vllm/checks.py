@@ -12,6 +12,10 @@ from kascade_cli.sparse import Strategy
 
 # Proposers without attention layers of their own.
 DRAFTS = ("ngram", "ngram_gpu", "suffix")
+WINDOWS = (
+    "sliding-window layers (leave those to another backend: --attention-config "
+    '\'{"backend_per_kind": {"full_attention": "CUSTOM"}}\' instead of --attention-backend CUSTOM)'
+)
 PLAIN_CACHES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -19,10 +23,13 @@ def check_config(vllm_config: Any) -> None:
     """Raises Refusal if this configuration cannot be served sparsely. Nothing is asked where there is no model."""
     if vllm_config.model_config is None or vllm_config.model_config.runner_type == "draft":
         return
-    settings = read_settings()
+    attention = vllm_config.attention_config
+    check_backend(attention.backend_per_kind.get("full_attention", attention.backend))
     try:
-        setting = settings.setting()
+        setting = read_settings().setting()
         info = model_info(vllm_config.model_config)
+        if not info.profiled_layers:
+            raise Refusal(f"{info.name} has no full-attention layers: there is nothing to sparsify")
         strategy = setting.make(info.profiled_layers)
         check_identity(info, setting, vllm_config)
     except Refusal:
@@ -37,6 +44,17 @@ def check_config(vllm_config: Any) -> None:
     ]
     if found:
         raise Refusal("; ".join(found))
+
+
+def check_backend(selected: Any) -> None:
+    """Raises Refusal where another backend than ours would run full attention, which is dense. selected: vLLM's enum,
+    None for the one that it would choose itself."""
+    if selected is None or selected.name != "CUSTOM":
+        name = "that vLLM chooses" if selected is None else selected.name
+        raise Refusal(
+            f"KASCADE_PROFILE is set, but full attention would run dense on the backend {name}: add "
+            "--attention-backend CUSTOM, or unset KASCADE_PROFILE and KASCADE_VLLM"
+        )
 
 
 def engine_problems(vllm_config: Any, tile: int) -> list[str]:
@@ -58,7 +76,10 @@ def engine_problems(vllm_config: Any, tile: int) -> list[str]:
         found.append(
             "KV transfer (disaggregated prefill, offloading) is not supported: leave --kv-transfer-config out"
         )
-    text = vllm_config.model_config.hf_text_config
+    text, attention = vllm_config.model_config.hf_text_config, vllm_config.attention_config
+    windows = attention.backend_per_kind.get("sliding_window", attention.backend)
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()) and getattr(windows, "name", "") == "CUSTOM":
+        found.append(f"the backend CUSTOM does not run {WINDOWS}")
     if getattr(text, "attn_logit_softcapping", None):
         found.append("attention logit soft-capping is not supported; choose a model without it")
     return found

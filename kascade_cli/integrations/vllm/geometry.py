@@ -22,10 +22,11 @@ def model_info(model_config: Any) -> ModelInfo:
 
 
 def full_layers(text_config: Any, layers: int) -> list[int]:
-    """Absolute indices of the full-attention layers: by `layer_types`, all where there are none."""
+    """Absolute indices of the full-attention layers: by `layer_types`, all or none where there are none."""
     kinds = getattr(text_config, "layer_types", None)
     if kinds is None:
-        return list(range(layers))
+        window = getattr(text_config, "sliding_window", None) and getattr(text_config, "use_sliding_window", True)
+        return [] if window else list(range(layers))
     return [index for index, kind in enumerate(kinds[:layers]) if kind in ("full_attention", "attention")]
 
 

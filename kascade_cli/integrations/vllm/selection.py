@@ -8,6 +8,7 @@ dense is refused; and the CPU platform, which knows one backend only, takes CUST
 from typing import Any
 
 from kascade_cli.integrations.vllm import compat
+from kascade_cli.integrations.vllm.checks import WINDOWS, check_backend, check_config
 from kascade_cli.integrations.vllm.errors import Refusal
 
 _MARK = "_kascade_guard"
@@ -28,8 +29,6 @@ def _wrap_config(platform: type) -> None:
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
         original(vllm_config)
-        from kascade_cli.integrations.vllm.checks import check_config
-
         check_config(vllm_config)
 
     platform.check_and_update_config = classmethod(check_and_update_config)
@@ -41,9 +40,9 @@ def _wrap_selection(platform: type, path: str) -> None:
     def get_attn_backend_cls(
         cls: type, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        custom = selected_backend is not None and selected_backend.name == "CUSTOM"
-        if not custom:
-            check_other(selected_backend, attn_selector_config)
+        if selected_backend is None or selected_backend.name != "CUSTOM":
+            if attn_selector_config.attn_type == "decoder" and not attn_selector_config.has_sliding_window:
+                check_backend(selected_backend)
             return original(selected_backend, attn_selector_config, num_heads)
         compat.check_ours(path)
         check_layer(attn_selector_config)
@@ -55,30 +54,13 @@ def _wrap_selection(platform: type, path: str) -> None:
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
-def _full(config: Any) -> bool:
-    return config.attn_type == "decoder" and not config.has_sliding_window
-
-
-def check_other(selected: Any, config: Any) -> None:
-    """Raises Refusal for a full-attention layer that another backend would run, which is dense."""
-    if _full(config):
-        name = "vLLM's default one" if selected is None else selected.name
-        raise Refusal(
-            f"KASCADE_PROFILE is set, but full attention would run dense on the backend {name}: add "
-            "--attention-backend CUSTOM, or unset KASCADE_PROFILE and KASCADE_VLLM"
-        )
-
-
 def check_layer(config: Any) -> None:
     """Raises Refusal, with all reasons, for a layer that the backend CUSTOM cannot run."""
     reasons = []
     if config.attn_type != "decoder":
         reasons.append(f"{config.attn_type} attention")
     if config.has_sliding_window:
-        reasons.append(
-            "sliding-window layers (leave those to another backend: --attention-config "
-            '\'{"backend_per_kind": {"full_attention": "CUSTOM"}}\' instead of --attention-backend CUSTOM)'
-        )
+        reasons.append(WINDOWS)
     reasons += [what for what, given in (
         ("multi-head latent attention", config.use_mla),
         ("attention sinks", config.has_sink),
