@@ -18,12 +18,12 @@ class Tally:
         self._lock = threading.Lock()
         self._memories: list[Any] = []
         self._totals: dict[str, Tensor | None] = dict.fromkeys(PHASES)
-        self._forwards = self._passes = 0
+        self.reset()
 
     def reset(self) -> None:
         """Forgets what has run so far."""
         with self._lock:
-            # In place: a CUDA graph that was captured before adds to these very tensors.
+            # Where there are totals, CUDA graphs may add to them: they stay where they are.
             for total in self._totals.values():
                 if total is not None:
                     total.zero_()

@@ -4,9 +4,7 @@
 imports nothing, unless KASCADE_PROFILE or KASCADE_VLLM is set.
 """
 
-import os
-
-from kascade_cli.integrations.vllm.settings import OPTIONS, PROFILE
+from kascade_cli.integrations.vllm.settings import wanted
 
 
 def register() -> None:
@@ -14,7 +12,7 @@ def register() -> None:
 
     Raises Refusal for variables that make no sense, a vLLM that is not supported, and a backend that is taken.
     """
-    if not (os.environ.get(PROFILE) or os.environ.get(OPTIONS)):
+    if not wanted():
         return
     from kascade_cli.integrations.vllm.start import start
 

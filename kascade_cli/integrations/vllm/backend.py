@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -17,6 +18,7 @@ from vllm.v1.attention.backend import (
 from kascade_cli.integrations.vllm.checks import block_problem
 from kascade_cli.integrations.vllm.compat import Layouts
 from kascade_cli.integrations.vllm.errors import Refusal
+from kascade_cli.integrations.vllm.gpu import PAGES, compile_kernels, reserve
 from kascade_cli.integrations.vllm.served import served, stage_here
 from kascade_cli.integrations.vllm.settings import read_settings
 from kascade_cli.integrations.vllm.step import Step, captured_step, read_step
@@ -76,6 +78,7 @@ class KascadeImpl(AttentionImpl):
         if output_scale is not None or output_block_scale is not None:
             raise Refusal("quantised attention outputs are not supported")
         if attn_metadata is None:  # vLLM measures its memory
+            reserve(self.served, query.device)
             return output.fill_(0)
         if self._index is None:
             self._index = extract_layer_index(layer.layer_name)
@@ -117,6 +120,7 @@ class KascadeBuilder(AttentionMetadataBuilder[Step]):
             raise Refusal(problem)
         layers = [extract_layer_index(name) for name in layer_names]
         self.served.settle(layers, stage_here(vllm_config, layers))
+        compile_kernels(self.served, self.page)
         self.full = self.served.settings.graphs == "full"
         drafts = vllm_config.speculative_config
         self.drafts = 0 if drafts is None else drafts.num_speculative_tokens
@@ -157,7 +161,10 @@ class KascadeBackend(Layouts, AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(read_settings().setting().budget().tile)]
+        """Whole tiles, and on a GPU pages that the kernels take: vLLM cuts its blocks into the largest of them."""
+        tile = read_settings().setting().budget().tile
+        pages = [page for page in PAGES if page % tile == 0 and current_platform.device_type == "cuda"]
+        return pages or [MultipleOf(tile)]
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from kascade_cli.integrations.vllm import compat
 from kascade_cli.integrations.vllm.checks import WINDOWS, check_backend, check_config
 from kascade_cli.integrations.vllm.errors import Refusal
+from kascade_cli.integrations.vllm.settings import wanted
 
 _MARK = "_kascade_guard"
 
@@ -20,16 +21,18 @@ def guard_selection(path: str) -> None:
 
     platform = type(current_platform)
     if not hasattr(platform.get_attn_backend_cls, _MARK):
-        _wrap_config(platform)
+        _wrap_config(platform, path)
         _wrap_selection(platform, path)
 
 
-def _wrap_config(platform: type) -> None:
+def _wrap_config(platform: type, path: str) -> None:
     original = platform.check_and_update_config
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
         original(vllm_config)
-        check_config(vllm_config)
+        if wanted():
+            compat.check_ours(path)
+            check_config(vllm_config)
 
     platform.check_and_update_config = classmethod(check_and_update_config)
 
@@ -40,6 +43,8 @@ def _wrap_selection(platform: type, path: str) -> None:
     def get_attn_backend_cls(
         cls: type, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
+        if not wanted():
+            return original(selected_backend, attn_selector_config, num_heads)
         if selected_backend is None or selected_backend.name != "CUSTOM":
             if attn_selector_config.attn_type == "decoder" and not attn_selector_config.has_sliding_window:
                 check_backend(selected_backend)

@@ -2,9 +2,11 @@
 
 import logging
 import re
+from dataclasses import dataclass
 from importlib.metadata import requires
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kascade_cli.errors import KascadeError
@@ -23,13 +25,32 @@ from kascade_cli.schema import Budget
 log = logging.getLogger("kascade")
 
 
+@dataclass(frozen=True)
+class Most:
+    """The largest step: rows, tokens in all, keys of a row; dtype of keys and queries."""
+
+    rows: int
+    tokens: int
+    keys: int
+    dtype: torch.dtype
+
+
 class Served:
-    """Attributes: settings, info, strategy (of this process's heads), budget, ops, partition, layers (of this process,
-    once `settle` has been told of them), reporter.
+    """Attributes: settings, info, strategy (of this process's heads), budget, ops, partition, most (what one step may
+    hold), layers (of this process, once `settle` has been told of them), reporter.
     """
 
-    def __init__(self, settings: Settings, info: ModelInfo, heads: Heads, budget: Budget, ops: Backend) -> None:
-        self.settings, self.info, self.heads, self.budget, self.ops = settings, info, heads, budget, ops
+    def __init__(
+        self, settings: Settings, info: ModelInfo, heads: Heads, budget: Budget, ops: Backend, most: Most
+    ) -> None:
+        self.settings, self.info, self.heads, self.budget, self.ops, self.most = (
+            settings,
+            info,
+            heads,
+            budget,
+            ops,
+            most,
+        )
         self.strategy, self.partition = heads.strategy, heads.partition
         self.layers: list[int] = []
         self.reporter = Reporter(self)
@@ -82,9 +103,9 @@ def _make(vllm_config: Any) -> Served:
     setting, info = settings.setting(), model_info(vllm_config.model_config)
     heads = share_heads(setting, info)
     ops = _ops(setting.backend, current_platform.device_type)
-    budget = setting.budget()
-    ops.compile_ahead(info.query_heads // info.kv_heads, info.head_dim, vllm_config.model_config.dtype, budget.tile)
-    return Served(settings, info, heads, budget, ops)
+    scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+    most = Most(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len, model.dtype)
+    return Served(settings, info, heads, setting.budget(), ops, most)
 
 
 def _ops(name: str, device: str) -> Backend:

@@ -86,6 +86,11 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def wanted(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether either variable is set."""
+    return bool(environment.get(PROFILE) or environment.get(OPTIONS))
+
+
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     """Raises UsageError that names the variable and what is wrong with it."""
     text = environment.get(OPTIONS) or "{}"

@@ -14,11 +14,12 @@ BACKEND = "kascade_cli.integrations.vllm.backend.KascadeBackend"
 def start() -> None:
     """Raises Refusal. Calling it again changes nothing."""
     compat.check_version()
-    try:
-        read_settings().setting()
-    except KascadeError as error:
-        raise Refusal(error) from None
     # vLLM shows what its own loggers say; ours are to be seen beside it.
     logging.getLogger("kascade").parent = logging.getLogger("vllm")
     compat.register(BACKEND)
     guard_selection(BACKEND)
+    # Last: vLLM calls a plugin once a process, and a program that mends its settings goes on from here.
+    try:
+        read_settings().setting()
+    except KascadeError as error:
+        raise Refusal(error) from None

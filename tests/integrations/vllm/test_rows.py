@@ -45,7 +45,7 @@ def make_served(strategy):
         describe=lambda: "",
     )
     info = SimpleNamespace(profiled_layers=list(range(LAYERS)))
-    served = Served(Settings(), info, heads, BUDGET, get_backend("torch", "cpu"))
+    served = Served(Settings(), info, heads, BUDGET, get_backend("torch", "cpu"), None)
     served.settle(list(range(LAYERS)), range(LAYERS))
     return served
 

@@ -1,0 +1,49 @@
+"""What a GPU wants to know before the first step: kernels that must be there, memory that must be left."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from kascade_cli.sparse import layer
+
+if TYPE_CHECKING:
+    from kascade_cli.integrations.vllm.served import Served
+
+PAGES = (32, 64, 128, 256)  # tokens of a page that the kernels are built for, the smallest vLLM's default
+
+
+def compile_kernels(served: "Served", page: int) -> None:
+    """Compiles what is not cached: prefill over gathered keys, decode over pages of `page` tokens."""
+    info, ops, dtype = served.info, served.ops, served.most.dtype
+    group = info.query_heads // info.kv_heads
+    ops.compile_ahead(group, info.head_dim, dtype, served.budget.tile)
+    if ops.name != "tilelang":
+        return
+    ahead, specs, arguments = (
+        importlib.import_module(f"kascade_cli.kernels.tilelang.{name}") for name in ("ahead", "specs", "arguments")
+    )
+    if page in PAGES and ahead.shape_specs(group, info.head_dim, dtype, served.budget.tile):
+        ahead.compile_ahead(specs.decode_specs(group, info.head_dim, arguments.DTYPES[dtype], page))
+
+
+def reserve(served: "Served", device: torch.device) -> None:
+    """Takes and gives back, while vLLM measures, what the largest step needs beside the cache."""
+    if device.type == "cuda":
+        torch.empty(room(served, layer._score_bytes(device)), dtype=torch.int8, device=device)
+
+
+def room(served: "Served", scores: int) -> int:
+    """Bytes. scores: what a block of prefill scores may take, and, as an estimate, all that decode scores shall.
+
+    Prefill: scores of a block of tiles, indices of two anchors, keys and values of one request gathered.
+    Decode: scores, and logits of all heads in the cache's dtype, of every row as wide as the longest.
+    """
+    most, info, world = served.most, served.info, served.heads.world
+    heads, item = info.kv_heads // world, most.dtype.itemsize
+    tiles = most.tokens // served.budget.tile + 1
+    indices = 2 * 4 * tiles * info.kv_heads * served.budget.most(most.keys)
+    gathered = 2 * heads * most.keys * info.head_dim * item
+    prefill = min(scores, 4 * tiles * heads * most.keys) + indices + gathered
+    decode = min(scores, most.rows * most.keys * (4 * heads + item * info.query_heads // world))
+    return max(prefill, decode)
