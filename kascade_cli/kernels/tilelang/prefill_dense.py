@@ -6,7 +6,8 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from kascade_cli.kernels.contract import LOG2E
+from kascade_cli.kernels.contract import LOG2E, Unsupported
+from kascade_cli.kernels.ragged import is_ragged
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
 from kascade_cli.kernels.tilelang.prefill_common import allocate, cache_view, check, queries_view
 
@@ -260,6 +261,8 @@ def prefill_dense(
     kv_len: Tensor,
     *,
     scale: float,
+    block_table: Tensor | None = None,
+    query_start_loc: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Dense causal attention of T queries per row; see `kascade_cli.kernels.reference.prefill_dense`.
 
@@ -267,6 +270,8 @@ def prefill_dense(
     Returns (out [B, H, T, D] as a view of [B, T, H, D], or None; log-sum-exp float32 [B, H, T]).
     Raises KascadeError for what the kernels do not take.
     """
+    if is_ragged("prefill_dense", block_table, query_start_loc):
+        raise Unsupported("prefill_dense: the kernels do not read pages")
     shape = check("prefill_dense", q, k, v, (query_start, kv_start, kv_len))
     require_hopper(q.device)
     lse = torch.empty(shape.batch, shape.heads, shape.queries, dtype=torch.float32, device=q.device)

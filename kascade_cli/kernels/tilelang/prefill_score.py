@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from kascade_cli.errors import KascadeError
-from kascade_cli.kernels.contract import LOG2E, tile_count
+from kascade_cli.kernels.contract import LOG2E, Unsupported, tile_count
+from kascade_cli.kernels.ragged import is_ragged
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
 from kascade_cli.kernels.tilelang.prefill_common import allocate, cache_view, check, queries_view, require
 from kascade_cli.kernels.tilelang.prefill_dense import prefill_dense
@@ -214,6 +215,8 @@ def prefill_score(
     tile: int,
     first: int = 0,
     tiles: int | None = None,
+    block_table: Tensor | None = None,
+    query_start_loc: Tensor | None = None,
 ) -> Tensor:
     """Tile-pooled post-softmax scores; see `kascade_cli.kernels.reference.prefill_score`.
 
@@ -221,6 +224,8 @@ def prefill_score(
     compute it. Returns float32 [B, G, tiles, S] for local tiles [first, first + tiles). Raises KascadeError for what
     the kernels do not take, and when the scores do not fit: the caller then asks for fewer tiles at a time.
     """
+    if is_ragged("prefill_score", block_table, query_start_loc):
+        raise Unsupported("prefill_score: the kernels do not read pages")
     shape = check("prefill_score", q, k, None, (query_start, kv_start, kv_len), tile)
     if lse is not None:
         require("prefill_score", "lse", lse, (shape.batch, shape.heads, shape.queries), q.device, torch.float32)

@@ -3,7 +3,8 @@
 import tilelang.language as T
 from torch import Tensor
 
-from kascade_cli.kernels.contract import LOG2E
+from kascade_cli.kernels.contract import LOG2E, Unsupported
+from kascade_cli.kernels.ragged import is_ragged
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
 from kascade_cli.kernels.tilelang.prefill_common import allocate, cache_view, check, check_selection, queries_view
 from kascade_cli.kernels.tilelang.prefill_gather import tile_macros
@@ -189,6 +190,8 @@ def prefill_sparse(
     *,
     scale: float,
     tile: int,
+    block_table: Tensor | None = None,
+    query_start_loc: Tensor | None = None,
 ) -> Tensor:
     """Attention over selected keys plus the diagonal tile; see `kascade_cli.kernels.reference.prefill_sparse`.
 
@@ -197,6 +200,8 @@ def prefill_sparse(
     queries past tile NT.
     Raises KascadeError for what the kernels do not take.
     """
+    if is_ragged("prefill_sparse", block_table, query_start_loc):
+        raise Unsupported("prefill_sparse: the kernels do not read pages")
     shape = check("prefill_sparse", q, k, v, (query_start, kv_start, kv_len), tile)
     indices, counts = check_selection("prefill_sparse", shape, tile, indices, counts, head_map, q.device)
     require_hopper(q.device)

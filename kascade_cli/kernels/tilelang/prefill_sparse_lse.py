@@ -6,7 +6,8 @@ import tilelang.language as T
 import torch
 from torch import Tensor
 
-from kascade_cli.kernels.contract import LOG2E
+from kascade_cli.kernels.contract import LOG2E, Unsupported
+from kascade_cli.kernels.ragged import is_ragged
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
 from kascade_cli.kernels.tilelang.prefill_common import cache_view, check, check_selection, queries_view
 from kascade_cli.kernels.tilelang.prefill_gather import tile_macros
@@ -148,6 +149,8 @@ def prefill_sparse_lse(
     *,
     scale: float,
     tile: int,
+    block_table: Tensor | None = None,
+    query_start_loc: Tensor | None = None,
 ) -> Tensor:
     """Log-sum-exp over selected keys and the diagonal tile; see `kascade_cli.kernels.reference.prefill_sparse_lse`.
 
@@ -155,6 +158,8 @@ def prefill_sparse_lse(
     head_map int32 [G] into G2. Returns float32 [B, H, T], -inf for padding and for queries past tile NT.
     Raises KascadeError for what the kernels do not take.
     """
+    if is_ragged("prefill_sparse_lse", block_table, query_start_loc):
+        raise Unsupported("prefill_sparse_lse: the kernels do not read pages")
     shape = check("prefill_sparse_lse", q, k, None, (query_start, kv_start, kv_len), tile)
     indices, counts = check_selection("prefill_sparse_lse", shape, tile, indices, counts, head_map, q.device)
     require_hopper(q.device)
