@@ -121,11 +121,17 @@ def ragged_tiles(
     return torch.where(real, row, rows), torch.where(real, before, 0)
 
 
-def check_tiles(op: str, q: Tensor, indices: Tensor, counts: Tensor, tile: int, block_table: Tensor) -> None:
-    """KascadeError unless a selection has an entry for every tile of the batch."""
-    room = tile_room(len(q), len(block_table), tile)
+def check_tiles(op: str, queries: int, rows: int, tile: int, indices: Tensor, counts: Tensor) -> None:
+    """KascadeError unless a selection has an entry for every tile of N = `queries` tokens in `rows` rows."""
+    room = tile_room(queries, rows, tile)
     if indices.dim() != 3 or indices.shape[1] != room or counts.shape != (room,):
         raise KascadeError(
             f"{op}: ragged indices and counts are [G2, {room}, K] and [{room}], not {list(indices.shape)} and "
             f"{list(counts.shape)}"
         )
+
+
+def check_first(first: int) -> None:
+    """KascadeError for scores that begin inside a pair of tiles."""
+    if first % 2:
+        raise KascadeError(f"prefill_score: ragged tiles are scored from an even number on, not from {first}")

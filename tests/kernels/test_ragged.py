@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kascade_cli.errors import KascadeError
-from kascade_cli.kernels import reference
+from kascade_cli.kernels import get_backend, reference
+from kascade_cli.kernels.contract import Unsupported
 from kascade_cli.kernels.ragged import ragged_tiles, tile_base, tile_room
 from kascade_cli.kernels.testing import prefill, ragged
 
@@ -168,6 +169,66 @@ def test_what_is_refused(change: dict[str, Any], text: str):
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture
+def kernels() -> Any:
+    pytest.importorskip("tilelang")
+    from kascade_cli.kernels.tilelang import prefill_dense, prefill_score, prefill_sparse, prefill_sparse_lse
+
+    modules = (prefill_dense, prefill_score, prefill_sparse, prefill_sparse_lse)
+    return {
+        module.__name__.rsplit(".", 1)[1]: getattr(module, module.__name__.rsplit(".", 1)[1]) for module in modules
+    }
+
+
+PAGES_OF_48 = {name: torch.zeros(2, 48, 2, 64, dtype=BF16) for name in "kv"}
+NOT_BUILT = [
+    (PAGES_OF_48, Unsupported, "page size 48 is not built; the kernels take 16, 32, 64, 128, 256"),
+    (
+        {name: torch.zeros(6, 16, 4, 64, dtype=BF16)[:, :, ::2] for name in "kv"},
+        Unsupported,
+        "paged k must be contiguous [P, page, G, D] from a 16-byte boundary on",
+    ),
+    ({name: BASE[name].float() for name in "qkv"}, Unsupported, "the kernels take all bfloat16 or all float16"),
+    ({"head_map": BASE["head_map"][:1]}, KascadeError, "head_map must be int32 [2]"),
+    ({"counts": BASE["counts"].long()}, KascadeError, "counts must be int32 [1, 10] on cpu, not int64 [1, 10]"),
+    ({}, KascadeError, "runs on a Hopper GPU"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [(change, KascadeError, text) for change, text in REFUSED] + NOT_BUILT,
+    ids=[text for _, text in REFUSED] + [text for *_, text in NOT_BUILT],
+)
+def test_what_the_kernels_refuse(kernels: Any, change: dict[str, Any], error: type[KascadeError], text: str):
+    with pytest.raises(error) as caught:
+        kernels["prefill_sparse"](**arguments(**change))
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_paged_kernel_checks_its_arguments(kernels: Any):
+    base = {name: value for name, value in BASE.items() if name not in ("indices", "counts", "head_map", "tile")}
+    tiles = {name: BASE[name] for name in ("indices", "counts", "head_map", "tile")}
+    keys = {name: value for name, value in base.items() if name != "v"}
+    calls = {
+        "prefill_dense": base,
+        "prefill_sparse_lse": keys | tiles,
+        "prefill_score": keys | {"lse": None, "tile": 32},
+    }
+    for op, given in calls.items():
+        with pytest.raises(KascadeError, match="runs on a Hopper GPU"):
+            kernels[op](**given)
+        with pytest.raises(KascadeError, match=f"{op}: block_table and query_start_loc go together"):
+            kernels[op](**{**given, "query_start_loc": None})
+        with pytest.raises(Unsupported, match=f"{op}: page size 48"):
+            kernels[op](**{**given, **{name: x for name, x in PAGES_OF_48.items() if name in given}})
+    with pytest.raises(KascadeError, match=r"lse must be float32 \[4, 8\]"):
+        kernels["prefill_score"](**{**calls["prefill_score"], "lse": torch.zeros(1, 4, 8)})
+    with pytest.raises(KascadeError, match="from an even number on, not from 3"):
+        kernels["prefill_score"](**calls["prefill_score"], first=3)
+
+
 def test_scores_begin_at_even_tiles():
     given = {name: value for name, value in BASE.items() if name not in ("v", "indices", "counts", "head_map")}
     assert reference.prefill_score(**given, lse=None, first=2, tiles=3).shape == (2, 3, 48)
@@ -180,3 +241,15 @@ def test_nothing_at_all():
     room = tile_room(0, 2, 32)
     chosen = {"indices": BASE["indices"][:, :room], "counts": BASE["counts"][:room]}
     assert reference.prefill_sparse(**arguments(**empty, **chosen)).shape == (0, 4, 64)
+
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", ragged.CASES, ids=str)
+def test_numerics_within_the_rule(case: ragged.RaggedCase):
+    rows = ragged.check(get_backend("tilelang", "cuda"), case)
+    assert all(row["ok"] for row in rows), [row for row in rows if not row["ok"]]

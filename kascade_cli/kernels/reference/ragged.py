@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kascade_cli.errors import KascadeError
-from kascade_cli.kernels.ragged import check_ragged, check_tiles, tile_base, tile_room
+from kascade_cli.kernels.ragged import check_first, check_ragged, check_tiles, tile_base, tile_room
 from kascade_cli.kernels.reference.common import wide
 from kascade_cli.kernels.reference.decode import gather_pages
 
@@ -89,8 +89,7 @@ def score(
     **pages: Tensor,
 ) -> Tensor:
     """`prefill_score`, ragged; `run` is the padded one. Zero where scores are undefined."""
-    if first % 2:
-        raise KascadeError(f"prefill_score: ragged tiles are scored from an even number on, not from {first}")
+    check_first(first)
     table = pages["block_table"]
     tiles = tile_room(len(q), len(table), tile) - first if tiles is None else tiles
     out = torch.zeros(k.shape[2], tiles, table.shape[1] * k.shape[1], dtype=wide(q).dtype, device=q.device)
@@ -121,7 +120,7 @@ def sparse(
     selection: indices, counts, head_map.
     """
     indices, counts, head_map = selection
-    check_tiles(op, q, indices, counts, tile, pages["block_table"])
+    check_tiles(op, len(q), len(pages["block_table"]), tile, indices, counts)
     if v is None:
         out = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=wide(q).dtype, device=q.device)
     else:

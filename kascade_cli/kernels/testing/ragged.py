@@ -61,6 +61,32 @@ class RaggedCase:
         return prefill.late(self.dtype, self.group, self.head_dim, keys, queries, **more)
 
 
+def _cases() -> tuple[RaggedCase, ...]:
+    """Page sizes, groups, dtypes, head sizes and tiles, each a few times, over odd lengths and chunks."""
+    bf16, fp16 = torch.bfloat16, torch.float16
+    short = ((31, 31), (1, 1), (129, 129), (33, 33))
+    mixed = ((40, 4097), (1, 33), (0, 0), (200, 200), (64, 1000), (0, 77), (517, 700))
+    many = tuple((1 + 7 * i % 41, 1 + 7 * i % 41 + 13 * i) for i in range(70))  # more rows than lanes
+    late = ((64, 32768 + 17), (300, 9001))
+    return (
+        *(RaggedCase(bf16, 4, 128, page, mixed, padding=37) for page in (16, 32, 64, 128, 256)),
+        RaggedCase(bf16, 4, 128, 32, short),
+        RaggedCase(bf16, 4, 128, 32, ((4097, 4097),), padding=300),
+        RaggedCase(bf16, 4, 128, 32, late),
+        RaggedCase(bf16, 4, 128, 32, many, padding=5),
+        RaggedCase(bf16, 4, 128, 16, mixed, tile=8),
+        RaggedCase(bf16, 4, 128, 64, mixed, tile=64),
+        RaggedCase(bf16, 4, 128, 128, mixed, tile=128, padding=200),
+        RaggedCase(bf16, 1, 128, 32, mixed),
+        RaggedCase(bf16, 5, 128, 128, short, kv_heads=3),
+        RaggedCase(fp16, 4, 128, 64, mixed, padding=1),
+        RaggedCase(fp16, 7, 64, 32, mixed),
+        RaggedCase(fp16, 1, 64, 16, short, padding=64),
+        RaggedCase(bf16, 16, 64, 128, mixed, padding=9),
+        RaggedCase(fp16, 12, 64, 256, mixed),
+    )
+
+
 @dataclass
 class Inputs:
     """A batch and its rows alone. `args`: query_start, kv_start, kv_len; `pages`: block_table, query_start_loc."""
@@ -106,6 +132,7 @@ def make_inputs(case: RaggedCase, seed: int, device: str = "cuda") -> Inputs:
     return Inputs(q, k, v, tuple(ints[:3]), pages, head_map, case.head_dim**-0.5, alone)
 
 
+CASES = _cases()
 Selections = dict[int, tuple[Tensor, Tensor]]
 
 
