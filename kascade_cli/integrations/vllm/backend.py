@@ -19,9 +19,10 @@ from kascade_cli.integrations.vllm.checks import block_problem
 from kascade_cli.integrations.vllm.compat import Layouts
 from kascade_cli.integrations.vllm.errors import Refusal
 from kascade_cli.integrations.vllm.gpu import PAGES, compile_kernels, reserve
+from kascade_cli.integrations.vllm.ragged import through_ops
 from kascade_cli.integrations.vllm.served import served, stage_here
 from kascade_cli.integrations.vllm.settings import read_settings
-from kascade_cli.integrations.vllm.step import Step, captured_step, read_step
+from kascade_cli.integrations.vllm.step import Reading, Step, captured_step, read_step
 from kascade_cli.integrations.vllm.views import Pages, pages_of, write
 
 
@@ -115,16 +116,20 @@ class KascadeBuilder(AttentionMetadataBuilder[Step]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.served = served(vllm_config)
-        self.page = kv_cache_spec.block_size
         if problem := block_problem(vllm_config.cache_config.block_size, self.served.budget.tile):
             raise Refusal(problem)
         layers = [extract_layer_index(name) for name in layer_names]
         self.served.settle(layers, stage_here(vllm_config, layers))
-        compile_kernels(self.served, self.page)
-        self.full = self.served.settings.graphs == "full"
-        drafts = vllm_config.speculative_config
-        self.drafts = 0 if drafts is None else drafts.num_speculative_tokens
-        if self.drafts:
+        compile_kernels(self.served, kv_cache_spec.block_size)
+        drafts, strategy = vllm_config.speculative_config, self.served.strategy
+        self.how = Reading(
+            page=kv_cache_spec.block_size,
+            tile=self.served.budget.tile,
+            drafts=0 if drafts is None else drafts.num_speculative_tokens,
+            wide=self.served.settings.graphs == "full",
+            ragged=through_ops(strategy),
+        )
+        if self.how.drafts:
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
 
     @classmethod
@@ -133,7 +138,7 @@ class KascadeBuilder(AttentionMetadataBuilder[Step]):
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if full else AttentionCGSupport.NEVER
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
-        step = read_step(common_attn_metadata, self.page, self.drafts, self.served.budget.tile, self.full)
+        step = read_step(common_attn_metadata, self.how)
         self.served.reporter.step(step.counts)
         return step
 

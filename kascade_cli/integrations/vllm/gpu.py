@@ -1,10 +1,10 @@
 """What a GPU wants to know before the first step: kernels that must be there, memory that must be left."""
 
-import importlib
 from typing import TYPE_CHECKING
 
 import torch
 
+from kascade_cli.integrations.vllm.ragged import through_ops
 from kascade_cli.sparse import layer
 
 if TYPE_CHECKING:
@@ -14,17 +14,12 @@ PAGES = (32, 64, 128, 256)  # tokens of a page that the kernels are built for, t
 
 
 def compile_kernels(served: "Served", page: int) -> None:
-    """Compiles what is not cached: prefill over gathered keys, decode over pages of `page` tokens."""
-    info, ops, dtype = served.info, served.ops, served.most.dtype
-    group = info.query_heads // info.kv_heads
-    ops.compile_ahead(group, info.head_dim, dtype, served.budget.tile)
-    if ops.name != "tilelang":
-        return
-    ahead, specs, arguments = (
-        importlib.import_module(f"kascade_cli.kernels.tilelang.{name}") for name in ("ahead", "specs", "arguments")
-    )
-    if page in PAGES and ahead.shape_specs(group, info.head_dim, dtype, served.budget.tile):
-        ahead.compile_ahead(specs.decode_specs(group, info.head_dim, arguments.DTYPES[dtype], page))
+    """Compiles what is not cached: for pages of `page` tokens, and for gathered keys where the strategy needs them."""
+    info, budget = served.info, served.budget
+    shape = (info.query_heads // info.kv_heads, info.head_dim, served.most.dtype, budget.tile)
+    served.ops.compile_ahead(*shape, page=page)
+    if not through_ops(served.strategy):
+        served.ops.compile_ahead(*shape)
 
 
 def reserve(served: "Served", device: torch.device) -> None:
@@ -36,14 +31,14 @@ def reserve(served: "Served", device: torch.device) -> None:
 def room(served: "Served", scores: int) -> int:
     """Bytes. scores: what a block of prefill scores may take, and, as an estimate, all that decode scores shall.
 
-    Prefill: scores of a block of tiles, indices of two anchors, keys and values of one request gathered.
+    Prefill: scores of a block of tiles, indices of two anchors, one request's keys and values where they are gathered.
     Decode: scores, and logits of all heads in the cache's dtype, of every row as wide as the longest.
     """
     most, info, world = served.most, served.info, served.heads.world
     heads, item = info.kv_heads // world, most.dtype.itemsize
     tiles = most.tokens // served.budget.tile + 1
     indices = 2 * 4 * tiles * info.kv_heads * served.budget.most(most.keys)
-    gathered = 2 * heads * most.keys * info.head_dim * item
+    gathered = 0 if through_ops(served.strategy) else 2 * heads * most.keys * info.head_dim * item
     prefill = min(scores, 4 * tiles * heads * most.keys) + indices + gathered
     decode = min(scores, most.rows * most.keys * (4 * heads + item * info.query_heads // world))
     return max(prefill, decode)

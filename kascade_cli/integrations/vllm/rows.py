@@ -47,8 +47,8 @@ class DecodeRows:
 class PrefillChunk:
     """One request's next tokens of its prompt, `count` of them from token `first` of the step on; `end` keys in all.
 
-    table: int32 [1, MB], vLLM's blocks. The one place where prefill meets the paged cache: its pages are gathered for
-    every layer, as the prefill ops take none.
+    table: int32 [1, MB], vLLM's blocks. Its pages are gathered for every layer: for strategies whose prefill looks at
+    the keys themselves (ragged.py is for the others).
     """
 
     first: int

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kascade_cli.integrations.vllm.ragged import through_ops
 from kascade_cli.integrations.vllm.served import Served
 from kascade_cli.integrations.vllm.settings import Settings
-from kascade_cli.integrations.vllm.step import captured_step, read_step
+from kascade_cli.integrations.vllm.step import Reading, captured_step, read_step
 from kascade_cli.kernels import get_backend
 from kascade_cli.schema import Budget, ModelCard, Profile
 from kascade_cli.sparse import Batch, Layer, Lengths, make_strategy
@@ -88,14 +89,19 @@ def schedule(seed, drafts):
     return steps
 
 
-@pytest.mark.parametrize(("strategy", "drafts"), [*((name, 2) for name in STRATEGIES), ("kascade", 0)])
-def test_every_row_as_if_it_were_alone(strategy, drafts):
+CASES = [*((name, 2, True) for name in STRATEGIES), ("kascade", 0, True), ("kascade", 2, False), ("dense", 2, False)]
+
+
+@pytest.mark.parametrize(("strategy", "drafts", "ragged"), [*CASES, ("oracle-per-query", 2, False)])
+def test_every_row_as_if_it_were_alone(strategy, drafts, ragged):
     engine, served = Engine(LAYERS, LENGTHS, seed=drafts), make_served(strategy)
+    how = Reading(engine.page, TILE, drafts, ragged=ragged)
+    assert through_ops(served.strategy) or not ragged
     read = torch.zeros(2, dtype=torch.float64)
     mixed = 0
     for rows in schedule(drafts + 5, drafts):
         common = engine.common(rows)
-        step = read_step(common, engine.page, drafts, TILE)
+        step = read_step(common, how)
         served.reporter.step(step.counts)
         got = engine.run(served, step, rows, common.slot_mapping)
         first = 0
@@ -114,7 +120,7 @@ def test_phases_are_what_the_engine_says():
     """One token of a prompt is prefill; many of a request whose prompt is done are a preemption's, and prefill too."""
     engine = Engine(LAYERS, LENGTHS)
     rows = [(0, 5, 1, False), (1, 16, 1, True), (2, 20, 3, False), (3, 5, 40, False), (4, 0, 16, True)]
-    step = read_step(engine.common(rows), engine.page, 2, TILE)
+    step = read_step(engine.common(rows), Reading(engine.page, TILE, 2, ragged=False))
     decode, *chunks = step.parts
     assert decode.tokens.tolist() == [0, 2, 3, 4]
     assert decode.lengths.tolist() == [6, 21, 22, 23]
@@ -124,14 +130,16 @@ def test_phases_are_what_the_engine_says():
         "steps": 1, "decode_rows": 4, "prefill_chunks": 3, "mixed_steps": 1, "chunks_inside_a_tile": 1,
         "speculative_rows": 1,
     }  # fmt: skip
-    step = read_step(engine.common(rows), engine.page, 0, TILE)
+    step = read_step(engine.common(rows), Reading(engine.page, TILE, ragged=False))
     assert step.parts[0].lengths.tolist() == [6]
     assert len(step.parts) == 5
 
 
 def test_padded_rows_are_nobodys():
     engine = Engine(LAYERS, LENGTHS)
-    step = read_step(engine.common([(0, 5, 1, False), (1, 0, 0, False), (2, 0, 0, True)]), engine.page, 0, TILE)
+    step = read_step(
+        engine.common([(0, 5, 1, False), (1, 0, 0, False), (2, 0, 0, True)]), Reading(engine.page, TILE, ragged=False)
+    )
     assert [part.tokens for part in step.parts] == [slice(0, 1)]
 
 
@@ -142,10 +150,10 @@ def test_a_captured_step_reads_as_much_as_an_eager_one(strategy):
     for request, length in enumerate(LENGTHS):
         rows = [(request, 0, length - 1, True)]
         common = engine.common(rows)
-        engine.run(served, read_step(common, engine.page, 0, TILE), rows, common.slot_mapping)
+        engine.run(served, read_step(common, Reading(engine.page, TILE, ragged=False)), rows, common.slot_mapping)
     rows = [(request, length - 1, 1, False) for request, length in enumerate(LENGTHS)]
     common = engine.common(rows)
-    want = engine.run(served, read_step(common, engine.page, 0, TILE), rows, common.slot_mapping)
+    want = engine.run(served, read_step(common, Reading(engine.page, TILE, ragged=False)), rows, common.slot_mapping)
     common.seq_lens = torch.cat([common.seq_lens, torch.zeros(2, dtype=torch.int32)])
     common.block_table_tensor = torch.cat([common.block_table_tensor, torch.zeros_like(engine.table[:2])])
     common.num_reqs += 2
