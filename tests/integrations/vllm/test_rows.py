@@ -163,3 +163,9 @@ def test_a_captured_step_reads_as_much_as_an_eager_one(strategy):
     got = engine.run(served, captured_step(common), padded, common.slot_mapping)
     torch.testing.assert_close(got[:, : len(rows)], want, rtol=1e-9, atol=1e-9)
     assert bool((got[:, len(rows) :] == 0).all())
+
+
+def test_tiles_are_scored_in_blocks_that_begin_anywhere(monkeypatch):
+    """As on a GPU at long contexts, where the scores of all tiles would not fit."""
+    monkeypatch.setattr("kascade_cli.sparse.layer._score_bytes", lambda device: 1)
+    test_every_row_as_if_it_were_alone("kascade", 2, True)
