@@ -16,7 +16,7 @@ from kascade_cli.sparse import Batch, Layer, Lengths, make_strategy
 
 from .paged import Engine
 
-LAYERS, LENGTHS, TILE = 4, [7, 24, 32, 45, 66], 8
+LAYERS, LENGTHS, TILE = 4, [7, 24, 21, 29, 43], 8
 BUDGET = Budget(ratio=0.2, min_keys=3, tile=TILE)
 STRATEGIES = (
     "dense",
@@ -75,14 +75,14 @@ def alone(engine, strategy, row):
 def schedule(seed, drafts):
     """Steps that take every request from its first token to its last, in chunks of any size, mixed at random."""
     rng = random.Random(seed)
-    done, prompts = [0] * len(LENGTHS), [rng.randrange(1, length) for length in LENGTHS]
+    done, prompts = [0] * len(LENGTHS), [rng.randrange(length // 2, length) for length in LENGTHS]
     steps = []
     while any(done[i] < LENGTHS[i] for i in range(len(LENGTHS))):
         rows, waiting = [], [request for request, length in enumerate(LENGTHS) if done[request] < length]
         for request in rng.sample(waiting, k=min(len(waiting), 1 + rng.randrange(3))):
             busy = done[request] < prompts[request]
             left = (prompts[request] if busy else LENGTHS[request]) - done[request]
-            count = min(left, rng.choice([1, 5, TILE, 19, 200]) if busy else rng.randrange(1, 2 + drafts))
+            count = min(left, rng.choice([1, 5, TILE, 13, 19]) if busy else rng.randrange(1, 2 + drafts))
             rows.append((request, done[request], count, busy))
             done[request] += count
         steps.append(rows)
@@ -98,7 +98,7 @@ def test_every_row_as_if_it_were_alone(strategy, drafts, ragged):
     how = Reading(engine.page, TILE, drafts, ragged=ragged)
     assert through_ops(served.strategy) or not ragged
     read = torch.zeros(2, dtype=torch.float64)
-    mixed = 0
+    mixed = inside = 0
     for rows in schedule(drafts + 5, drafts):
         common = engine.common(rows)
         step = read_step(common, how)
@@ -110,7 +110,9 @@ def test_every_row_as_if_it_were_alone(strategy, drafts, ragged):
             torch.testing.assert_close(got[:, first : first + row[2]], want, rtol=1e-9, atol=1e-9)
             read, first = read + counted, first + row[2]
         mixed += len({busy for *_, busy in rows}) == 2
-    assert mixed > 2
+        inside += sum(busy and begin > TILE and begin % TILE > 0 for _, begin, _, busy in rows)
+    assert mixed > 1
+    assert inside > 1
     report = served.reporter.report()
     assert (report["keys_read"], report["keys_visible"]) == tuple(read.tolist())
     assert report["steps"]["mixed_steps"] == mixed
