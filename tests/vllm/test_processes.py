@@ -18,7 +18,7 @@ from kascade_cli.schema.layers import Heads
 
 from .engine import MODEL, PROFILE, ROOT, prompts, replay, whole
 
-ASKED = [130, 300, 512, 700]
+ASKED = [130, 300, 512]
 
 
 def variables(profile, report, **more):
@@ -55,7 +55,7 @@ def run_apart(tmp_path, profile, asked, environment=None, strategy="kascade", ne
 
 @pytest.mark.parametrize(
     ("strategy", "maps", "gathered"),
-    [("kascade", "demo", [0, 1, 2, 3]), ("kascade", "at home", []), ("kascade-pooled", "demo", [0, 1, 2, 3])],
+    [("kascade", "demo", [3]), ("kascade", "at home", [])],
 )
 def test_tensor_parallel(tmp_path, at_home, strategy, maps, gathered):
     """Every process has one KV head. Indices are exchanged where a head map crosses, and only there."""
@@ -71,8 +71,7 @@ def test_tensor_parallel(tmp_path, at_home, strategy, maps, gathered):
         max_num_seqs=3,
     )
     assert report["tensor_parallel"]["processes"] == 2
-    assert set(report["tensor_parallel"]["gathered_anchors"]) <= set(gathered)
-    assert bool(report["tensor_parallel"]["gathered_anchors"]) == bool(gathered)
+    assert report["tensor_parallel"]["gathered_anchors"] == gathered  # the only anchor that others read
     assert ("head maps cross them" if gathered else "nothing gathered") in log
     for prompt, got in zip(asked, tokens, strict=True):
         assert got == replay(prompt, got, whole(prompt, len(got)), strategy, profile)[0]
