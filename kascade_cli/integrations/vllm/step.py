@@ -89,13 +89,18 @@ def _decode_rows(common: Any, rows: list[int], starts: list[int], blocks: int | 
     if rows == list(range(first, first + count)) and len(tokens) == count:  # the usual case, without a copy
         here = slice(first, first + count)
         return DecodeRows(
-            slice(tokens[0], tokens[0] + count), common.seq_lens[here], common.block_table_tensor[here], blocks
+            slice(tokens[0], tokens[0] + count), _ends(common, here), common.block_table_tensor[here], blocks
         )
     owner = [row for row in rows for _ in range(starts[row], starts[row + 1])]
     behind = [starts[row + 1] - 1 - token for row in rows for token in range(starts[row], starts[row + 1])]
     device = common.seq_lens.device
     token, row, back = (torch.tensor(values, device=device) for values in (tokens, owner, behind))
     return DecodeRows(token, common.seq_lens[row] - back.int(), common.block_table_tensor[row], blocks)
+
+
+def _ends(common: Any, here: slice) -> Tensor:
+    """Keys of rows: vLLM's own tensor from its beginning, else a copy, since kernels expect aligned pointers."""
+    return common.seq_lens[here] if here.start == 0 else common.seq_lens[here].clone()
 
 
 def _runs(rows: list[int]) -> list[range]:
@@ -114,7 +119,7 @@ def _prefill_rows(common: Any, rows: range, starts: list[int], ends: list[int], 
     begins = common.query_start_loc[bounds]
     table = common.block_table_tensor[here, : -(-max(ends[row] for row in rows) // page)]
     return PrefillRows(
-        slice(starts[rows.start], starts[rows.stop]), (begins - begins[:1]).int(), common.seq_lens[here], table
+        slice(starts[rows.start], starts[rows.stop]), (begins - begins[:1]).int(), _ends(common, here), table
     )
 
 
