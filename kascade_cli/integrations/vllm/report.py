@@ -1,6 +1,5 @@
 """What really ran, in the log and in a file: at the exit, and every so many seconds where that is asked for."""
 
-import atexit
 import json
 import logging
 import os
@@ -8,6 +7,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,8 @@ class Reporter:
             "kascade: strategy %s on %s, %s of the keys, layers %s; %s",
             served.strategy.name, served.ops.name, served.budget.describe(), _roles(served), served.heads.describe(),
         )  # fmt: skip
-        atexit.register(self.emit)
+        # Not atexit, which vLLM's workers, children of multiprocessing, do not run.
+        Finalize(None, self.emit, exitpriority=0)
         self._listen()
 
     def _listen(self) -> None:

@@ -57,11 +57,11 @@ class Engine:
         """The tokens of a step, one row after the other: [N, heads, D]."""
         return torch.cat([tensors[layer][request][begin : begin + count] for request, begin, count, _ in rows])
 
-    def run(self, served, step, rows, slots):
-        """All layers of one step; [layers, N, H, D]."""
+    def run(self, served, step, rows, slots, layers=None):
+        """All layers of one step, or those of one process; [layers, N, H, D]."""
         outs = []
-        for layer, cache in enumerate(self.caches):
-            pages = pages_of(cache)
+        for layer in range(len(self.caches)) if layers is None else layers:
+            pages = pages_of(self.caches[layer])
             write(pages, self.layer(self.k, layer, rows), self.layer(self.v, layer, rows), slots)
             query = self.layer(self.q, layer, rows)
             output = torch.full_like(query, torch.nan)

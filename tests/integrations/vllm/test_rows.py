@@ -36,7 +36,7 @@ def profile():
     return Profile.build(model=card, anchors=[0, 2], profiled_layers=range(LAYERS), head_maps=maps, budget=BUDGET)
 
 
-def make_served(strategy):
+def make_served(strategy, stage=range(LAYERS)):
     heads = SimpleNamespace(
         strategy=make_strategy(strategy, range(LAYERS), profile()),
         partition=None,
@@ -47,7 +47,7 @@ def make_served(strategy):
     )
     info = SimpleNamespace(profiled_layers=list(range(LAYERS)))
     served = Served(Settings(), info, heads, BUDGET, get_backend("torch", "cpu"), None)
-    served.settle(list(range(LAYERS)), range(LAYERS))
+    served.settle(list(stage), stage)
     return served
 
 
@@ -171,3 +171,19 @@ def test_tiles_are_scored_in_blocks_that_begin_anywhere(monkeypatch):
     """As on a GPU at long contexts, where the scores of all tiles would not fit."""
     monkeypatch.setattr("kascade_cli.sparse.layer._score_bytes", lambda device: 1)
     test_every_row_as_if_it_were_alone("kascade", 2, True)
+
+
+def test_stages_of_a_pipeline():
+    """Two processes with two layers each, the second beginning with an anchor, are one with all."""
+    engine, whole = Engine(LAYERS, LENGTHS), make_served("kascade")
+    first, second = (make_served("kascade", stage) for stage in (range(2), range(2, 4)))
+    for rows in schedule(3, 0)[:9]:
+        common, how = engine.common(rows), Reading(engine.page, TILE)
+        want = engine.run(whole, read_step(common, how), rows, common.slot_mapping)
+        for served in (first, second):
+            step = read_step(common, how)
+            got = engine.run(served, step, rows, common.slot_mapping, served.layers)
+            assert torch.equal(got, want[served.layers])
+    assert first.reporter.report()["roles"] == {"dense": [0], "reuse": [1]}
+    read = [served.reporter.report()["keys_read"] for served in (first, second, whole)]
+    assert read[0] + read[1] == read[2]
