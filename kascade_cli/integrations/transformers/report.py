@@ -17,12 +17,16 @@ class Tally:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._memories: list[Any] = []
+        self._totals: dict[str, Tensor | None] = dict.fromkeys(PHASES)
         self.reset()
 
     def reset(self) -> None:
         """Forgets what has run so far."""
         with self._lock:
-            self._totals: dict[str, Tensor | None] = dict.fromkeys(PHASES)
+            # Where there are totals, CUDA graphs may add to them: they stay where they are.
+            for total in self._totals.values():
+                if total is not None:
+                    total.zero_()
             self._forwards = self._passes = 0
             for memory in self._memories:
                 memory.reset()
@@ -67,7 +71,8 @@ class Tally:
         for phase, total in self._totals.items():
             if total is not None:
                 read, visible = total.tolist()
-                phases[phase] = _counted(read, visible)
+                if visible:
+                    phases[phase] = _counted(read, visible)
         read, visible = (sum(entry[name] for entry in phases.values()) for name in ("keys_read", "keys_visible"))
         return more | {"forward_passes": self._passes, "phases": phases} | _counted(read, visible)
 
