@@ -38,6 +38,7 @@ class _Thread(threading.local):
     def __init__(self, attachment: "Attachment") -> None:
         self.state: Pass | None = None
         self.continuity = Continuity()
+        self.decoder: Any = None
         self.memory = attachment.strategy.memory()
         attachment.tally.add_memory(self.memory)
 
@@ -76,6 +77,15 @@ class Attachment:
         """What the strategy carries from pass to pass in this thread; None for most."""
         return self._thread.memory
 
+    @property
+    def decoder(self) -> Any:
+        """What keeps this thread's CUDA graphs (decoding.decoder_of), or None."""
+        return self._thread.decoder
+
+    @decoder.setter
+    def decoder(self, decoder: Any) -> None:
+        self._thread.decoder = decoder
+
     def _enter(self) -> None:
         if any(getattr(module, _HANDLE, None) for module in self._modules.values()):
             raise KascadeError("a kascade profile is attached to this model already; detach it first")
@@ -104,7 +114,7 @@ class Attachment:
             return
         self._attached = False
         self._undo.close()
-        self._thread.state = None
+        self._thread.state = self._thread.decoder = None
 
     def __enter__(self) -> "Attachment":
         return self
@@ -242,6 +252,11 @@ def attach_setting(model: nn.Module, setting: Setting, progress: Progress | None
     attachment = Attachment(model, strategy, budget, backend, info, partition_of(first))
     attachment._enter()
     return attachment
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """What is attached to `model`, or None."""
+    return next((getattr(module, _HANDLE, None) for module in attention_modules(model).values()), None)
 
 
 def check_profile(info: ModelInfo, profile: Profile, allow_other_weights: bool = False) -> None:
