@@ -12,7 +12,6 @@ from kascade_cli.errors import KascadeError
 from kascade_cli.schema import PHASES
 from kascade_cli.sparse import Pass
 
-
 Mark = tuple[int, int, list[tuple[Tensor, Tensor]]]
 
 
@@ -62,7 +61,7 @@ class Tally:
     # -- steps in CUDA graphs --
 
     def replayed(self) -> None:
-        """A graph with one pass in it has been replayed: the device has counted its keys, the host has seen nothing."""
+        """A graph of one pass has been replayed: the device has counted its keys, the host has seen nothing."""
         with self._lock:
             self._forwards += 1
             self._passes += 1

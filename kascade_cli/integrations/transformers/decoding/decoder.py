@@ -18,6 +18,8 @@ log = logging.getLogger("kascade")
 # The static loop also where nothing can be captured: for tests, as it is no faster there.
 EVERYWHERE = False
 
+_LEAST = 4  # steps that pay for recording graphs
+
 
 class Decoder:
     """Of one thread of an attachment. reason: why steps run eagerly, None as long as they do not.
@@ -104,7 +106,7 @@ def decode_behind(
     cache: prefilled; its rows end at its last slot and hold `lengths` tokens each, int [B] (None: all slots).
     """
     decoder = decoder_of(model)
-    if decoder is None or steps < 2 or decoder.refuses(cache) is not None:
+    if decoder is None or steps < _LEAST or decoder.refuses(cache) is not None:
         return None
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     return decoder.run(layers, token, steps, lengths=lengths, stops=stops)

@@ -47,14 +47,14 @@ def why_not(model: nn.Module, attachment: Any) -> str | None:
 def why_not_cache(cache: Any, layers: Any = None) -> str | None:
     """Of a cache: it must be keys and values of full attention in every layer, and nothing else.
 
-    layers: those that the strategy attends to.
+    A layer of another kind says so with `only_keys_and_values`. layers: those that the strategy attends to.
     """
     if type(cache) is not DynamicCache:
         return f"its cache is a {type(cache).__name__}"
     for index, layer in enumerate(cache.layers):
         if getattr(layer, "is_sliding", False):
             return f"layer {index} keeps a sliding window of its keys"
-        if not isinstance(layer, DynamicLayer) or hasattr(layer, "conv_states"):
+        if type(layer) is not DynamicLayer and not getattr(layer, "only_keys_and_values", False):
             return f"layer {index} keeps more than keys and values ({type(layer).__name__})"
         if layers is not None and index not in layers:
             return f"layer {index} attends in its own way"

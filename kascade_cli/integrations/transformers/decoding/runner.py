@@ -15,9 +15,9 @@ from kascade_cli.integrations.transformers.decoding.slots import Slots
 class Runner:
     """Steps of `model` over `slots`, greedy unless `slots.token` is written over between two steps.
 
-    attachment: what the model runs under, or None. capture: record the steps in CUDA graphs; where that fails, `reason`
-    says why and the steps run eagerly. Each step leaves `logits` [B, 1, V] of the token after it.
-    seconds: what preparing took.
+    attachment: what the model runs under, or None. capture: record the steps in CUDA graphs; where that fails,
+    `reason` says why and the steps run eagerly. Each step leaves `logits` [B, 1, V] of the token after it. seconds:
+    what preparing took.
     """
 
     def __init__(self, model: nn.Module, slots: Slots, attachment: Any = None, *, capture: bool = True):
