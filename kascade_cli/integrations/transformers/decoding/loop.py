@@ -30,28 +30,28 @@ def decode(
     is told of new ones, on the CPU, a few at a time.
     """
     looking = _Look(runner, stops, seen)
-    if steps < 2 or looking.over(1):  # told at once: recording the graphs takes a while
+    if looking.over(1) or steps < 2:  # told at once: recording the graphs takes a while
         return runner.slots.token.clone()
     runner.prepare()
-    for count in range(1, steps):
-        if count > 1 and (count - 1) % LOOK == 0 and looking.over(count):
-            break
+    count = 1
+    while count < steps:
+        so_far = _tokens(runner, count) if choose is not None else None
         runner.step()
-        looking.mark(count + 1)
+        count += 1
+        looking.mark(count)
         if choose is not None:
-            runner.slots.token[:, 0].copy_(choose(runner.logits[:, -1], _tokens(runner, count + 1, -1)))
-    else:
-        looking.over(steps)
-    return _tokens(runner, steps if looking.end is None else looking.end).clone()
+            runner.slots.token[:, 0].copy_(choose(runner.logits[:, -1], so_far))
+        if (count == steps or count % LOOK == 1) and looking.over(count):
+            break
+    return _tokens(runner, count)[:, : looking.end].clone()
 
 
-def _tokens(runner: Runner, count: int, less: int = 0) -> Tensor:
-    """The first `count` tokens, int64 [B, count + less]; the newest enters the history only when it is read."""
+def _tokens(runner: Runner, count: int) -> Tensor:
+    """All `count` tokens, int64 [B, count]; the newest enters the history only when the next step reads it."""
     slots = runner.slots
-    last = slots.first + count - 1
-    if not less:
-        slots.history[:, last : last + 1].copy_(slots.token)
-    return slots.history[:, slots.first : last + 1 + less]
+    end = slots.first + count
+    slots.history[:, end - 1 : end].copy_(slots.token)
+    return slots.history[:, slots.first : end]
 
 
 class _Look:

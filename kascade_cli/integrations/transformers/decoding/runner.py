@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,8 +56,7 @@ class Runner:
         began = time.perf_counter()
         device = self.slots.token.device
         kinds = [None] if self.memory is None else self.memory.kinds()
-        saved = [tensor.clone() for tensor in self.slots.state()]
-        with self._uncounted():
+        with self.undone():
             try:
                 # In the order in which they follow each other: the second kind may read what the first has kept.
                 graph.warm_up([self._as_step(kind) for kind in kinds], device)
@@ -67,14 +66,19 @@ class Runner:
                 torch.cuda.synchronize(device)
                 self._replays = {}
                 self.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            with torch.no_grad():
-                for tensor, before in zip(self.slots.state(), saved, strict=True):
-                    tensor.copy_(before)
         torch.cuda.synchronize(device)
         self.seconds = time.perf_counter() - began
 
-    def _uncounted(self) -> Any:
-        return contextlib.nullcontext() if self.attachment is None else self.attachment.tally.uncounted()
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """Steps that run inside leave nothing but keys and values, which the next ones write over."""
+        saved = [tensor.clone() for tensor in self.slots.state()]
+        tally = contextlib.nullcontext() if self.attachment is None else self.attachment.tally.uncounted()
+        with tally:
+            yield
+        with torch.no_grad():
+            for tensor, before in zip(self.slots.state(), saved, strict=True):
+                tensor.copy_(before)
 
     def _as_step(self, kind: str | None) -> Callable[[], None]:
         return lambda: self._step(kind)
