@@ -16,17 +16,19 @@ class Runner:
     """Steps of `model` over `slots`, greedy unless `slots.token` is written over between two steps.
 
     attachment: what the model runs under, or None. capture: record the steps in CUDA graphs; where that fails,
-    `reason` says why and the steps run eagerly. Each step leaves `logits` [B, 1, V] of the token after it. seconds:
-    what preparing took.
+    `reason` says why and the steps run eagerly. stay: every step runs at the same place (for benchmarks). Each step
+    leaves `logits` [B, 1, V] of the token after it. seconds: what preparing took.
     """
 
-    def __init__(self, model: nn.Module, slots: Slots, attachment: Any = None, *, capture: bool = True):
+    def __init__(
+        self, model: nn.Module, slots: Slots, attachment: Any = None, *, capture: bool = True, stay: bool = False
+    ):
         self.model, self.slots, self.attachment = model, slots, attachment
         self.reason: str | None = None if capture else "not asked for"
         self.logits: Tensor | None = None
         self.seconds = 0.0
         self._replays: dict[str | None, tuple[Callable[[], None], Tensor]] = {}
-        self._run = 0
+        self._stay, self._run = stay, 0
         self._held: list[Tensor] = []  # what the graphs share with eager steps
 
     @property
@@ -42,7 +44,7 @@ class Runner:
     def load(self, layers: Sequence[tuple[Tensor, Tensor]], token: Tensor, lengths: Tensor | None = None) -> None:
         """A prefilled cache to go on from (`Slots.load`); the next step is the first behind it."""
         self.slots.load(layers, token, lengths)
-        self._run = 0
+        self.restart()
         if self._replays and [id(tensor) for tensor in self._held] != [id(tensor) for tensor in self._buffers()]:
             self._replays = {}  # eager steps of another shape have run in between
 
@@ -96,7 +98,12 @@ class Runner:
                 position_ids=slots.positions,
             ).logits
         torch.argmax(self.logits[:, -1], -1, keepdim=True, out=slots.token)
-        slots.advance()
+        if not self._stay:
+            slots.advance()
+
+    def restart(self) -> None:
+        """The next step is the first behind a prefill."""
+        self._run = 0
 
     def step(self) -> None:
         """One step for all rows."""
