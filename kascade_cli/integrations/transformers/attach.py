@@ -1,8 +1,10 @@
 """Attach a profile to a transformers model: its attention layers run a strategy until it is detached."""
 
 import contextlib
+import itertools
 import logging
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -29,7 +31,10 @@ from kascade_cli.sparse import Batch, Layer, Pass, Setting, Strategy
 log = logging.getLogger("kascade")
 
 NAME = "kascade"  # in transformers' attention and mask interfaces
-_HANDLE = "_kascade_attachment"
+_HANDLE, _NUMBER = "_kascade_attachment", "_kascade_number"
+
+_numbers = itertools.count()
+_attachments: "weakref.WeakValueDictionary[int, Attachment]" = weakref.WeakValueDictionary()
 
 
 class _Thread(threading.local):
@@ -66,6 +71,7 @@ class Attachment:
         self._thread = _Thread(self)
         self._undo = contextlib.ExitStack()
         self._attached = False
+        self.number = next(_numbers)
 
     @property
     def state(self) -> Pass | None:
@@ -90,10 +96,14 @@ class Attachment:
         if any(getattr(module, _HANDLE, None) for module in self._modules.values()):
             raise KascadeError("a kascade profile is attached to this model already; detach it first")
         _register()
+        _attachments[self.number] = self
         with contextlib.ExitStack() as undo:  # a failure on the way leaves the model as it was
             for module in self._modules.values():
                 setattr(module, _HANDLE, self)
                 undo.callback(delattr, module, _HANDLE)
+                # What compiled code finds the attachment by; numbers are not used again.
+                setattr(module, _NUMBER, self.number)
+                undo.callback(delattr, module, _NUMBER)
             undo.enter_context(attention_implementation(self.model, NAME))
             first = self._modules[self.info.profiled_layers[0]]
             undo.callback(first.register_forward_pre_hook(self._watch, with_kwargs=True).remove)
@@ -102,11 +112,15 @@ class Attachment:
             self._undo = undo.pop_all()
         self._attached = True
 
+    # Code that is compiled runs neither: a step of it proves nothing, so that kept keys are chosen anew.
+
     def _watch(self, module: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._thread.continuity.watch(module, kwargs)
+        if not torch.compiler.is_compiling():
+            self._thread.continuity.watch(module, kwargs)
 
     def _count_forward(self, *_: Any) -> None:
-        self.tally.forward()
+        if not torch.compiler.is_compiling():
+            self.tally.forward()
 
     def detach(self) -> None:
         """Restores the model's own attention. Safe to call twice."""
@@ -164,6 +178,10 @@ class Attachment:
             continues=self._thread.continuity.continues(key),
             partition=self.partition,
         )
+
+    def module(self, layer: int) -> nn.Module:
+        """The attention module of a layer."""
+        return self._modules[layer]
 
     def _check_heads(self, query: Tensor, key: Tensor) -> None:
         world = 1 if self.partition is None else self.partition.world
@@ -338,7 +356,6 @@ def _register() -> None:
     AttentionMaskInterface.register(NAME, causal_lengths_mask)
 
 
-@torch.compiler.disable
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -349,6 +366,43 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, T, D], key, value [B, G, S, D] -> ([B, T, H, D], None)."""
+    number = getattr(module, _NUMBER, None)
+    refused = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+    if torch.compiler.is_compiling() and number is not None and not (refused or module.training):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        # One node of the compiled graph; whatever is behind it runs as it is.
+        return _attend(query, key, value, attention_mask, scaling, module.layer_idx, number), None
+    return _attention_now(module, query, key, value, attention_mask, scaling, **kwargs)
+
+
+@torch.library.custom_op("kascade::attend", mutates_args=())
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, layer: int, number: int
+) -> Tensor:
+    """Attention of one layer of attachment `number`: query [B, H, T, D], key, value [B, G, S, D] -> [B, T, H, Dv]."""
+    attachment = _attachments.get(number)
+    if attachment is None:
+        raise KascadeError("code that was compiled under a kascade attachment runs after it: compile the model anew")
+    return _attention_now(attachment.module(layer), query, key, value, mask, scale)[0]
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    batch, heads, queries, _ = query.shape
+    return query.new_empty(batch, queries, heads, value.shape[-1])
+
+
+@torch.compiler.disable
+def _attention_now(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`_attention`, never compiled."""
     attachment: Attachment | None = getattr(module, _HANDLE, None)
     if attachment is None:
         raise KascadeError("attention implementation 'kascade' is used through kascade_cli.attach(model, profile)")
