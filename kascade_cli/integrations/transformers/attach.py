@@ -31,7 +31,7 @@ from kascade_cli.sparse import Batch, Layer, Pass, Setting, Strategy
 log = logging.getLogger("kascade")
 
 NAME = "kascade"  # in transformers' attention and mask interfaces
-_HANDLE, _NUMBER = "_kascade_attachment", "_kascade_number"
+_HANDLE, _KEY = "_kascade_attachment", "_kascade_key"
 
 _numbers = itertools.count()
 _attachments: "weakref.WeakValueDictionary[int, Attachment]" = weakref.WeakValueDictionary()
@@ -71,7 +71,7 @@ class Attachment:
         self._thread = _Thread(self)
         self._undo = contextlib.ExitStack()
         self._attached = False
-        self.number = next(_numbers)
+        self._number = next(_numbers)
 
     @property
     def state(self) -> Pass | None:
@@ -96,14 +96,15 @@ class Attachment:
         if any(getattr(module, _HANDLE, None) for module in self._modules.values()):
             raise KascadeError("a kascade profile is attached to this model already; detach it first")
         _register()
-        _attachments[self.number] = self
+        _attachments[self._number] = self
         with contextlib.ExitStack() as undo:  # a failure on the way leaves the model as it was
-            for module in self._modules.values():
+            for index, module in self._modules.items():
                 setattr(module, _HANDLE, self)
                 undo.callback(delattr, module, _HANDLE)
-                # What compiled code finds the attachment by; numbers are not used again.
-                setattr(module, _NUMBER, self.number)
-                undo.callback(delattr, module, _NUMBER)
+                # By which compiled code finds the attachment and the layer. A tensor, so that it is read when the code
+                # runs: numbers would be part of the code, and every layer and attachment would need its own.
+                setattr(module, _KEY, torch.tensor([self._number, index]))
+                undo.callback(delattr, module, _KEY)
             undo.enter_context(attention_implementation(self.model, NAME))
             first = self._modules[self.info.profiled_layers[0]]
             undo.callback(first.register_forward_pre_hook(self._watch, with_kwargs=True).remove)
@@ -366,20 +367,19 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, T, D], key, value [B, G, S, D] -> ([B, T, H, D], None)."""
-    number = getattr(module, _NUMBER, None)
+    key_of = getattr(module, _KEY, None)
     refused = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
-    if torch.compiler.is_compiling() and number is not None and not (refused or module.training):
+    if torch.compiler.is_compiling() and key_of is not None and not (refused or module.training):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         # One node of the compiled graph; whatever is behind it runs as it is.
-        return _attend(query, key, value, attention_mask, scaling, module.layer_idx, number), None
+        return _attend(query, key, value, attention_mask, scaling, key_of), None
     return _attention_now(module, query, key, value, attention_mask, scaling, **kwargs)
 
 
 @torch.library.custom_op("kascade::attend", mutates_args=())
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, layer: int, number: int
-) -> Tensor:
-    """Attention of one layer of attachment `number`: query [B, H, T, D], key, value [B, G, S, D] -> [B, T, H, Dv]."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, which: Tensor) -> Tensor:
+    """query [B, H, T, D], key, value [B, G, S, D] -> [B, T, H, Dv]. which: attachment and layer, on the CPU."""
+    number, layer = which.tolist()
     attachment = _attachments.get(number)
     if attachment is None:
         raise KascadeError("code that was compiled under a kascade attachment runs after it: compile the model anew")

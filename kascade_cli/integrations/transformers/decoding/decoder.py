@@ -24,12 +24,14 @@ _LEAST = 4  # steps that pay for recording graphs
 class Decoder:
     """Of one thread of an attachment. reason: why steps run eagerly, None as long as they do not.
 
-    One runner is kept: graphs are recorded again only for another number of rows or another bucket of slots.
+    compile: compile the decoder layers too (Runner). One runner is kept: graphs are recorded again only for another
+    number of rows or another bucket of slots.
     """
 
     def __init__(self, attachment: Attachment):
         self.attachment = attachment
         self.runner: Runner | None = None
+        self.compile = False
         device = next(attachment.model.parameters()).device
         self._here = why_not_here(device)
         self.reason = None if EVERYWHERE else self._here
@@ -70,10 +72,12 @@ class Decoder:
 
     def _runner(self, layers: Sequence[tuple[Tensor, Tensor]], rows: int, slots: int) -> Runner:
         slots = bucket(slots)
-        if self.runner is None or not self.runner.slots.fits(layers, rows, slots):
-            self.runner = None  # its cache makes room for the next one
+        kept = self.runner
+        if kept is None or kept.compile != self.compile or not kept.slots.fits(layers, rows, slots):
+            self.runner = kept = None  # its cache makes room for the next one
             made = Slots(layers, rows, slots)
-            self.runner = Runner(self.attachment.model, made, self.attachment, capture=self._here is None)
+            capture = self._here is None
+            self.runner = Runner(self.attachment.model, made, self.attachment, capture=capture, compile=self.compile)
         return self.runner
 
     def _warn(self) -> None:

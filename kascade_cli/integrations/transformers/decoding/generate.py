@@ -19,10 +19,12 @@ class GraphDecode:
     Logits processors, sampling and stopping are those of the call; a streamer is given here, as transformers keeps it
     from custom loops, and is told of a few tokens at a time. The prompt is prefilled as always; the steps run on a
     static cache in CUDA graphs, or in transformers' own loop, with the `reason`. seconds: what recording graphs took.
+    compile: compile the decoder layers for the steps, which takes longer at first; `uncompiled` says why they are not.
     """
 
-    def __init__(self, streamer: Any = None):
-        self.streamer = streamer
+    def __init__(self, streamer: Any = None, *, compile: bool = False):
+        self.streamer, self.compile = streamer, compile
+        self.uncompiled: str | None = "not asked for"
         self.reason: str | None = None
         self.seconds = 0.0
 
@@ -57,6 +59,7 @@ class GraphDecode:
                 streamer=streamer,
                 **model_kwargs,
             )
+        decoder.compile = self.compile
         choose = Choice(input_ids, logits_processor, generation_config.do_sample)
         logits, lengths = _prefill(model, input_ids, model_kwargs)
         first = choose(logits, input_ids[:, :0])
@@ -74,7 +77,8 @@ class GraphDecode:
             choose=None if choose.plain else choose,
             seen=None if streamer is None else seen,
         )
-        self.reason, self.seconds = decoder.runner.reason, decoder.runner.seconds
+        runner = decoder.runner
+        self.reason, self.uncompiled, self.seconds = runner.reason, runner.uncompiled, runner.seconds
         if getattr(cache, "_is_user_defined", False):
             _give_back(cache, decoder.runner.slots, tokens.shape[1] - 1)
         if streamer is not None:

@@ -3,31 +3,45 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kascade_cli.integrations.transformers.decoding import graph
+from kascade_cli.integrations.transformers.decoding.compiled import compiled_layers
 from kascade_cli.integrations.transformers.decoding.slots import Slots
+
+Replays = dict[str | None, tuple[Callable[[], None], Tensor]]  # per kind of step: the graph, and where its logits are
 
 
 class Runner:
     """Steps of `model` over `slots`, greedy unless `slots.token` is written over between two steps.
 
     attachment: what the model runs under, or None. capture: record the steps in CUDA graphs; where that fails,
-    `reason` says why and the steps run eagerly. stay: every step runs at the same place (for benchmarks). Each step
-    leaves `logits` [B, 1, V] of the token after it. seconds: what preparing took.
+    `reason` says why and the steps run eagerly. compile: compile the decoder layers for them, which fuses what is not
+    attention and rounds differently; where that fails, `uncompiled` says why. stay: every step runs at the same place
+    (for benchmarks). Each step leaves `logits` [B, 1, V] of the token after it. seconds: what preparing took since
+    loading.
     """
 
     def __init__(
-        self, model: nn.Module, slots: Slots, attachment: Any = None, *, capture: bool = True, stay: bool = False
+        self,
+        model: nn.Module,
+        slots: Slots,
+        attachment: Any = None,
+        *,
+        capture: bool = True,
+        compile: bool = False,
+        stay: bool = False,
     ):
         self.model, self.slots, self.attachment = model, slots, attachment
         self.reason: str | None = None if capture else "not asked for"
+        self.compile, self.uncompiled = compile, None if compile else "not asked for"
         self.logits: Tensor | None = None
         self.seconds = 0.0
-        self._replays: dict[str | None, tuple[Callable[[], None], Tensor]] = {}
+        self._replays: Replays = {}
         self._stay, self._run = stay, 0
         self._held: list[Tensor] = []  # what the graphs share with eager steps
 
@@ -45,6 +59,7 @@ class Runner:
         """A prefilled cache to go on from (`Slots.load`); the next step is the first behind it."""
         self.slots.load(layers, token, lengths)
         self.restart()
+        self.seconds = 0.0
         if self._replays and [id(tensor) for tensor in self._held] != [id(tensor) for tensor in self._buffers()]:
             self._replays = {}  # eager steps of another shape have run in between
 
@@ -56,20 +71,31 @@ class Runner:
         if self._replays or self.reason is not None:
             return
         began = time.perf_counter()
+        if self.compile:
+            self._replays, self.uncompiled = self._record(compiled_layers(self.model, self.slots))
+        if not self._replays:
+            self._replays, self.reason = self._record(contextlib.nullcontext())
+        self._held = self._buffers()
+        self.seconds = time.perf_counter() - began
+
+    def _record(self, how: AbstractContextManager) -> tuple[Replays, str | None]:
+        """A graph per kind of step; none, and why."""
         device = self.slots.token.device
         kinds = [None] if self.memory is None else self.memory.kinds()
+        replays: Replays = {}
+        reason = None
         with self.undone():
             try:
-                # In the order in which they follow each other: the second kind may read what the first has kept.
-                graph.warm_up([self._as_step(kind) for kind in kinds], device)
-                self._replays = {kind: (graph.record(self._as_step(kind), device), self.logits) for kind in kinds}
-                self._held = self._buffers()
+                with how:
+                    # In the order in which they follow each other: the second may read what the first has kept.
+                    graph.warm_up([self._as_step(kind) for kind in kinds], device)
+                    for kind in kinds:
+                        replays[kind] = graph.record(self._as_step(kind), device), self.logits
             except Exception as error:
                 torch.cuda.synchronize(device)
-                self._replays = {}
-                self.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+                replays, reason = {}, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         torch.cuda.synchronize(device)
-        self.seconds = time.perf_counter() - began
+        return replays, reason
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
