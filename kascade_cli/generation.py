@@ -52,7 +52,8 @@ class Generated:
     """One generation. first_token_s: time to the first token; tokens_per_s: over the tokens after it, or None.
 
     report: what really ran (Attachment.report()). eager: why the steps did not run in CUDA graphs, None where they
-    did; graphs_s: what recording those took, which tokens_per_s leaves out.
+    did; graphs_s: what recording those took, which tokens_per_s leaves out. uncompiled: why the layers in them are not
+    compiled.
     """
 
     tokens: list[int]
@@ -62,6 +63,7 @@ class Generated:
     report: dict[str, Any]
     eager: str | None = None
     graphs_s: float = 0.0
+    uncompiled: str | None = None
 
 
 class _Streamer(TextStreamer):
@@ -94,17 +96,19 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     write: Callable[[str], None] | None = None,
+    compile: bool = False,
 ) -> Generated:
     """Continues `ids` under `setting`. `write` gets the text word by word as it comes.
 
-    What `model.generate` does, with the steps in CUDA graphs where that works.
+    What `model.generate` does, with the steps in CUDA graphs where that works, and the decoder layers compiled for them
+    if asked to.
     """
     sampling = sampling or Sampling()
     prompt = torch.tensor([list(ids)], device=model.device)
     torch.manual_seed(sampling.seed)
     with attach_setting(model, setting) as attachment:
         streamer = _Streamer(tokenizer, model.device, write)
-        loop = GraphDecode(streamer)
+        loop = GraphDecode(streamer, compile=compile)
         out = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -120,7 +124,7 @@ def generate(
     spent = times[-1] - times[0] - loop.seconds
     rate = (len(times) - 1) / spent if len(times) > 1 and spent > 0 else None
     text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Generated(tokens, text, times[0], rate, report, loop.reason, loop.seconds)
+    return Generated(tokens, text, times[0], rate, report, loop.reason, loop.seconds, loop.uncompiled)
 
 
 def _pad_token(model: nn.Module, tokenizer: Any) -> int:

@@ -45,18 +45,32 @@ def fastest_dense(shape: Shape, phase: str, batch: int, context: int, setting: B
     return BASELINES[min(found, key=lambda name: found[name])]
 
 
+@torch.library.custom_op("kascade::bench_dense", mutates_args=())
+def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float, baseline: int) -> Tensor:
+    """Attention of the baseline with this number: [B, H, T, D] -> [B, T, H, D]. An op: layers compile around it."""
+    chosen = list(BASELINES.values())[baseline]
+    out = chosen.attend(query, key, value, scale)
+    out = out[0] if isinstance(out, tuple) else out
+    # FlashAttention gives [B, T, H, D] already, SDPA [B, H, T, D].
+    return (out if chosen.name in ("fa3", "fa4") else out.transpose(1, 2)).contiguous()
+
+
+@_dense.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+
+
 @contextlib.contextmanager
 def dense_attention(model: Any, baseline: Baseline) -> Iterator[None]:
     """`model` with `baseline` as its attention, no mask: every slot of the cache is a key, prefill is causal."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    number = list(BASELINES).index(baseline.name)
+
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **_: Any
     ) -> tuple[Tensor, None]:
-        out = baseline.attend(query, key, value, scaling or query.shape[-1] ** -0.5)
-        out = out[0] if isinstance(out, tuple) else out
-        # FlashAttention gives [B, T, H, D] already, SDPA [B, H, T, D].
-        return (out if baseline.name in ("fa3", "fa4") else out.transpose(1, 2)).contiguous(), None
+        return _dense(query, key, value, scaling or query.shape[-1] ** -0.5, number), None
 
     AttentionInterface.register(DENSE, attention)
     AttentionMaskInterface.register(DENSE, lambda *args, **kwargs: None)
@@ -90,9 +104,9 @@ def filled_slots(model: Any, batch: int, context: int, setting: Bench) -> Slots:
     return slots
 
 
-def decode_row(model: Any, slots: Slots, setting: Bench, attachment: Any = None) -> Row:
+def decode_row(model: Any, slots: Slots, setting: Bench, attachment: Any = None, compile: bool = False) -> Row:
     """One decode step at a full cache, again and again: milliseconds and tokens per second."""
-    runner = Runner(model, slots, attachment, capture=setting.device.type == "cuda", stay=True)
+    runner = Runner(model, slots, attachment, capture=setting.device.type == "cuda", compile=compile, stay=True)
     runner.prepare()
     timing = time_calls([runner.step], setting.device, seconds=max(setting.seconds, 0.5), fewest=8)
     row = timing_fields(timing) | _how(runner, setting)
@@ -101,11 +115,12 @@ def decode_row(model: Any, slots: Slots, setting: Bench, attachment: Any = None)
 
 def _how(runner: Runner, setting: Bench) -> Row:
     if runner.captured:
-        return {"method": "graph"}
+        how = {"method": "graph", "compiled": runner.compiled}
+        return how if runner.compiled or not runner.compile else how | {"note": f"not compiled: {runner.uncompiled}"}
     return {} if setting.device.type != "cuda" else {"note": f"no CUDA graph: {runner.reason}"}
 
 
-def cycle_row(model: Any, slots: Slots, setting: Bench, attachment: Any) -> Row:
+def cycle_row(model: Any, slots: Slots, setting: Bench, attachment: Any, compile: bool = False) -> Row:
     """A cycle of kascade-refresh that ends at a full cache: the mean of its steps, and the time of both kinds.
 
     Two graphs, one that chooses keys and one that reads them, replayed in turn; eager, with the reason, where that
@@ -114,7 +129,7 @@ def cycle_row(model: Any, slots: Slots, setting: Bench, attachment: Any) -> Row:
     every, context = attachment.memory.every, slots.slots
     if context < every:
         raise KascadeError(f"a context of {context} keys is shorter than a cycle of {every} decode steps")
-    runner = Runner(model, slots, attachment, capture=setting.device.type == "cuda")
+    runner = Runner(model, slots, attachment, capture=setting.device.type == "cuda", compile=compile)
 
     def run(steps: int) -> None:
         slots.place(context - every)
@@ -158,10 +173,12 @@ def run_e2e(
     profile: Profile | None = None,
     say: Say = lambda text: None,
     done: Callable[[list[Row]], None] = lambda rows: None,
+    compile: bool = False,
 ) -> list[Row]:
     """Rows `dense` and `sparse` per (batch, context): in prefill the time to first token, in decode the step.
 
-    The decode cache holds random values instead of a prefill (`cache: random` in the row).
+    The decode cache holds random values instead of a prefill (`cache: random` in the row). compile: the decoder layers
+    are compiled for decoding, on both sides (`compiled` in the row).
     """
     profile = profile or profile_for(model, shape, setting)
     rows: list[Row] = []
@@ -170,7 +187,7 @@ def run_e2e(
         base = base_row(shape, phase, batch, context, setting) | {"kind": "e2e"}
         base |= {"layers": shape.layers, "anchors": shape.anchors}
         try:
-            here += _one_size(model, shape, phase, batch, context, setting, profile, base, say)
+            here += _one_size(model, shape, phase, batch, context, setting, profile, base, say, compile)
         except Exception as error:
             here.append(base | {"kind": "failed", "name": "e2e", "error": failure(error)})
         rows += here
@@ -191,6 +208,7 @@ def _one_size(
     profile: Profile,
     base: Row,
     say: Say,
+    compile: bool,
 ) -> list[Row]:
     check_memory(shape, phase, batch, context, setting)
     baseline = fastest_dense(shape, phase, batch, context, setting)
@@ -201,7 +219,7 @@ def _one_size(
 
     def measure(attachment: Any = None) -> Row:
         if phase == "decode":
-            return decode_row(model, slots, setting, attachment)
+            return decode_row(model, slots, setting, attachment, compile)
         return prefill_row(model, batch, context, setting)
 
     say(f"{phase} {base['size']}: dense, {baseline.label}")
@@ -213,7 +231,7 @@ def _one_size(
     options = strategy_fields(setting)
     with attach(model, profile, backend=backend, allow_other_weights=True, **options) as attachment:
         if setting.refresh is not None and phase == "decode":
-            cycle = cycle_row(model, slots, setting, attachment)
+            cycle = cycle_row(model, slots, setting, attachment, compile)
             sparse = base | {"name": "sparse"} | options | cycle
         else:
             sparse = base | {"name": "sparse"} | options | measure(attachment)

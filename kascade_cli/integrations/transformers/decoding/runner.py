@@ -145,4 +145,10 @@ class Runner:
 
     @property
     def captured(self) -> bool:
+        """Whether steps are replayed."""
         return bool(self._replays)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the layers in them are compiled."""
+        return self.captured and self.uncompiled is None
