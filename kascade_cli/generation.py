@@ -100,8 +100,7 @@ def generate(
 ) -> Generated:
     """Continues `ids` under `setting`. `write` gets the text word by word as it comes.
 
-    What `model.generate` does, with the steps in CUDA graphs where that works, and the decoder layers compiled for them
-    if asked to.
+    What `model.generate` does, with the steps in CUDA graphs where that works; compile: with compiled decoder layers.
     """
     sampling = sampling or Sampling()
     prompt = torch.tensor([list(ids)], device=model.device)
