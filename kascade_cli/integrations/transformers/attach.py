@@ -1,6 +1,7 @@
 """Attach a profile to a transformers model: its attention layers run a strategy until it is detached."""
 
 import contextlib
+import contextvars
 import itertools
 import logging
 import threading
@@ -32,6 +33,9 @@ log = logging.getLogger("kascade")
 
 NAME = "kascade"  # in transformers' attention and mask interfaces
 _HANDLE, _KEY = "_kascade_attachment", "_kascade_key"
+
+# Whether a CUDA graph of whole passes is being captured: nothing is lost between the layers of one (decoding.graph).
+capturing: contextvars.ContextVar[bool] = contextvars.ContextVar("capturing", default=False)
 
 _numbers = itertools.count()
 _attachments: "weakref.WeakValueDictionary[int, Attachment]" = weakref.WeakValueDictionary()
@@ -379,6 +383,11 @@ def _attention(
 @torch.library.custom_op("kascade::attend", mutates_args=())
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, which: Tensor) -> Tensor:
     """query [B, H, T, D], key, value [B, G, S, D] -> [B, T, H, Dv]. which: attachment and layer, on the CPU."""
+    if query.is_cuda and torch.cuda.is_current_stream_capturing() and not capturing.get():
+        raise KascadeError(
+            "torch.compile captures CUDA graphs of its own in this mode, which lose what one layer keeps for the next: "
+            "compile with the default mode, or leave it to model.generate(..., custom_generate=GraphDecode(compile=True))"
+        )
     number, layer = which.tolist()
     attachment = _attachments.get(number)
     if attachment is None:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from kascade_cli.integrations.transformers.attach import capturing
+
 Step = Callable[[], None]
 
 
@@ -25,10 +27,13 @@ def record(step: Step, device: torch.device) -> Step:
     from unpinned memory).
     """
     graph = torch.cuda.CUDAGraph()
+    token = capturing.set(True)
     try:
         with torch.cuda.device(device), torch.cuda.graph(graph):
             step()
     except BaseException:
         torch.cuda.synchronize(device)
         raise
+    finally:
+        capturing.reset(token)
     return graph.replay
