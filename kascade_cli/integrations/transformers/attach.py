@@ -385,8 +385,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     """query [B, H, T, D], key, value [B, G, S, D] -> [B, T, H, Dv]. which: attachment and layer, on the CPU."""
     if query.is_cuda and torch.cuda.is_current_stream_capturing() and not capturing.get():
         raise KascadeError(
-            "torch.compile captures CUDA graphs of its own in this mode, which lose what one layer keeps for the next: "
-            "compile with the default mode, or leave it to model.generate(..., custom_generate=GraphDecode(compile=True))"
+            "torch.compile captures CUDA graphs in this mode, in which what a layer keeps for the next ones is lost: "
+            "compile with the default mode, or call model.generate(custom_generate=GraphDecode(compile=True))"
         )
     number, layer = which.tolist()
     attachment = _attachments.get(number)
