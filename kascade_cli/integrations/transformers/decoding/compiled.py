@@ -26,7 +26,7 @@ class OneLayer:
 
 
 @contextlib.contextmanager
-def compiled_layers(model: nn.Module, slots: Slots) -> Iterator[None]:
+def compiled_layers(model: nn.Module, slots: Slots, backend: Any = "inductor") -> Iterator[None]:
     """Inside, the model's decoder layers run compiled, over `slots`; left, they are what they were.
 
     Raises what torch.compile raises, when the model runs.
@@ -38,7 +38,7 @@ def compiled_layers(model: nn.Module, slots: Slots) -> Iterator[None]:
         for index, layer in decoder_layers(model).items():
             kind = type(layer)
             if kind not in made:
-                made[kind] = torch.compile(kind.forward, fullgraph=True, dynamic=False)
+                made[kind] = torch.compile(kind.forward, fullgraph=True, dynamic=False, backend=backend)
             own = vars(layer).get("forward")
             layer.forward = _one(made[kind], layer, OneLayer(slots.cache.layers[index]))
             undo.callback(_restore, layer, own)
