@@ -265,6 +265,7 @@ def test_samples_are_those_of_multinomial():
         ({"cache_implementation": "static"}, "its cache is a StaticCache"),
         ({"use_cache": False}, "it runs without a cache"),
         ({"prefill_chunk_size": 16}, "the prompt is prefilled in chunks"),
+        ({"max_new_tokens": 3}, "4 new tokens or more pay for recording graphs"),
     ],
 )
 def test_calls_that_need_transformers_own_loop(llama, options, reason, monkeypatch):
@@ -302,6 +303,47 @@ def test_a_cache_that_the_caller_brought_holds_the_new_tokens(llama, monkeypatch
         texts.append(text.tolist())
         assert cache.get_seq_length() == 45 + 9 + 33 + 9 - 1
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_where_capturing_fails_transformers_loop_writes_the_same(llama, sample, monkeypatch):
+    """As on a GPU when a step waits for the device: found out behind the prefill, with the first token told."""
+    from kascade_cli import attach
+    from kascade_cli.integrations.transformers.decoding import GraphDecode, Runner, decoder
+
+    monkeypatch.setattr(decoder, "EVERYWHERE", True)
+    model, profile = llama
+    ids = torch.tensor([ids_of(52)])
+    call = {"max_new_tokens": 12, "do_sample": sample, "temperature": 2.0 if sample else None, "pad_token_id": 0}
+    told = []
+
+    class Streamer:
+        def put(self, tokens):
+            told.append(tokens.flatten().tolist())
+
+        def end(self):
+            told.append("end")
+
+    def fails(runner):
+        runner.reason = "RuntimeError: operation not permitted when stream is capturing"
+
+    with attach(model, profile) as run:
+        torch.manual_seed(3)
+        want, expected = model.generate(ids, **call), run.report()
+        run.reset()
+        monkeypatch.setattr(Runner, "prepare", fails)
+        monkeypatch.setattr(decoder.Decoder, "_captures", lambda self: True)
+        for attempt in range(2):
+            torch.manual_seed(3)
+            loop = GraphDecode(Streamer())
+            got = model.generate(ids, custom_generate=loop, **call)
+            assert got.tolist() == want.tolist()
+            assert loop.reason == "RuntimeError: operation not permitted when stream is capturing"
+            assert told == [[token] for token in want[0, 52:].tolist()] + ["end"]
+            assert run.report()["keys_read"] == expected["keys_read"]
+            assert run.report()["forward_passes"] == expected["forward_passes"]
+            run.reset()
+            told.clear()
 
 
 def test_graph_decode_is_for_what_is_attached(llama):

@@ -383,16 +383,20 @@ def _attention(
 @torch.library.custom_op("kascade::attend", mutates_args=())
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, which: Tensor) -> Tensor:
     """query [B, H, T, D], key, value [B, G, S, D] -> [B, T, H, Dv]. which: attachment and layer, on the CPU."""
-    if query.is_cuda and torch.cuda.is_current_stream_capturing() and not capturing.get():
-        raise KascadeError(
-            "torch.compile captures CUDA graphs in this mode, in which what a layer keeps for the next ones is lost: "
-            "compile with the default mode, or call model.generate(custom_generate=GraphDecode(compile=True))"
-        )
+    _refuse_captured(query.is_cuda)
     number, layer = which.tolist()
     attachment = _attachments.get(number)
     if attachment is None:
         raise KascadeError("code that was compiled under a kascade attachment runs after it: compile the model anew")
     return _attention_now(attachment.module(layer), query, key, value, mask, scale)[0]
+
+
+def _refuse_captured(on_gpu: bool) -> None:
+    if on_gpu and torch.cuda.is_current_stream_capturing() and not capturing.get():
+        raise KascadeError(
+            "torch.compile captures CUDA graphs in this mode, in which what a layer keeps for the next ones is lost: "
+            "compile with the default mode, or call model.generate(custom_generate=GraphDecode(compile=True))"
+        )
 
 
 @_attend.register_fake

@@ -1,14 +1,14 @@
 """Goes on from a prefilled cache in CUDA graphs, for whatever runs attached; keeps its graphs from call to call."""
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kascade_cli.integrations.transformers.attach import Attachment, attachment_of
-from kascade_cli.integrations.transformers.decoding.loop import Choose, decode
+from kascade_cli.integrations.transformers.decoding.loop import decode
 from kascade_cli.integrations.transformers.decoding.reasons import why_not, why_not_cache, why_not_here
 from kascade_cli.integrations.transformers.decoding.runner import Runner
 from kascade_cli.integrations.transformers.decoding.slots import Slots, bucket
@@ -18,7 +18,7 @@ log = logging.getLogger("kascade")
 # The static loop also where nothing can be captured: for tests, as it is no faster there.
 EVERYWHERE = False
 
-_LEAST = 4  # steps that pay for recording graphs
+LEAST = 4  # steps that pay for recording graphs
 
 
 class Decoder:
@@ -46,29 +46,23 @@ class Decoder:
             return why_not_cache(cache)
         return self.reason
 
-    def run(
-        self,
-        layers: Sequence[tuple[Tensor, Tensor]],
-        token: Tensor,
-        steps: int,
-        *,
-        lengths: Tensor | None = None,
-        stops: Collection[int] = (),
-        choose: Choose | None = None,
-        seen: Callable[[Tensor], None] | None = None,
-    ) -> Tensor:
-        """`token` int64 [B] and up to `steps - 1` after it: int64 [B, n]; see loop.decode.
+    def ready(
+        self, layers: Sequence[tuple[Tensor, Tensor]], token: Tensor, steps: int, lengths: Tensor | None = None
+    ) -> Runner | None:
+        """A runner loaded and prepared to go on behind a prefilled cache for `steps` steps, for `loop.decode`.
 
-        layers: keys and values [B, G, width, D] of a prefilled cache, whose rows end at its last slot and hold
-        `lengths` tokens, int [B] (None: all slots).
+        layers: keys and values [B, G, width, D], whose rows end at the last slot and hold `lengths` tokens, int [B]
+        (None: all slots); they are left as they are. token: int64 [B], the one after them. None where the steps cannot
+        be captured: `reason` says why.
         """
         runner = self._runner(layers, len(token), layers[0][0].shape[2] + steps + 1)
         runner.load(layers, token, lengths)
-        written = decode(runner, steps, stops=stops, choose=choose, seen=seen)
-        if runner.reason is not None and self._here is None and self.reason is None:
-            self.reason = runner.reason
-            self._warn()
-        return written
+        runner.prepare()
+        if runner.reason is None or not self._captures():
+            return runner
+        self.runner, self.reason = None, runner.reason
+        self._warn()
+        return None
 
     def _runner(self, layers: Sequence[tuple[Tensor, Tensor]], rows: int, slots: int) -> Runner:
         slots = bucket(slots)
@@ -79,6 +73,10 @@ class Decoder:
             capture = self._here is None
             self.runner = Runner(self.attachment.model, made, self.attachment, capture=capture, compile=self.compile)
         return self.runner
+
+    def _captures(self) -> bool:
+        """Whether graphs are what this is for; else the static loop is wanted without (EVERYWHERE)."""
+        return self._here is None
 
     def _warn(self) -> None:
         if self._here is None:
@@ -110,7 +108,7 @@ def decode_behind(
     cache: prefilled; its rows end at its last slot and hold `lengths` tokens each, int [B] (None: all slots).
     """
     decoder = decoder_of(model)
-    if decoder is None or steps < _LEAST or decoder.refuses(cache) is not None:
+    if decoder is None or steps < LEAST or decoder.refuses(cache) is not None:
         return None
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
-    return decoder.run(layers, token, steps, lengths=lengths, stops=stops)
+    runner = decoder.ready([(layer.keys, layer.values) for layer in cache.layers], token, steps, lengths)
+    return None if runner is None else decode(runner, steps, stops=stops)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from kascade_cli.errors import KascadeError
-from kascade_cli.integrations.transformers.decoding.decoder import decoder_of
+from kascade_cli.integrations.transformers.decoding.decoder import LEAST, Decoder, decoder_of
+from kascade_cli.integrations.transformers.decoding.loop import decode
 from kascade_cli.integrations.transformers.decoding.slots import Slots
 
 # What `generate` may hand on besides its own objects; anything else may change from step to step.
@@ -46,44 +47,79 @@ class GraphDecode:
             raise KascadeError("GraphDecode runs what is attached: with attach(model, profile): model.generate(...)")
         if generation_config.num_beams > 1:
             raise KascadeError("GraphDecode does not search with beams: leave num_beams or custom_generate out")
-        cache = model_kwargs.get("past_key_values")
-        stops = _stops(stopping_criteria)
-        self.reason = decoder.refuses(cache) or _why_not(generation_config, stopping_criteria, stops, model_kwargs)
-        if self.reason is not None or synced_gpus:
-            return model._sample(
-                input_ids,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                **model_kwargs,
-            )
+        call = (input_ids, logits_processor, stopping_criteria, generation_config)
+        self.reason = decoder.refuses(model_kwargs.get("past_key_values"))
+        self.reason = self.reason or _why_not(
+            generation_config, stopping_criteria, synced_gpus, model_kwargs, input_ids
+        )
+        if self.reason is None:
+            out = self._decode(model, decoder, streamer, *call, model_kwargs)
+            if out is not None:
+                return out
+            streamer = streamer and _WithoutFirst(streamer)
+        names = ("input_ids", "logits_processor", "stopping_criteria", "generation_config")
+        return model._sample(
+            **dict(zip(names, call, strict=True)), synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
+        )
+
+    def _decode(
+        self,
+        model: nn.Module,
+        decoder: Decoder,
+        streamer: Any,
+        prompt: Tensor,
+        processors: Any,
+        criteria: Any,
+        config: Any,
+        given: dict[str, Any],
+    ) -> Tensor | None:
+        """Prompt and new tokens, int64 [B, n]. None where the steps cannot be captured: the first token has been told,
+        and nothing else is changed."""
         decoder.compile = self.compile
-        choose = Choice(input_ids, logits_processor, generation_config.do_sample)
-        logits, lengths = _prefill(model, input_ids, model_kwargs)
-        first = choose(logits, input_ids[:, :0])
-
-        def seen(tokens: Tensor) -> None:
-            for column in tokens.unbind(1):
-                streamer.put(column)
-
-        tokens = decoder.run(
-            [(layer.keys, layer.values) for layer in cache.layers],
-            first,
-            stopping_criteria.max_length - input_ids.shape[1],
-            lengths=lengths,
+        cache, tally = given["past_key_values"], decoder.attachment.tally
+        before, counted, drawn = cache.get_seq_length(), tally.mark(), _random_state(prompt.device)
+        choose, stops = Choice(prompt, processors, config.do_sample), _stops(criteria)
+        logits, lengths = _prefill(model, prompt, given)
+        first = choose(logits, prompt[:, :0])
+        if streamer is not None:
+            streamer.put(first.cpu())
+        steps = criteria.max_length - prompt.shape[1]
+        runner = decoder.ready([(layer.keys, layer.values) for layer in cache.layers], first, steps, lengths)
+        if runner is None:
+            self.reason = decoder.reason
+            cache.crop(before - prompt.shape[1])
+            tally.back_to(counted)
+            _set_random_state(prompt.device, drawn)
+            return None
+        told = _WithoutFirst(streamer)
+        tokens = decode(
+            runner,
+            steps,
             stops=stops,
             choose=None if choose.plain else choose,
-            seen=None if streamer is None else seen,
+            seen=None if streamer is None else lambda new: [told.put(column) for column in new.unbind(1)],
         )
-        runner = decoder.runner
         self.reason, self.uncompiled, self.seconds = runner.reason, runner.uncompiled, runner.seconds
         if getattr(cache, "_is_user_defined", False):
-            _give_back(cache, decoder.runner.slots, tokens.shape[1] - 1)
+            _give_back(cache, runner.slots, tokens.shape[1] - 1)
         if streamer is not None:
             streamer.end()
-        return torch.cat([input_ids, _padded(tokens, stops, generation_config._pad_token_tensor)], 1)
+        return torch.cat([prompt, _padded(tokens, stops, config._pad_token_tensor)], 1)
+
+
+class _WithoutFirst:
+    """A streamer that has been told of the first token already."""
+
+    def __init__(self, streamer: Any):
+        self.streamer, self.told = streamer, False
+
+    def put(self, tokens: Tensor) -> None:
+        if self.told:
+            self.streamer.put(tokens)
+        self.told = True
+
+    def end(self) -> None:
+        self.streamer.end()
 
 
 class Choice:
@@ -118,7 +154,7 @@ def _stops(criteria: Any) -> set[int]:
     return found
 
 
-def _why_not(config: Any, criteria: Any, stops: set[int], given: dict[str, Any]) -> str | None:
+def _why_not(config: Any, criteria: Any, synced: bool, given: dict[str, Any], prompt: Tensor) -> str | None:
     """What of a call needs transformers' own loop."""
     from transformers import EosTokenCriteria, MaxLengthCriteria
 
@@ -127,6 +163,8 @@ def _why_not(config: Any, criteria: Any, stops: set[int], given: dict[str, Any])
         return f"{type(others[0]).__name__} looks at every step"
     if criteria.max_length is None:
         return "the number of new tokens has no bound"
+    if synced:
+        return "synced_gpus keeps processes in step"
     if config.return_dict_in_generate:
         return "return_dict_in_generate asks for what each step leaves"
     if getattr(config, "prefill_chunk_size", None) is not None:
@@ -137,7 +175,18 @@ def _why_not(config: Any, criteria: Any, stops: set[int], given: dict[str, Any])
     if more:
         return f"{more[0]} is given"
     mask = given.get("attention_mask")
-    return "rows are padded on the right" if mask is not None and not bool(mask[:, -1].all()) else None
+    if mask is not None and not bool(mask[:, -1].all()):
+        return "rows are padded on the right"
+    steps = criteria.max_length - prompt.shape[1]
+    return None if steps >= LEAST else f"{LEAST} new tokens or more pay for recording graphs"
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
 
 
 def _prefill(model: nn.Module, ids: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:

@@ -30,7 +30,7 @@ def decode(
     is told of new ones, on the CPU, a few at a time.
     """
     looking = _Look(runner, stops, seen)
-    if looking.over(1) or steps < 2:  # told at once: recording the graphs takes a while
+    if looking.over(1) or steps < 2:
         return runner.slots.token.clone()
     runner.prepare()
     count = 1

@@ -81,3 +81,46 @@ def test_code_that_was_compiled_under_an_attachment_does_not_run_after_it():
     query = torch.zeros(1, 2, 1, 8)
     with pytest.raises(KascadeError, match="compile the model anew"):
         torch.ops.kascade.attend(query, query, query, None, 1.0, torch.tensor([10**9, 0]))
+
+
+def test_graphs_of_torch_compile_are_refused(monkeypatch):
+    """What one layer keeps for the next lies in their pool, where they know nothing of it. Whole steps are another
+    thing: Runner says so while it records one."""
+    from kascade_cli.integrations.transformers.attach import _refuse_captured, capturing
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(KascadeError, match="torch.compile captures CUDA graphs in this mode"):
+        _refuse_captured(True)
+    _refuse_captured(False)
+    token = capturing.set(True)
+    _refuse_captured(True)
+    capturing.reset(token)
+
+
+def test_a_model_compiled_as_a_whole_decodes_as_it_does_eagerly():
+    """Attention is one node and no break, so that `fullgraph` holds. Kept keys need a proof, which compiled code does
+    not give, so every step chooses."""
+    from transformers import StaticCache
+
+    model = tiny_model("llama", layers=3, seed=5)
+    profile = some_profile(describe(model))
+    ids, _ = padded((45,))
+    torch.compiler.reset()
+    logits = []
+    compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for forward, strategy in ((model.forward, "kascade"), (compiled, "kascade-refresh")):
+            with attach(model, profile, strategy=strategy) as run:
+                cache, found = StaticCache(model.config, 52), []
+                model(ids, past_key_values=cache, use_cache=True)
+                for step in range(3):
+                    # As `generate` makes it ahead of a compiled model.
+                    rows = torch.tensor([[45 + step, 0, 46 + step]], dtype=torch.int32)
+                    options = {"attention_mask": rows[:, None, None].expand(-1, -1, 52, -1), "use_cache": True}
+                    options["position_ids"] = torch.tensor([[45 + step]])
+                    found.append(forward(ids[:, step : step + 1], past_key_values=cache, **options).logits)
+                logits.append(torch.cat(found))
+                report = run.report()
+    assert report["refresh"] == {"every": 8, "refreshes": 3, "between": 0}
+    torch.compiler.reset()
+    torch.testing.assert_close(logits[1], logits[0])
