@@ -333,7 +333,7 @@ def test_where_capturing_fails_transformers_loop_writes_the_same(llama, sample, 
         run.reset()
         monkeypatch.setattr(Runner, "prepare", fails)
         monkeypatch.setattr(decoder.Decoder, "_captures", lambda self: True)
-        for attempt in range(2):
+        for _ in range(2):
             torch.manual_seed(3)
             loop = GraphDecode(Streamer())
             got = model.generate(ids, custom_generate=loop, **call)
