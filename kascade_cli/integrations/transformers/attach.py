@@ -1,11 +1,8 @@
 """Attach a profile to a transformers model: its attention layers run a strategy until it is detached."""
 
 import contextlib
-import contextvars
-import itertools
 import logging
 import threading
-import weakref
 from typing import Any
 
 import torch
@@ -13,7 +10,8 @@ from torch import Tensor, nn
 
 from kascade_cli.errors import KascadeError
 from kascade_cli.integrations.transformers.continuity import Continuity
-from kascade_cli.integrations.transformers.lengths import causal_lengths_mask, lengths_of, nothing_padded
+from kascade_cli.integrations.transformers.interface import HANDLE, KEY, NAME, number_of, register
+from kascade_cli.integrations.transformers.lengths import lengths_of, nothing_padded
 from kascade_cli.integrations.transformers.report import Tally
 from kascade_cli.kernels import Backend, get_backend
 from kascade_cli.kernels.contract import Progress
@@ -30,15 +28,6 @@ from kascade_cli.schema import Budget, Profile
 from kascade_cli.sparse import Batch, Layer, Pass, Setting, Strategy
 
 log = logging.getLogger("kascade")
-
-NAME = "kascade"  # in transformers' attention and mask interfaces
-_HANDLE, _KEY = "_kascade_attachment", "_kascade_key"
-
-# Whether a CUDA graph of whole passes is being captured: nothing is lost between the layers of one (decoding.graph).
-capturing: contextvars.ContextVar[bool] = contextvars.ContextVar("capturing", default=False)
-
-_numbers = itertools.count()
-_attachments: "weakref.WeakValueDictionary[int, Attachment]" = weakref.WeakValueDictionary()
 
 
 class _Thread(threading.local):
@@ -75,7 +64,6 @@ class Attachment:
         self._thread = _Thread(self)
         self._undo = contextlib.ExitStack()
         self._attached = False
-        self._number = next(_numbers)
 
     @property
     def state(self) -> Pass | None:
@@ -97,18 +85,16 @@ class Attachment:
         self._thread.decoder = decoder
 
     def _enter(self) -> None:
-        if any(getattr(module, _HANDLE, None) for module in self._modules.values()):
+        if any(getattr(module, HANDLE, None) for module in self._modules.values()):
             raise KascadeError("a kascade profile is attached to this model already; detach it first")
-        _register()
-        _attachments[self._number] = self
+        register()
+        number = number_of(self)
         with contextlib.ExitStack() as undo:  # a failure on the way leaves the model as it was
             for index, module in self._modules.items():
-                setattr(module, _HANDLE, self)
-                undo.callback(delattr, module, _HANDLE)
-                # By which compiled code finds the attachment and the layer. A tensor, so that it is read when the code
-                # runs: numbers would be part of the code, and every layer and attachment would need its own.
-                setattr(module, _KEY, torch.tensor([self._number, index]))
-                undo.callback(delattr, module, _KEY)
+                setattr(module, HANDLE, self)
+                undo.callback(delattr, module, HANDLE)
+                setattr(module, KEY, torch.tensor([number, index]))
+                undo.callback(delattr, module, KEY)
             undo.enter_context(attention_implementation(self.model, NAME))
             first = self._modules[self.info.profiled_layers[0]]
             undo.callback(first.register_forward_pre_hook(self._watch, with_kwargs=True).remove)
@@ -279,7 +265,7 @@ def attach_setting(model: nn.Module, setting: Setting, progress: Progress | None
 
 def attachment_of(model: nn.Module) -> Attachment | None:
     """What is attached to `model`, or None."""
-    return next((getattr(module, _HANDLE, None) for module in attention_modules(model).values()), None)
+    return next((getattr(module, HANDLE, None) for module in attention_modules(model).values()), None)
 
 
 def check_profile(info: ModelInfo, profile: Profile, allow_other_weights: bool = False) -> None:
@@ -351,85 +337,3 @@ def _refuse_assistants(*_: Any, **__: Any) -> Any:
         "assisted generation (an assistant model, prompt look-up) is not supported: drafts are checked in chunks, "
         "which would run as prefill; leave assistant_model and prompt_lookup_num_tokens out"
     )
-
-
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(NAME, _attention)
-    # Without a mask of its own, transformers would hand None to an implementation that it does not know.
-    AttentionMaskInterface.register(NAME, causal_lengths_mask)
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [B, H, T, D], key, value [B, G, S, D] -> ([B, T, H, D], None)."""
-    key_of = getattr(module, _KEY, None)
-    refused = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
-    if torch.compiler.is_compiling() and key_of is not None and not (refused or module.training):
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        # One node of the compiled graph; whatever is behind it runs as it is.
-        return _attend(query, key, value, attention_mask, scaling, key_of), None
-    return _attention_now(module, query, key, value, attention_mask, scaling, **kwargs)
-
-
-@torch.library.custom_op("kascade::attend", mutates_args=())
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, which: Tensor) -> Tensor:
-    """query [B, H, T, D], key, value [B, G, S, D] -> [B, T, H, Dv]. which: attachment and layer, on the CPU."""
-    _refuse_captured(query.is_cuda)
-    number, layer = which.tolist()
-    attachment = _attachments.get(number)
-    if attachment is None:
-        raise KascadeError("code that was compiled under a kascade attachment runs after it: compile the model anew")
-    return _attention_now(attachment.module(layer), query, key, value, mask, scale)[0]
-
-
-def _refuse_captured(on_gpu: bool) -> None:
-    if on_gpu and torch.cuda.is_current_stream_capturing() and not capturing.get():
-        raise KascadeError(
-            "torch.compile captures CUDA graphs in this mode, in which what a layer keeps for the next ones is lost: "
-            "compile with the default mode, or call model.generate(custom_generate=GraphDecode(compile=True))"
-        )
-
-
-@_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    batch, heads, queries, _ = query.shape
-    return query.new_empty(batch, queries, heads, value.shape[-1])
-
-
-@torch.compiler.disable
-def _attention_now(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """`_attention`, never compiled."""
-    attachment: Attachment | None = getattr(module, _HANDLE, None)
-    if attachment is None:
-        raise KascadeError("attention implementation 'kascade' is used through kascade_cli.attach(model, profile)")
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise KascadeError(
-            f"layer {module.layer_idx}: soft-capping, attention sinks and position biases are not supported"
-        )
-    if module.training:
-        raise KascadeError("kascade attention is for inference only: call model.eval()")
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        raise KascadeError("kascade attention has no gradients: run the model under torch.no_grad()")
-    if module.layer_idx not in attachment.strategy.layers:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    with torch.no_grad():
-        return attachment.attend(module, query, key, value, attention_mask, scaling), None

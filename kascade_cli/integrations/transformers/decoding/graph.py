@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from kascade_cli.integrations.transformers.attach import capturing
+from kascade_cli.integrations.transformers.interface import capturing
 
 Step = Callable[[], None]
 

@@ -86,7 +86,7 @@ def test_code_that_was_compiled_under_an_attachment_does_not_run_after_it():
 def test_graphs_of_torch_compile_are_refused(monkeypatch):
     """What one layer keeps for the next lies in their pool, where they know nothing of it. Whole steps are another
     thing: Runner says so while it records one."""
-    from kascade_cli.integrations.transformers.attach import _refuse_captured, capturing
+    from kascade_cli.integrations.transformers.interface import _refuse_captured, capturing
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(KascadeError, match="torch.compile captures CUDA graphs in this mode"):
