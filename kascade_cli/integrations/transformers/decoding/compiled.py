@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kascade_cli.integrations.transformers.decoding.joined import joined_projections
 from kascade_cli.integrations.transformers.decoding.slots import SlotLayer, Slots
 from kascade_cli.models import decoder_layers
 
@@ -26,14 +27,16 @@ class OneLayer:
 
 
 @contextlib.contextmanager
-def compiled_layers(model: nn.Module, slots: Slots, backend: Any = "inductor") -> Iterator[None]:
+def compiled_layers(model: nn.Module, slots: Slots, backend: Any = "inductor") -> Iterator[Any]:
     """Inside, the model's decoder layers run compiled, over `slots`; left, they are what they were.
 
-    Raises what torch.compile raises, when the model runs.
+    Gives what graphs that are recorded inside read on: keep it as long as they. Raises what torch.compile raises, when
+    the model runs.
     """
     made: dict[type, Any] = {}
     with contextlib.ExitStack() as undo:
         # Every number of rows and of slots is compiled for anew.
+        kept = undo.enter_context(joined_projections(model))
         undo.enter_context(torch._dynamo.config.patch(recompile_limit=64))
         for index, layer in decoder_layers(model).items():
             kind = type(layer)
@@ -42,7 +45,7 @@ def compiled_layers(model: nn.Module, slots: Slots, backend: Any = "inductor") -
             own = vars(layer).get("forward")
             layer.forward = _one(made[kind], layer, OneLayer(slots.cache.layers[index]))
             undo.callback(_restore, layer, own)
-        yield
+        yield kept
 
 
 def _one(compiled: Any, layer: nn.Module, cache: OneLayer) -> Any:

@@ -43,6 +43,7 @@ class Runner:
         self.seconds = 0.0
         self._replays: Replays = {}
         self._stay, self._run = stay, 0
+        self._kept: Any = None  # what only the graphs read
         self._held: list[Tensor] = []  # what the graphs share with eager steps
 
     @property
@@ -86,7 +87,7 @@ class Runner:
         reason = None
         with self.undone():
             try:
-                with how:
+                with how as self._kept:
                     # In the order in which they follow each other: the second may read what the first has kept.
                     graph.warm_up([self._as_step(kind) for kind in kinds], device)
                     for kind in kinds:

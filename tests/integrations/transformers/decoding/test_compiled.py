@@ -124,3 +124,20 @@ def test_a_model_compiled_as_a_whole_decodes_as_it_does_eagerly():
     assert report["refresh"] == {"every": 8, "refreshes": 3, "between": 0}
     torch.compiler.reset()
     torch.testing.assert_close(logits[1], logits[0])
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "phi3"])
+def test_joined_projections_give_the_same_and_leave_no_trace(kind):
+    from kascade_cli.integrations.transformers.decoding.joined import joined_projections
+
+    model = tiny_model(kind, layers=2)
+    ids, _ = padded((9, 9))
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        want = model(ids).logits
+        with joined_projections(model) as made:
+            got = model(ids).logits
+            assert len(made) == (0 if kind == "phi3" else 2)  # which has one product already
+    torch.testing.assert_close(got, want)
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(model(ids).logits, want)
