@@ -363,3 +363,24 @@ def test_generate_says_why_it_ran_eagerly(llama):
     run = generate(model, Tokenizer(), ids_of(20), Setting("dense"), max_new_tokens=3)
     assert run.eager == "the model is on cpu, and CUDA graphs need a GPU"
     assert run.graphs_s == 0
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "gpt2", "mixtral", "opt", "starcoder2"])
+def test_other_families_on_a_static_cache(kind, monkeypatch):
+    """Keys and values of different sizes, learned positions, experts, positions that the model counts from its mask."""
+    from kascade_cli import attach
+    from kascade_cli.integrations.transformers.decoding import GraphDecode, decoder
+    from tests.families import TABLE
+
+    monkeypatch.setattr(decoder, "EVERYWHERE", True)
+    model = next(family for family in TABLE if family.kind == kind).build()
+    ids = torch.tensor([ids_of(37, seed) for seed in (1, 2)])
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    ids = ids * mask
+    call = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    with attach(model, some_profile(describe(model), anchors=[0, 2])) as run:
+        want = model.generate(ids, **call)
+        assert model.generate(ids, custom_generate=GraphDecode(), **call).tolist() == want.tolist()
+        assert run.decoder.runner is not None
+    assert len(set(want[:, 37:].flatten().tolist())) > 3
