@@ -386,3 +386,21 @@ def test_other_families_on_a_static_cache(kind, monkeypatch):
         assert model.generate(ids, custom_generate=GraphDecode(), **call).tolist() == want.tolist()
         assert run.decoder.runner is not None
     assert len(set(want[:, 37:].flatten().tolist())) > 3
+
+
+def test_a_prompt_s_cache_goes_once_it_is_copied(llama, monkeypatch):
+    """Two copies of a long prompt's keys would be one too many; a cache that the call brought stays."""
+    from transformers import DynamicCache
+
+    from kascade_cli import attach
+    from kascade_cli.integrations.transformers.decoding import Decoder, GraphDecode, decoder
+
+    monkeypatch.setattr(decoder, "EVERYWHERE", True)
+    model, profile = llama
+    seen, genuine = [], Decoder.refuses
+    monkeypatch.setattr(Decoder, "refuses", lambda self, cache: seen.append(cache) or genuine(self, cache))
+    call = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "custom_generate": GraphDecode()}
+    with attach(model, profile):
+        for given in ({}, {"past_key_values": DynamicCache(config=model.config)}):
+            model.generate(torch.tensor([ids_of(30)]), **call, **given)
+    assert [layer.keys is None for cache in seen for layer in cache.layers] == [True] * 4 + [False] * 4

@@ -294,7 +294,8 @@ def _figures(prompt_tokens: int, expected: Any, run: Any) -> None:
     )
     note(
         f"{report['strategy']}, {report['backend']} backend: {prompt_tokens} prompt tokens, {len(run.tokens)} new; "
-        f"first token {run.first_token_s:.3f} s{_rate(run, ', {:.1f} tokens/s')}; "
+        f"first token {run.first_token_s:.3f} s{_rate(run, ', {:.1f} tokens/s')}"
+        f"{'' if run.eager else ' in CUDA graphs'}; "
         f"keys read {report['density']:.1%} of those visible ({phases})"
     )
 

@@ -55,12 +55,16 @@ class Decoder:
         (None: all slots); they are left as they are. token: int64 [B], the one after them. None where the steps cannot
         be captured: `reason` says why.
         """
-        runner = self._runner(layers, len(token), layers[0][0].shape[2] + steps + 1)
-        runner.load(layers, token, lengths)
-        runner.prepare()
-        if runner.reason is None or not self._captures():
-            return runner
-        self.runner, self.reason = None, runner.reason
+        try:
+            runner = self._runner(layers, len(token), layers[0][0].shape[2] + steps + 1)
+            runner.load(layers, token, lengths)
+            runner.prepare()
+            reason = runner.reason
+        except torch.OutOfMemoryError:
+            reason = "a static cache does not fit into memory beside the prompt's"
+        if reason is None or not self._captures():
+            return self.runner
+        self.runner, self.reason = None, reason
         self._warn()
         return None
 

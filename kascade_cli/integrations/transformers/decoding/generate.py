@@ -91,16 +91,25 @@ class GraphDecode:
             tally.back_to(counted)
             _set_random_state(prompt.device, drawn)
             return None
+        kept = before > 0 or _of_the_caller(cache)
+        if not kept:  # what has been copied need not stay
+            for layer in cache.layers:
+                layer.keys = layer.values = None
         told = _WithoutFirst(streamer)
+
+        def seen(tokens: Tensor) -> None:
+            for column in tokens.unbind(1):
+                told.put(column)
+
         tokens = decode(
             runner,
             steps,
             stops=stops,
             choose=None if choose.plain else choose,
-            seen=None if streamer is None else lambda new: [told.put(column) for column in new.unbind(1)],
+            seen=None if streamer is None else seen,
         )
         self.reason, self.uncompiled, self.seconds = runner.reason, runner.uncompiled, runner.seconds
-        if getattr(cache, "_is_user_defined", False):
+        if kept:
             _give_back(cache, runner.slots, tokens.shape[1] - 1)
         if streamer is not None:
             streamer.end()
@@ -198,6 +207,14 @@ def _prefill(model: nn.Module, ids: Tensor, given: dict[str, Any]) -> tuple[Tens
         options["logits_to_keep"] = 1
     logits = model(input_ids=new, past_key_values=cache, attention_mask=mask, use_cache=True, **options).logits
     return logits[:, -1], None if mask is None else mask.sum(-1)
+
+
+def _of_the_caller(cache: Any) -> bool:
+    """Whether the call brought its cache; True where this transformers does not tell."""
+    from transformers import GenerationMixin
+
+    tells = "_is_user_defined" in GenerationMixin._prepare_cache_for_generation.__code__.co_names
+    return not tells or getattr(cache, "_is_user_defined", False)
 
 
 def _give_back(cache: Any, slots: Slots, count: int) -> None:
