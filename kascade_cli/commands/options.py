@@ -1,18 +1,24 @@
 """Options that several commands have, with one wording, under one heading of the help (kascade_cli.help)."""
 
+import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from kascade_cli import processes
+from kascade_cli.console import silence
 from kascade_cli.errors import UsageError
 from kascade_cli.help import BUDGET, MODEL, OUTPUT, PROMPTS
 
 # What fits an int64 of a capture's attributes; counts beyond are typing mistakes, refused before anything is built.
 LARGEST_SEED = 2**63 - 1
 MOST_PROMPTS = 1_000_000
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def check_device(device: str) -> str:
@@ -37,6 +43,25 @@ class Loading:
         from kascade_cli.models import load_model
 
         return load_model(model, **asdict(self), notify=notify)
+
+
+def decide(what: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives: in several processes what it gives in the leader, which tells the others."""
+    team = processes.team()
+    return make() if team is None else team.from_leader(what, make)
+
+
+def shared_out(command: Function) -> Function:
+    """A command whose work several processes share: all but the leader are silent, and end when it does."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        with processes.together() as team, contextlib.ExitStack() as stack:
+            if team and not team.leader:
+                stack.enter_context(silence())
+            return command(*arguments, **options)
+
+    return run
 
 
 def check_haystack(haystack: str | None) -> None:
