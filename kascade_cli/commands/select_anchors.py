@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 from rich.text import Text
 
+from kascade_cli import processes
 from kascade_cli.commands import options as shared
 from kascade_cli.commands import selection_steps as steps
 from kascade_cli.console import Steps, note, out, parse_size, print_json, progress
@@ -18,6 +19,7 @@ _VERIFY = "Measure on the model"
 _SPEED = "Predicted speed-up"
 
 
+@shared.shared_out
 @examples(
     "kascade select-anchors capture.h5 -o profile.yaml",
     "kascade select-anchors capture.h5 --anchors 5 --plots figures",
@@ -206,10 +208,14 @@ def select_anchors(
 ) -> None:
     """Choose anchor layers and head maps from a capture, and write the profile that attention runs.
 
-    An anchor is a layer that chooses keys; the other layers read, head by head, what an anchor chose.
+    An anchor is a layer that chooses keys; the other layers read, head by head, what an anchor chose. Under torchrun
+    or accelerate launch the processes share the runs over held-out prompts.
     """
     check_name(capture, "CAPTURE")
-    check_output(output, overwrite)
+    team = processes.team()
+    follows = team is not None and not team.leader
+    if not follows:  # else the leader's, which may have written it
+        check_output(output, overwrite)
     length = parse_size(context, "--context")
     held_out_length = parse_size(verify_length, "--verify-length") if verify_length is not None else None
 
@@ -247,6 +253,9 @@ def select_anchors(
     )
     share, auto = steps.parse_ratio(ratio, verify)
     wanted = steps.check_verification(verify, verification) or auto
+    if follows:
+        steps.follow(team, verification)
+        return
     if plots is not None:
         steps.check_plots(plots, overwrite)
     deciding.capture_budget({"tile": 1}, share, min_keys)  # refused before the capture is read, which takes longer
