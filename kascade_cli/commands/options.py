@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from kascade_cli import processes
-from kascade_cli.console import silence
+from kascade_cli.console import note, silence
 from kascade_cli.errors import UsageError
 from kascade_cli.help import BUDGET, MODEL, OUTPUT, PROMPTS
 
@@ -62,6 +62,13 @@ def shared_out(command: Function) -> Function:
             return command(*arguments, **options)
 
     return run
+
+
+def few(prompts: int) -> None:
+    """A line where there are fewer prompts than processes."""
+    team = processes.team()
+    if team and prompts < team.size:
+        note(f"{prompts} prompts for {team.size} processes: {team.size - prompts} of them have nothing to do")
 
 
 def check_haystack(haystack: str | None) -> None:

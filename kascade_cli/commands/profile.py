@@ -189,8 +189,7 @@ def profile(
             follow_capture(loaded, info, devset, output, chosen, team=team, plan=plan)
             return
         _announce(output, plan, devset, info, resume)
-        if team and len(devset.prompts) < team.size:
-            note(f"{len(devset.prompts)} prompts for {team.size} processes: some have nothing to do")
+        shared.few(len(devset.prompts))
 
     started = time.perf_counter()
     with progress("capturing", total=devset.tokens) as bar, _interruptible(output, begun=True):

@@ -9,7 +9,7 @@ out. They talk through the key-value store of torch.distributed, which needs no 
 """
 
 from kascade_cli.processes.meeting import team, together
+from kascade_cli.processes.members import Ended, Over, Team
 from kascade_cli.processes.place import Place, place
-from kascade_cli.processes.team import Ended, Over, Team
 
 __all__ = ["Ended", "Over", "Place", "Team", "place", "team", "together"]

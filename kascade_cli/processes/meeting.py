@@ -5,19 +5,20 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
 
 from kascade_cli.errors import KascadeError, UsageError, plain
+from kascade_cli.processes.members import START, Over, Team
 from kascade_cli.processes.place import ADVICE, Place, place
-from kascade_cli.processes.team import START, Over, Team
 
-_current: list[Team] = []
+_current: ContextVar[Team | None] = ContextVar("team", default=None)
 
 
 def team() -> Team | None:
     """The processes of this command; None where it is one."""
-    return _current[-1] if _current else None
+    return _current.get()
 
 
 @contextlib.contextmanager
@@ -39,7 +40,7 @@ def together(environment: Mapping[str, str] | None = None) -> Iterator[Team | No
             raise
         raise SystemExit(error.exit_code) from None
     before = _on_terminate(made.stop)
-    _current.append(made)
+    token = _current.set(made)
     try:
         yield made
     except Over as over:
@@ -60,7 +61,7 @@ def together(environment: Mapping[str, str] | None = None) -> Iterator[Team | No
         else:
             made.leave()
     finally:
-        _current.remove(made)
+        _current.reset(token)
         made.close()
         _on_terminate(before)
 

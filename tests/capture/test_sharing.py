@@ -1,0 +1,192 @@
+"""One capture by several processes holds what one process captures; a process that dies loses only what it was at."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kascade_cli.capture import loop
+from kascade_cli.capture.run import CaptureOptions, follow_capture, run_capture
+from kascade_cli.capture.store import open_capture, parts_folder
+from kascade_cli.devset import DevSet
+from kascade_cli.errors import KascadeError
+from kascade_cli.models import describe
+from tests.capture.conftest import make_model, random_tokens
+from tests.capture.crash_points import everything
+from tests.teams import ROOT, free_port, run_team, start
+
+LENGTHS = (70, 131, 64, 97, 200)
+DEVSET = DevSet("random", "0" * 64, [random_tokens(n, seed=n) for n in LENGTHS], 0, 256)
+OPTIONS = CaptureOptions(num_prompts=len(LENGTHS), max_length=256, tiles_per_prompt=6, decode_tokens=3)
+
+
+def capture(path, team=None, devset=DEVSET, **options):
+    model = make_model("Llama")
+    info = describe(model, "tiny")
+    if team is None or team.leader:
+        return run_capture(model, info, devset, path, OPTIONS, team=team, **options)
+    return follow_capture(model, info, devset, path, OPTIONS, team=team)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "c.h5"
+    capture(path)
+    return path
+
+
+def same(first, second):
+    first, second = everything(first), everything(second)
+    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_several_processes_make_the_file_that_one_makes(whole, tmp_path, size):
+    path, seen = tmp_path / "c.h5", []
+    found = run_team(
+        size, lambda team: capture(path, team, on_progress=lambda *at: seen.append(at)) if team.leader
+        else capture(path, team)
+    )  # fmt: skip
+    assert found[0].done == found[0].captured == len(LENGTHS)
+    assert found[0].joined
+    assert not parts_folder(path).exists()
+    assert path.read_bytes() == whole.read_bytes()
+    assert sum(found[1:]) <= len(LENGTHS)
+    assert seen == sorted(seen)
+    assert seen[-1] == (sum(LENGTHS), sum(LENGTHS))
+
+
+def test_going_on_with_another_number_of_processes(whole, tmp_path, monkeypatch):
+    path, real, left = tmp_path / "c.h5", loop._capture_prompt, [3]
+
+    def limited(*arguments):
+        if not left[0]:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        left[0] -= 1
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "_capture_prompt", limited)
+    found = run_team(2, lambda team: capture(path, team))
+    assert isinstance(found[0], KascadeError)
+    assert "out of memory at prompt" in str(found[0])
+    assert "; 3 of 5 prompts are finished and kept: " in str(found[0])
+    assert str(found[0]).endswith("run again with --resume")
+    assert found[1].code == 1
+    with open_capture(path) as unfinished:
+        assert len(unfinished) == 3
+    monkeypatch.setattr(loop, "_capture_prompt", real)
+    found = run_team(3, lambda team: capture(path, team, resume=True) if team.leader else capture(path, team))
+    assert (found[0].done, found[0].captured) == (5, 2)
+    assert path.read_bytes() == whole.read_bytes()
+    found = run_team(2, lambda team: capture(path, team, resume=True) if team.leader else capture(path, team))
+    assert (found[0].done, found[0].captured, found[1]) == (5, 0, 0)
+
+
+def test_nothing_is_left_where_nothing_was_finished(tmp_path, monkeypatch):
+    path = tmp_path / "c.h5"
+
+    def fails(*_):
+        raise KascadeError("no")
+
+    monkeypatch.setattr(loop, "_capture_prompt", fails)
+    assert "no" in str(run_team(2, lambda team: capture(path, team))[0])
+    assert not path.exists()
+    assert not parts_folder(path).exists()
+
+
+def test_other_prompts_than_the_leaders_are_refused(tmp_path):
+    path = tmp_path / "c.h5"
+    other = DevSet("random", "1" * 64, DEVSET.prompts, 0, 256)
+    found = run_team(2, lambda team: capture(path, team, devset=DEVSET if team.leader else other))
+    assert "process 1: it has another dev set than process 0" in str(found[0])
+
+
+def test_a_folder_that_not_all_see_is_one_line(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    paths = [tmp_path / "c.h5", tmp_path / "elsewhere" / "c.h5"]
+    found = run_team(2, lambda team: capture(paths[team.rank], team))
+    assert "process 1: " in str(found[0])
+    assert "is not seen by every process: name an --output in a folder that all of them share" in str(found[0])
+
+
+def test_nobody_else_writes_while_one_of_the_processes_is_there(tmp_path):
+    """The lock outlives the leader: a second run cannot mix its parts with those of the first's other processes."""
+    from kascade_cli.capture.parts import only_writer, writer_beside
+
+    folder = tmp_path / "c.h5.parts"
+    with only_writer(folder, "c.h5") as share:
+        share()
+        beside = writer_beside(folder, "c.h5")
+        beside.__enter__()
+    with pytest.raises(KascadeError, match="another process is writing"), only_writer(folder, "c.h5"):
+        pass
+    beside.__exit__(None, None, None)
+    with only_writer(folder, "c.h5"), pytest.raises(KascadeError, match="another process"), writer_beside(folder, "c"):
+        pass
+
+
+SMALL = ["profile", "demo-small", "-o", "c.h5", "--max-length", "512"]
+
+
+def in_place(*arguments):
+    from kascade_cli.app import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return ended.value.code
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_loses_only_the_prompt_it_was_at(tmp_path, monkeypatch, killed):
+    monkeypatch.chdir(tmp_path)
+    processes = start([*SMALL, "--num-prompts", "16"], 2, tmp_path)
+    parts = Path("c.h5.parts")
+    try:
+        while all(each.poll() is None for each in processes) and len(list(parts.glob("*.h5"))) < 3:
+            time.sleep(0.002)
+        processes[killed].send_signal(signal.SIGKILL)
+        outputs = [each.communicate(timeout=60) for each in processes]
+    finally:
+        for each in processes:
+            each.kill()
+    other = 1 - killed
+    assert [processes[killed].returncode, processes[other].returncode] == [-signal.SIGKILL, 1]
+    lines = [line for line in outputs[other][1].splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, outputs
+    kept = len(list(parts.glob("*.h5")))
+    assert kept >= 3
+    assert (
+        lines[0]
+        == f"error: c.h5: process {killed} ended; {kept} of 16 prompts are finished and kept: run again with --resume"
+    )
+    assert [outputs[rank][0] for rank in (0, 1)] == ["", ""]
+    assert in_place(*SMALL, "--num-prompts", "16", "--resume", "--json") == 0
+    with open_capture("c.h5") as found:
+        assert found.complete
+
+
+def test_torchrun_with_more_processes_than_prompts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "3",
+        "--master-port",
+        str(free_port()),
+    ]
+    run = subprocess.run(
+        [*launch, "-m", "kascade_cli", *SMALL, "--num-prompts", "2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("2 prompts for 3 processes: 1 of them have nothing to do") == 1
+    assert run.stdout.count("c.h5: 2 prompts, ") == 1
+    assert in_place("profile", "demo-small", "-o", "one.h5", "--max-length", "512", "--num-prompts", "2") == 0
+    assert same("c.h5", "one.h5")
