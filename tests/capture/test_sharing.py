@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,8 +26,12 @@ DEVSET = DevSet("random", "0" * 64, [random_tokens(n, seed=n) for n in LENGTHS],
 OPTIONS = CaptureOptions(num_prompts=len(LENGTHS), max_length=256, tiles_per_prompt=6, decode_tokens=3)
 
 
+MAKING = threading.Lock()  # seeds are the process's, and threads stand for processes here
+
+
 def capture(path, team=None, devset=DEVSET, **options):
-    model = make_model("Llama")
+    with MAKING:
+        model = make_model("Llama")
     info = describe(model, "tiny")
     if team is None or team.leader:
         return run_capture(model, info, devset, path, OPTIONS, team=team, **options)
@@ -74,14 +79,15 @@ def test_going_on_with_another_number_of_processes(whole, tmp_path, monkeypatch)
     found = run_team(2, lambda team: capture(path, team))
     assert isinstance(found[0], KascadeError)
     assert "out of memory at prompt" in str(found[0])
-    assert "; 3 of 5 prompts are finished and kept: " in str(found[0])
+    with open_capture(path) as unfinished:
+        kept = len(unfinished)
+    assert kept in (2, 3)  # a prompt that another process was at is given up
+    assert f"; {kept} of 5 prompts are finished and kept: " in str(found[0])
     assert str(found[0]).endswith("run again with --resume")
     assert found[1].code == 1
-    with open_capture(path) as unfinished:
-        assert len(unfinished) == 3
     monkeypatch.setattr(loop, "_capture_prompt", real)
     found = run_team(3, lambda team: capture(path, team, resume=True) if team.leader else capture(path, team))
-    assert (found[0].done, found[0].captured) == (5, 2)
+    assert (found[0].done, found[0].captured) == (5, 5 - kept)
     assert path.read_bytes() == whole.read_bytes()
     found = run_team(2, lambda team: capture(path, team, resume=True) if team.leader else capture(path, team))
     assert (found[0].done, found[0].captured, found[1]) == (5, 0, 0)
@@ -130,24 +136,23 @@ def test_nobody_else_writes_while_one_of_the_processes_is_there(tmp_path):
         pass
 
 
-SMALL = ["profile", "demo-small", "-o", "c.h5", "--max-length", "512"]
+SMALL = ["profile", "demo-small", "--max-length", "256", "--tiles-per-prompt", "8"]
 
 
 def in_place(*arguments):
     from kascade_cli.app import main
 
     with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
+        main([*SMALL, *arguments])
     return ended.value.code
 
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_loses_only_the_prompt_it_was_at(tmp_path, monkeypatch, killed):
     monkeypatch.chdir(tmp_path)
-    processes = start([*SMALL, "--num-prompts", "16"], 2, tmp_path)
-    parts = Path("c.h5.parts")
+    processes, parts = start([*SMALL, "-o", "c.h5", "--num-prompts", "6"], 2, tmp_path), Path("c.h5.parts")
     try:
-        while all(each.poll() is None for each in processes) and len(list(parts.glob("*.h5"))) < 3:
+        while all(each.poll() is None for each in processes) and not list(parts.glob("*.h5")):
             time.sleep(0.002)
         processes[killed].send_signal(signal.SIGKILL)
         outputs = [each.communicate(timeout=60) for each in processes]
@@ -157,36 +162,28 @@ def test_a_killed_process_loses_only_the_prompt_it_was_at(tmp_path, monkeypatch,
     other = 1 - killed
     assert [processes[killed].returncode, processes[other].returncode] == [-signal.SIGKILL, 1]
     lines = [line for line in outputs[other][1].splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, outputs
     kept = len(list(parts.glob("*.h5")))
-    assert kept >= 3
-    assert (
-        lines[0]
-        == f"error: c.h5: process {killed} ended; {kept} of 16 prompts are finished and kept: run again with --resume"
-    )
+    assert 1 <= kept < 6
+    told = f"{kept} of 6 prompts are finished and kept: run again with --resume"
+    assert lines == [f"error: c.h5: process {killed} ended; {told}"]
     assert [outputs[rank][0] for rank in (0, 1)] == ["", ""]
-    assert in_place(*SMALL, "--num-prompts", "16", "--resume", "--json") == 0
+    assert in_place("-o", "c.h5", "--num-prompts", "6", "--resume", "--json") == 0
     with open_capture("c.h5") as found:
         assert found.complete
 
 
 def test_torchrun_with_more_processes_than_prompts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "3",
-        "--master-port",
-        str(free_port()),
-    ]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "3", "--master-port", str(free_port())]
     run = subprocess.run(
-        [*launch, "-m", "kascade_cli", *SMALL, "--num-prompts", "2"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [sys.executable, *launch, "-m", "kascade_cli", *SMALL, "-o", "c.h5", "--num-prompts", "2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("2 prompts for 3 processes: 1 of them have nothing to do") == 1
     assert run.stdout.count("c.h5: 2 prompts, ") == 1
-    assert in_place("profile", "demo-small", "-o", "one.h5", "--max-length", "512", "--num-prompts", "2") == 0
+    assert in_place("-o", "one.h5", "--num-prompts", "2") == 0
     assert same("c.h5", "one.h5")
