@@ -150,6 +150,16 @@ def select_anchors(
             rich_help_panel=_SEARCH,
         ),
     ] = "nearest",
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1024,
+            help="Head maps that stay within the KV heads of each of N ranks, for serving on N GPUs.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = 1,
     top_k: Annotated[
         int,
         typer.Option(
@@ -222,6 +232,7 @@ def select_anchors(
     from kascade_cli.analysis import cost as costs
     from kascade_cli.analysis import decision as deciding
     from kascade_cli.analysis import record, similarity
+    from kascade_cli.analysis.rank_maps import check_ranks
     from kascade_cli.capture.store import open_capture
     from kascade_cli.commands import selection_report as report
     from kascade_cli.evaluation.journal import journal_path
@@ -238,6 +249,7 @@ def select_anchors(
         max_anchors=max_anchors,
         kl_tolerance=kl_tolerance,
         lost_tolerance=lost_tolerance,
+        tensor_parallel=tensor_parallel,
     )
     verification = Verification(
         model=model,
@@ -264,6 +276,7 @@ def select_anchors(
         settings.limit(file.profiled_layers)
         budget = deciding.capture_budget(file.meta, share, min_keys)
         record.model_card(file.meta)
+        check_ranks(tensor_parallel, file.meta["kv_heads"], file.meta["model_name"])
         if verify is not False:
             verification.check_capture(file.meta)
             if wanted:
