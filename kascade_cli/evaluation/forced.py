@@ -1,7 +1,7 @@
 """One prompt, run with its own tokens: where it is divided, what dense says there, what a sparse run says.
 
-A sparse run prefills the first `split` tokens and decodes the rest one by one, so that one pass measures both phases
-as they follow each other in use. An answer is given if the most likely token is the answer's at every position that
+A sparse run prefills the first `split` tokens and decodes the rest, so that one pass measures both phases as they
+follow each other in use. An answer is given if the most likely token is the answer's at every position that
 predicts one of its tokens.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kascade_cli.errors import KascadeError
-from kascade_cli.evaluation.behind import logits_behind
+from kascade_cli.evaluation.behind import continues_in_chunks, logits_behind
 from kascade_cli.integrations.transformers import attach_setting
 from kascade_cli.models import logits_at
 from kascade_cli.sparse import Setting
@@ -154,12 +154,15 @@ class DensePrompt:
     def compare(self, model: Any, setting: Setting, cache: Any = None, prefill: Prefill | None = None) -> PromptKL:
         """One run under `setting`. `cache` is what `prefilled` gave; it is left as it is. prefill: what runs the first
         `split` tokens instead of `logits_at` (prefix.py)."""
+        in_chunks = continues_in_chunks(model)
         with attach_setting(model, setting) as attached:
             if prefill is None:
                 run = functools.partial(logits_at, model)
             else:
                 run = functools.partial(prefill, model, attached)
-            logits = torch.cat([wide(rows) for rows in self._sparse(model, copy.deepcopy(cache), run)])
+            together = in_chunks and attached.memory is None
+            decode = functools.partial(self._together, attached) if together else self._one_by_one
+            logits = torch.cat([wide(rows) for rows in self._sparse(model, copy.deepcopy(cache), run, decode)])
             attached.report()  # raises if the model did not run the plan
         divergence = kl_divergence(self.logs, log_probabilities(logits))
         border, kl = len(self.positions.prefill), {}
@@ -171,7 +174,13 @@ class DensePrompt:
         said = dict(zip(self.positions.measured, likeliest, strict=True))
         return PromptKL(kl, self.asked, self.given, sum(self._says(said, span) for span in self.judged))
 
-    def _sparse(self, model: Any, cache: Any, prefill: Callable[..., tuple[Tensor, Any]]) -> Iterator[Tensor]:
+    def _sparse(
+        self,
+        model: Any,
+        cache: Any,
+        prefill: Callable[..., tuple[Tensor, Any]],
+        decode: Callable[..., Iterator[Tensor]],
+    ) -> Iterator[Tensor]:
         """Logits at the measured positions, in order, [n, vocabulary] at a time."""
         positions = self.positions
         if "prefill" in self.phases:
@@ -179,8 +188,19 @@ class DensePrompt:
             logits, output = prefill(prompt, positions.prefill, use_cache="decode" in self.phases)
             yield logits[0]
             cache = output.past_key_values
-        wanted = set(positions.decode)
-        for position in range(positions.split, max(positions.decode, default=-1) + 1):
+        if positions.decode:
+            yield from decode(model, cache)
+
+    def _together(self, attached: Any, model: Any, cache: Any) -> Iterator[Tensor]:
+        """The decode steps in one pass: their tokens are known."""
+        split, last = self.positions.split, self.positions.decode[-1]
+        at = [position - split for position in self.positions.decode]
+        with attached.steps_together():
+            yield logits_behind(model, self.ids[:, split : last + 1], cache, split, at)[0][0]
+
+    def _one_by_one(self, model: Any, cache: Any) -> Iterator[Tensor]:
+        wanted = set(self.positions.decode)
+        for position in range(self.positions.split, self.positions.decode[-1] + 1):
             logits, output = logits_behind(model, self.ids[:, position : position + 1], cache, position)
             cache = output.past_key_values
             if position in wanted:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from kascade_cli.errors import KascadeError
 from kascade_cli.integrations.transformers.continuity import Continuity
 from kascade_cli.integrations.transformers.lengths import causal_lengths_mask, lengths_of, nothing_padded
 from kascade_cli.integrations.transformers.report import Tally
+from kascade_cli.integrations.transformers.steps import as_rows, steps_batch
 from kascade_cli.kernels import Backend, get_backend
 from kascade_cli.kernels.contract import Progress
 from kascade_cli.models import (
@@ -38,6 +40,7 @@ class _Thread(threading.local):
     def __init__(self, attachment: "Attachment") -> None:
         self.state: Pass | None = None
         self.continuity = Continuity()
+        self.steps = False  # several tokens are decode steps run together
         self.memory = attachment.strategy.memory()
         attachment.tally.add_memory(self.memory)
 
@@ -119,12 +122,16 @@ class Attachment:
     ) -> Tensor:
         """One full-attention layer. query [B, H, T, D], key, value [B, G, S, D] -> [B, T, H, Dv]."""
         here, index = self._thread, module.layer_idx
+        together = here.steps and query.shape[2] > 1
         try:
             if index == self.info.profiled_layers[0]:
                 here.state = None  # of a pass that did not get through
-                here.state = self.strategy.start(self._batch(query, key, mask), here.memory)
+                batch = self._steps(query, key) if together else self._batch(query, key, mask)
+                here.state = self.strategy.start(batch, here.memory)
             if here.state is None:
                 raise KascadeError(f"layer {index} ran before the first full-attention layer")
+            if together:
+                query, key, value = as_rows(query, key, value, packed=self.backend.fused)
             self._check_shape(index, query, key, here.state.batch)
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             out = self.strategy.run(Layer(index, query, key, value, scale, here.state, self.backend))
@@ -136,7 +143,25 @@ class Attachment:
             self.strategy.end(state)
             here.continuity.end()
             self.tally.add(state)
-        return out.transpose(1, 2).contiguous()
+        return (out.transpose(0, 2) if together else out).transpose(1, 2).contiguous()
+
+    @contextlib.contextmanager
+    def steps_together(self) -> Iterator[None]:
+        """In this thread, several tokens behind a cache are decode steps of one sequence, not a chunk of prefill.
+
+        Raises KascadeError for a strategy that carries something from step to step.
+        """
+        if self.memory is not None:
+            raise KascadeError(f"{self.strategy.name} carries keys from step to step: its steps run one by one")
+        self._thread.steps = True
+        try:
+            yield
+        finally:
+            self._thread.steps = False
+
+    def _steps(self, query: Tensor, key: Tensor) -> Batch:
+        self._check_heads(query, key)
+        return steps_batch(query, key, self.budget, self.partition)
 
     def _batch(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Batch:
         self._check_heads(query, key)
