@@ -158,6 +158,10 @@ def load_model(
     check_complete(found["missing_keys"], name)
     if target is not None:
         model = model.to(target)
+    if model.device.type == "meta":  # nothing says where its input goes
+        raise KascadeError(
+            f"{name}: not even its embeddings fit into memory here; free some, or run where there is more"
+        )
     check_finite(model, name)
     model.name_or_path_given = name
     if notify is not None:
