@@ -7,6 +7,7 @@ import time
 import pytest
 
 from kascade_cli import processes
+from kascade_cli.app import main
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.processes import Ended, place, together
 from tests.teams import environment, free_port, run_team
@@ -127,6 +128,18 @@ def test_a_port_that_is_taken():
             together(environment(0, 2, port)),
         ):
             pass
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, 1), (1, 0)])
+def test_a_command_that_shares_nothing_says_so_once(rank, said, monkeypatch, capsys):
+    for name, value in environment(rank, 3, 29500).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "demo-small", "--prompt", "x", "--strategy", "dense"])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert err.count("error: this command runs in one process, and 3 were started") == said
+    assert bool(err) == bool(said)
 
 
 def test_a_silent_process_of_another_host_counts_as_ended(monkeypatch):

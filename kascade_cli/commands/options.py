@@ -39,9 +39,13 @@ class Loading:
     trust_remote_code: bool
 
     def load(self, model: str, notify: Callable[[str], None]) -> tuple[Any, Any]:
-        """(model, tokenizer) as `models.load_model` gives them."""
+        """(model, tokenizer) as `models.load_model` gives them.
+
+        Raises UsageError where several processes run a command that does not share its work.
+        """
         from kascade_cli.models import load_model
 
+        processes.check_alone()
         return load_model(model, **asdict(self), notify=notify)
 
 

@@ -8,8 +8,8 @@ out. They talk through the key-value store of torch.distributed, which needs no 
         if team and not team.leader: ...
 """
 
-from kascade_cli.processes.meeting import team, together
+from kascade_cli.processes.meeting import check_alone, team, together
 from kascade_cli.processes.members import Ended, Over, Team
 from kascade_cli.processes.place import Place, place
 
-__all__ = ["Ended", "Over", "Place", "Team", "place", "team", "together"]
+__all__ = ["Ended", "Over", "Place", "Team", "check_alone", "place", "team", "together"]

@@ -21,6 +21,19 @@ def team() -> Team | None:
     return _current.get()
 
 
+def check_alone() -> None:
+    """Raises UsageError in a command that several processes run and that knows nothing of it; one of them says so."""
+    where = place(os.environ)
+    if where is None or team() is not None:
+        return
+    if where.rank:
+        raise SystemExit(2)
+    raise UsageError(
+        f"this command runs in one process, and {where.size} were started: profile, select-anchors and evaluate share "
+        "their work"
+    )
+
+
 @contextlib.contextmanager
 def together(environment: Mapping[str, str] | None = None) -> Iterator[Team | None]:
     """Meets the other processes, and sees to it that all of them end.

@@ -82,7 +82,7 @@ class Team:
             while not self._has(f"card/{rank}"):
                 if time.monotonic() > until:
                     there = 1 + sum(self._has(f"card/{other}") for other in self._others)
-                    raise UsageError(f"{there} of WORLD_SIZE={self.size} processes came: {ADVICE}")
+                    raise UsageError(f"{there} of WORLD_SIZE={self.size} processes came: {ADVICE}; or unset it")
                 time.sleep(_POLL)
             self._cards[rank] = self._get(f"card/{rank}")
         threading.Thread(target=self._live, args=(self._store.clone(),), daemon=True).start()
