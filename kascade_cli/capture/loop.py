@@ -105,6 +105,20 @@ def capture_beside(
     return len(store.done)
 
 
+def run_along(
+    model: nn.Module,
+    info: ModelInfo,
+    devset: DevSet,
+    decode_tokens: int,
+    tiles: Sequence[np.ndarray],
+    remaining: Sequence[int],
+) -> None:
+    """What every process beside the leader does where they share the model: its heads of every prompt."""
+    with Probe(model, info) as probe:
+        for index in remaining:
+            probe.run(devset.prompts[index], tiles[index], lambda *_: None, decode_tokens=decode_tokens)
+
+
 class _Others:
     """What the other processes have finished, for the leader."""
 

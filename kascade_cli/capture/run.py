@@ -13,7 +13,7 @@ from torch import nn
 
 from kascade_cli.capture.durable import disk_reason
 from kascade_cli.capture.format import RANGES
-from kascade_cli.capture.loop import capture_beside, capture_prompts
+from kascade_cli.capture.loop import capture_beside, capture_prompts, run_along
 from kascade_cli.capture.probe import TOP_MASS_KEYS
 from kascade_cli.capture.store import SCHEMA_VERSION, CaptureStore, open_beside, open_store, token_sha256
 from kascade_cli.capture.tiles import sample_tiles
@@ -154,12 +154,14 @@ def run_capture(
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     team: Team | None = None,
+    split: bool = False,
 ) -> CaptureResult:
     """Captures `devset` into `output`; `on_progress(done, total)` counts tokens, finished prompts included.
 
     Whatever stops it (a kill, a full disk, an error), finished prompts stay, and `resume` goes on after them; if
     none was finished, nothing is left behind. With a `team`, whose leader calls this, prompts are shared out: the
-    others call `follow_capture`. Raises KascadeError or UsageError with one line.
+    others call `follow_capture`. split: it is the model that is shared out (tensor parallelism), and the others run
+    every prompt as well. Raises KascadeError or UsageError with one line.
     """
     plan = plan or plan_capture(info, devset, options)
     meta = capture_meta(model, info, devset, options)
@@ -173,7 +175,7 @@ def run_capture(
             try:
                 capture_prompts(
                     model, info, devset, options.decode_tokens, plan.tiles, store,
-                    report=on_progress or (lambda done, total: None), team=team, sha256=sha256,
+                    report=on_progress or (lambda done, total: None), team=None if split else team, sha256=sha256,
                 )  # fmt: skip
             finally:
                 store.discard_if_empty()
@@ -194,6 +196,7 @@ def follow_capture(
     *,
     team: Team,
     plan: CapturePlan | None = None,
+    split: bool = False,
 ) -> int:
     """What every other process of a `team` does while its leader calls `run_capture` with the same model, dev set and
     options: captures prompts that nobody has taken yet into `output`'s parts, and returns how many.
@@ -209,6 +212,9 @@ def follow_capture(
     if not remaining:
         return 0
     plan = plan or plan_capture(info, devset, options)
+    if split:
+        run_along(model, info, devset, options.decode_tokens, plan.tiles, remaining)
+        return 0
     with open_beside(output, meta, info.profiled_layers, team.send) as store:
         return capture_beside(model, info, devset, options.decode_tokens, plan.tiles, store, remaining, team)
 

@@ -191,7 +191,8 @@ def evaluate(
     told: list[str] = []  # shown once nothing is left to refuse
     loading = shared.Loading(dtype, device, device_map, revision, trust_remote_code)
     loaded, tokenizer = loading.load(model, told.append)
-    if follows:
+    split = device_map == "tp"  # every process runs everything, with its heads
+    if follows and not split:
         follow_answers(team, loaded)
         return
     info = describe(loaded, model)
@@ -202,7 +203,7 @@ def evaluate(
 
     for line in told:
         note(line)
-    for part in cases.values():
+    for part in () if split else cases.values():
         shared.few(len(part))
     if any(run.strategy != "dense" for run in runs):
         compile_ahead(loaded, loaded_profile, backend=backend, progress=compiling)
@@ -214,7 +215,7 @@ def evaluate(
         def show(what: str, tokens: int) -> None:
             bar.update(bar.first, description=what, advance=tokens)
 
-        rows = run_table(loaded, tokenizer, cases, runs, show, note, team)
+        rows = run_table(loaded, tokenizer, cases, runs, show, note, None if split else team)
     verdicts = [verdict for target in targets for verdict in target.check(rows)]
     document = {
         "model": model,
@@ -230,7 +231,7 @@ def evaluate(
     }
     if sets:
         document["head_maps_of_other_anchors"] = maps
-    if plot:
+    if plot and not follows:
         from kascade_cli.evaluation.plot import draw
 
         draw(document, plot)

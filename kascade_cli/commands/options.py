@@ -119,7 +119,8 @@ DeviceMap = Annotated[
     str | None,
     typer.Option(
         metavar="MAP",
-        help="auto: spread the layers over all GPUs, then main memory (needs accelerate).",
+        help="auto: spread the layers over all GPUs, then main memory; tp: split the heads over processes, in profile "
+        "and evaluate (both need accelerate).",
         rich_help_panel=MODEL,
     ),
 ]

@@ -132,6 +132,7 @@ def profile(
     check_name(dev_set or "", "--dev-set")
     team = processes.team()
     follows = team is not None and not team.leader
+    split = device_map == "tp"
     if not follows:  # else the leader's, which may have begun
         _check_target(output, resume, overwrite)
 
@@ -186,10 +187,11 @@ def profile(
             note(f"{dev_set}: {len(devset.prompts)} prompts, fewer than the {num_prompts} asked for")
         plan = plan_capture(info, devset, chosen)
         if follows:
-            follow_capture(loaded, info, devset, output, chosen, team=team, plan=plan)
+            follow_capture(loaded, info, devset, output, chosen, team=team, plan=plan, split=split)
             return
         _announce(output, plan, devset, info, resume)
-        shared.few(len(devset.prompts))
+        if not split:
+            shared.few(len(devset.prompts))
 
     started = time.perf_counter()
     with progress("capturing", total=devset.tokens) as bar, _interruptible(output, begun=True):
@@ -204,6 +206,7 @@ def profile(
             overwrite=overwrite,
             on_progress=lambda done, _: bar.update(bar.first, completed=done),
             team=team,
+            split=split,
         )
     seconds = time.perf_counter() - started
     if not result.joined:

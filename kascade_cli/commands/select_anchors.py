@@ -10,6 +10,7 @@ from kascade_cli import processes
 from kascade_cli.commands import options as shared
 from kascade_cli.commands import selection_steps as steps
 from kascade_cli.console import Steps, note, out, parse_size, print_json, progress
+from kascade_cli.errors import UsageError
 from kascade_cli.files import check_name, check_output
 from kascade_cli.help import BUDGET, OUTPUT, examples
 
@@ -226,6 +227,8 @@ def select_anchors(
     follows = team is not None and not team.leader
     if not follows:  # else the leader's, which may have written it
         check_output(output, overwrite)
+    if device_map == "tp":
+        raise UsageError("--device-map tp is for profile and evaluate; sets are measured on whole models: use auto")
     length = parse_size(context, "--context")
     held_out_length = parse_size(verify_length, "--verify-length") if verify_length is not None else None
 

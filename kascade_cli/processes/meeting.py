@@ -69,6 +69,7 @@ def together(environment: Mapping[str, str] | None = None) -> Iterator[Team | No
         made.leave()
         raise SystemExit(code) from error
     else:
+        _leave_group()
         if made.leader:
             made.end(0)
         else:
@@ -77,6 +78,14 @@ def together(environment: Mapping[str, str] | None = None) -> Iterator[Team | No
         _current.reset(token)
         made.close()
         _on_terminate(before)
+
+
+def _leave_group() -> None:
+    """Ends the process group that a split model was run with; PyTorch complains of one that is left."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _line(error: BaseException) -> str:

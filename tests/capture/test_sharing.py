@@ -174,6 +174,44 @@ def test_a_killed_process_loses_only_the_prompt_it_was_at(tmp_path, monkeypatch,
         assert found.complete
 
 
+def test_a_model_split_over_processes_is_captured_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("accelerate")
+    options = ["--num-prompts", "2", "--dtype", "float32", "--decode-tokens", "2"]
+    processes = start([*SMALL, *options, "-o", "c.h5", "--device-map", "tp"], 2, tmp_path)
+    try:
+        outputs = [each.communicate(timeout=100) for each in processes]
+    finally:
+        for each in processes:
+            each.kill()
+    assert [each.returncode for each in processes] == [0, 0], outputs
+    assert outputs[0][0].count("c.h5: 2 prompts, ") == 1
+    assert outputs[1] == ("", "")
+    assert in_place(*options, "-o", "one.h5") == 0
+    found, want = everything("c.h5"), everything("one.h5")
+    assert found.keys() == want.keys()
+    for name in (name for name in want if "@" not in name):  # sums of another order; float16 with 7 bits of mantissa
+        np.testing.assert_allclose(found[name].astype(float), want[name].astype(float), rtol=2**-7, atol=1e-5)
+    assert not same("c.h5", "one.h5")  # else nothing was split
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*SMALL, "--device-map", "tp"), "tp splits a model's heads over processes: start them with torchrun"),
+        (("select-anchors", "c.h5", "--device-map", "tp"), "tp is for profile and evaluate"),
+    ],
+)
+def test_a_model_is_split_only_where_it_can_be(tmp_path, monkeypatch, capsys, arguments, message):
+    from kascade_cli.app import main
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert ended.value.code == 2
+    assert f"--device-map {message}" in capsys.readouterr().err
+
+
 def test_torchrun_with_more_processes_than_prompts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "3", "--master-port", str(free_port())]
