@@ -32,6 +32,17 @@ def test_variables_that_make_no_sense_are_one_line(changes, message):
     assert "\n" not in str(found.value)
 
 
+def test_a_command_says_so_in_one_line(monkeypatch, capsys):
+    for name, value in environment(5, 2, 29500).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        main(["profile", "demo-small"])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert err.startswith("error: RANK=5 is none of WORLD_SIZE=2 processes: start them with torchrun")
+    assert err.count("\n") == 1
+
+
 def test_a_rank_without_a_number_of_processes_is_refused():
     with pytest.raises(UsageError, match="RANK is set and WORLD_SIZE is not.* or unset RANK"):
         place({"RANK": "1"})
