@@ -3,9 +3,11 @@
 import contextlib
 import json
 import math
+import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,6 +37,20 @@ def _printable(line: str) -> str:
 
 out = _PlainConsole(highlight=False, emoji=False, markup=False)
 err = _PlainConsole(stderr=True, highlight=False, emoji=False, markup=False)
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Nothing is printed, by this program or the libraries that it uses: for processes beside the one that speaks."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    before = out.quiet, err.quiet
+    out.quiet = err.quiet = True
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        out.quiet, err.quiet = before
 
 
 def say(text: object) -> None:

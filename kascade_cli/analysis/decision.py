@@ -16,7 +16,7 @@ import numpy as np
 
 from kascade_cli.analysis import cost as costs
 from kascade_cli.analysis import problem as problems
-from kascade_cli.analysis import record, recovered, rules, selection, stability, verdict
+from kascade_cli.analysis import rank_maps, record, recovered, rules, selection, stability, verdict
 from kascade_cli.analysis import rows as tables
 from kascade_cli.analysis.candidates import Candidate, Effort, neighbours, propose, with_one_more, without_one
 from kascade_cli.analysis.rows import Row
@@ -71,9 +71,14 @@ class Search:
         self.budget = capture_budget(measured.meta) if budget is None else budget
         self._reading = {"workers": workers, "advance": advance}
         self._recovered: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
-        self.measured, self.settings = measured, settings or Settings()
+        self.settings = settings or Settings()
+        self.ranks = self.settings.tensor_parallel
+        self.measured = rank_maps.within_ranks(measured, self.ranks)
+        # The same with head maps that cross ranks: what staying within them costs.
+        self._free = problems.make_problem(measured, self.settings.phase) if self.ranks > 1 else None
+        self._recovered_free: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
         self.cost, self.context = cost or costs.published(), context
-        self.problem = problems.make_problem(measured, self.settings.phase)
+        self.problem = problems.make_problem(self.measured, self.settings.phase)
         self.limit = self.settings.limit(self.problem.layers)
         asked = self.settings.anchors
         self.given = selection.positions(asked, self.problem.layers) if isinstance(asked, tuple) else None
@@ -147,15 +152,25 @@ class Search:
         if unknown := list(dict.fromkeys(anchors for anchors in wanted if anchors not in self._recovered)):
             layers, heads = len(self.problem.layers), self.measured.meta["kv_heads"]
             links = []
-            for anchors in unknown:
-                maps = selection.position_maps(self.problem, anchors, self.settings.assignment)
-                links.append(recovered.set_links(anchors, maps, layers, heads))
+            for problem in [self.problem] + ([self._free] if self._free else []):
+                for anchors in unknown:
+                    maps = selection.position_maps(problem, anchors, self.settings.assignment)
+                    links.append(recovered.set_links(anchors, maps, layers, heads))
             found = recovered.measure(self.measured.path, links, self.budget, **self._reading)
-            self._recovered.update(zip(unknown, found, strict=True))
-        phases = self.problem.sims
+            self._recovered.update(zip(unknown, found, strict=False))
+            self._recovered_free.update(zip(unknown, found[len(unknown) :], strict=False))
         return [
-            replace(row, recovered={phase: self._recovered[row.anchors][phase] for phase in phases}) for row in rows
+            replace(
+                row,
+                recovered=self._of_phases(self._recovered[row.anchors]),
+                recovered_free=self._of_phases(self._recovered_free.get(row.anchors, {})),
+            )
+            for row in rows
         ]
+
+    def _of_phases(self, mass: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Of the phases that sets are chosen for."""
+        return {phase: mass[phase] for phase in self.problem.sims if phase in mass}
 
     def verdict(self, candidates: Sequence[Candidate]) -> verdict.Verdict:
         """What the measured `candidates` say, within what the rule leaves open."""
@@ -268,7 +283,16 @@ class Search:
             "top_k": self.measured.top_k,
             "ratio": self.budget.ratio,
         }
+        if self._free:
+            settings["tensor_parallel"] = self.ranks_document(decision)
         return record.selection_document(settings, self.problem, decision, self.rows, self.own)
+
+    def ranks_document(self, decision: Decision) -> dict[str, Any] | None:
+        """What the profile says about its ranks; None where head maps are free."""
+        if self._free is None:
+            return None
+        maps = selection.head_maps(self._free, decision.anchors, self.settings.assignment)
+        return rank_maps.ranks_document(self.ranks, decision.choice.row, maps)
 
 
 def capture_budget(meta: dict[str, Any], ratio: float = 0.10, min_keys: int = 128) -> Budget:

@@ -68,4 +68,5 @@ def problem_of(sims: dict[str, np.ndarray], importance: np.ndarray, measured: Me
 
 def _says_nothing(sim: np.ndarray) -> bool:
     above = np.triu_indices(len(sim), 1)
-    return bool(len(above[0])) and bool((sim[above] >= 1).all())
+    found = sim[above]
+    return bool(len(above[0])) and bool((found[found >= 0] >= 1).all())  # below 0: heads of other ranks

@@ -84,6 +84,8 @@ def row_document(problem: "Problem", row: "Row") -> dict[str, Any]:
         worst, layer = worst_layer(phases)
         figures |= {f"{name}_mean": number(mean), f"{name}_worst": number(worst)}
         figures[f"{name}_worst_layer"] = problem.layers[layer]
+    if row.recovered_free:
+        figures["recovered_free_mean"] = number(row.recovered_free_mean)
     return {
         "anchors": problem.absolute(row.anchors),
         "objective": number(row.objective),

@@ -16,7 +16,8 @@ class Row:
     """One anchor set. Phase -> float64 [L] are
 
     similarity: what the keys of its anchor keep of each layer's own Top-k, the strict figure that is searched by;
-    recovered: the share of each layer's attention that is kept at the profile's budget (recovered.py), once measured.
+    recovered: the share of each layer's attention that is kept at the profile's budget (recovered.py), once measured;
+    recovered_free: the same with head maps that cross ranks, where the row's may not (rank_maps.py).
     """
 
     anchors: tuple[int, ...]
@@ -25,6 +26,7 @@ class Row:
     speedup: dict[str, float | None]
     proven: bool = True
     recovered: dict[str, np.ndarray] = field(default_factory=dict)
+    recovered_free: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -33,6 +35,10 @@ class Row:
     @property
     def recovered_mean(self) -> float:
         return float(np.mean(list(self.recovered.values())))
+
+    @property
+    def recovered_free_mean(self) -> float:
+        return float(np.mean(list(self.recovered_free.values())))
 
     @property
     def similarity_mean(self) -> float:

@@ -16,7 +16,7 @@ class Settings:
     phase: decode, prefill or both; weights: importance or uniform; assignment: nearest or free. The rules:
     `anchors` (how many, or which absolute layers), `min_recovered`, `target_speedup`; None of them: the default.
     max_anchors: the largest number to look at. kl_tolerance (nats), lost_tolerance (share of the answers): what is as
-    good as the best, where candidates were measured.
+    good as the best, where candidates were measured. tensor_parallel: ranks that head maps stay within.
     """
 
     phase: str = "both"
@@ -28,6 +28,7 @@ class Settings:
     max_anchors: int | None = None
     kl_tolerance: float = verdict.KL_TOLERANCE
     lost_tolerance: float = verdict.LOST_TOLERANCE
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         rules.check_rules(self.anchors, self.min_recovered, self.target_speedup)

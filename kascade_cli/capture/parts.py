@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kascade_cli.errors import KascadeError, UsageError
@@ -80,10 +80,11 @@ def remove(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path, what: str) -> Iterator[None]:
+def only_writer(folder: Path, what: str) -> Iterator[Callable[[], None]]:
     """Makes `folder` if need be and holds a lock on it that dies with the process.
 
-    Raises KascadeError if another process has it, UsageError if the folder is not ours.
+    What it gives shares the lock from then on with processes that write beside this one (`writer_beside`). Raises
+    KascadeError if another process has it, UsageError if the folder is not ours.
     """
     while True:
         if not is_ours(folder):
@@ -101,17 +102,33 @@ def only_writer(folder: Path, what: str) -> Iterator[None]:
                 file.write(MARKER)
                 file.flush()
                 os.fsync(file.fileno())
-            yield
+            yield lambda file=file: _lock(file, what, shared=True)
             return
 
 
-def _lock(file, what: str) -> None:
+@contextlib.contextmanager
+def writer_beside(folder: Path, what: str) -> Iterator[None]:
+    """Shares the lock that another process of this run holds and shares; as long as one of them is there, nobody else
+    writes. Raises KascadeError if the folder is not seen here, or another run has it.
+    """
+    try:
+        file = open(folder / _LOCK, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise KascadeError(
+            f"{folder} is not seen by every process: name an --output in a folder that all of them share"
+        ) from error
+    with file:
+        _lock(file, what, shared=True)
+        yield
+
+
+def _lock(file, what: str, shared: bool = False) -> None:
     try:
         import fcntl
     except ImportError:  # no flock on this system: go without
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise KascadeError(f"another process is writing {what}; wait for it, or stop it") from error
     except OSError:

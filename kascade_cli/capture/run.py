@@ -1,4 +1,4 @@
-"""The loop of a capture: prompts -> probe -> store. Used by the command and by tests."""
+"""A capture: what it will hold, and how it is made, by one process or several. Used by the command and by tests."""
 
 import contextlib
 import platform
@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from kascade_cli.capture.durable import disk_reason
 from kascade_cli.capture.format import RANGES
-from kascade_cli.capture.probe import TOP_MASS_KEYS, Probe
-from kascade_cli.capture.store import SCHEMA_VERSION, CaptureStore, open_store, token_sha256
+from kascade_cli.capture.loop import capture_beside, capture_prompts, run_along
+from kascade_cli.capture.probe import TOP_MASS_KEYS
+from kascade_cli.capture.store import SCHEMA_VERSION, CaptureStore, open_beside, open_store, token_sha256
 from kascade_cli.capture.tiles import sample_tiles
 from kascade_cli.devset import DevSet
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.models import ModelInfo
+from kascade_cli.processes import Team
 from kascade_cli.version import __version__
+
+_WORK = "capture"  # what the leader tells the others: the root attributes, and the prompts that are left
 
 
 @dataclass(frozen=True)
@@ -150,11 +153,15 @@ def run_capture(
     resume: bool = False,
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    team: Team | None = None,
+    split: bool = False,
 ) -> CaptureResult:
     """Captures `devset` into `output`; `on_progress(done, total)` counts tokens, finished prompts included.
 
     Whatever stops it (a kill, a full disk, an error), finished prompts stay, and `resume` goes on after them; if
-    none was finished, nothing is left behind. Raises KascadeError or UsageError with one line.
+    none was finished, nothing is left behind. With a `team`, whose leader calls this, prompts are shared out: the
+    others call `follow_capture`. split: it is the model that is shared out (tensor parallelism), and the others run
+    every prompt as well. Raises KascadeError or UsageError with one line.
     """
     plan = plan or plan_capture(info, devset, options)
     meta = capture_meta(model, info, devset, options)
@@ -162,8 +169,14 @@ def run_capture(
     try:
         with open_store(output, meta, info.profiled_layers, sha256, resume=resume, overwrite=overwrite) as store:
             remaining = store.remaining
+            if team:
+                store.share()
+                team.from_leader(_WORK, lambda: (meta, remaining))
             try:
-                _capture_prompts(model, info, devset, options, plan, store, on_progress or (lambda done, total: None))
+                capture_prompts(
+                    model, info, devset, options.decode_tokens, plan.tiles, store,
+                    report=on_progress or (lambda done, total: None), team=None if split else team, sha256=sha256,
+                )  # fmt: skip
             finally:
                 store.discard_if_empty()
             joined = not store.parts.exists() or _join(store)
@@ -174,64 +187,36 @@ def run_capture(
     return CaptureResult(len(store.done), len(remaining), joined)
 
 
-def _capture_prompts(
+def follow_capture(
     model: nn.Module,
     info: ModelInfo,
     devset: DevSet,
+    output: Path,
     options: CaptureOptions,
-    plan: CapturePlan,
-    store: CaptureStore,
-    report: Callable[[int, int], None],
-) -> None:
-    lengths = [len(prompt) for prompt in devset.prompts]
-    done, total = sum(lengths[index] for index in store.done), sum(lengths)
-    report(done, total)
-    index = 0
-    try:
-        with Probe(model, info) as probe:
-            for index in store.remaining:
+    *,
+    team: Team,
+    plan: CapturePlan | None = None,
+    split: bool = False,
+) -> int:
+    """What every other process of a `team` does while its leader calls `run_capture` with the same model, dev set and
+    options: captures prompts that nobody has taken yet into `output`'s parts, and returns how many.
 
-                def within(share: float, before: int = done, length: int = lengths[index]) -> None:
-                    report(before + int(share * length), total)
-
-                _capture_prompt(
-                    probe, store, index, devset.prompts[index], plan.tiles[index], options.decode_tokens, within
-                )
-                done += lengths[index]
-                report(done, total)
-    except OSError as error:
-        raise _stopped(disk_reason(error, store.path.parent), "make room", store) from error
-    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a bare RuntimeError on a CPU
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        reason = f"out of memory at prompt {index} ({lengths[index]} tokens)"
-        raise _stopped(reason, "take another --device, or a lower --max-length", store) from error
-
-
-def _capture_prompt(
-    probe: Probe,
-    store: CaptureStore,
-    index: int,
-    tokens: list[int],
-    tiles: np.ndarray,
-    decode_tokens: int,
-    on_share: Callable[[float], None],
-) -> None:
-    total = len(tokens) + decode_tokens
-    generated = np.arange(len(tokens), total, dtype=np.int32)
-    rows = np.stack([generated, np.ones_like(generated)], axis=1)
-    writer = store.begin(index, tokens, np.concatenate([tiles, rows]), total)
-
-    def sink(layer: int, first: int, mass: np.ndarray) -> None:
-        writer.write_mass(layer, first, mass)
-        on_share((layer + 1) / len(store.profiled_layers) if first < len(tiles) else 1.0)
-
-    try:
-        measured = probe.run(tokens, tiles, sink, decode_tokens=decode_tokens)
-    except BaseException:
-        writer.discard()
-        raise
-    writer.finish(measured.importance, measured.top_mass, len(tokens) + len(measured.generated))
+    Raises KascadeError where it would capture something else than the leader, or does not see the folder.
+    """
+    meta, remaining = team.from_leader(_WORK, lambda: None)
+    mine = capture_meta(model, info, devset, options)
+    for what in ("model_fingerprint", "dev_set_sha256", "options"):
+        if meta[what] != mine[what]:
+            name = {"model_fingerprint": "model", "dev_set_sha256": "dev set"}.get(what, "dtype or kind of device")
+            raise KascadeError(f"it has another {name} than process 0: all processes need the same files and devices")
+    if not remaining:
+        return 0
+    plan = plan or plan_capture(info, devset, options)
+    if split:
+        run_along(model, info, devset, options.decode_tokens, plan.tiles, remaining)
+        return 0
+    with open_beside(output, meta, info.profiled_layers, team.send) as store:
+        return capture_beside(model, info, devset, options.decode_tokens, plan.tiles, store, remaining, team)
 
 
 def _join(store: CaptureStore) -> bool:
@@ -240,10 +225,3 @@ def _join(store: CaptureStore) -> bool:
     except OSError:
         return False
     return True
-
-
-def _stopped(reason: str, advice: str, store: CaptureStore) -> KascadeError:
-    if not store.done:
-        return KascadeError(f"{store.path}: {reason}; no prompt was finished: {advice}")
-    kept = f"{len(store.done)} of {store.meta['num_prompts']} prompts are finished and kept"
-    return KascadeError(f"{store.path}: {reason}; {kept}: {advice}, and run again with --resume")

@@ -10,7 +10,7 @@ reader.py reads it, parts.py keeps the folder of the parts.
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,6 +49,7 @@ __all__ = [
     "compression",
     "describe_existing",
     "disk_free",
+    "open_beside",
     "open_capture",
     "open_store",
     "parts_folder",
@@ -132,7 +133,7 @@ class PromptWriter:
             self.discard()
             raise
         self._file.commit()
-        self._store._publish(self._index)
+        self._store.publish(self._index)
 
     def _shrink(self, n_tokens: int) -> None:
         count = int((self._tiles.sum(axis=1) <= n_tokens).sum())
@@ -160,6 +161,7 @@ class CaptureStore:
                 raise UsageError(f"{name} are longer than a capture can keep ({MAX_JSON} characters)")
         self.parts = parts_folder(path)
         self.done: list[int] = []
+        self.share: Callable[[], None] = lambda: None  # lets processes of this run write beside this one
         self.key = capture_key(meta, self.profiled_layers)
 
     @property
@@ -177,9 +179,14 @@ class CaptureStore:
         """
         return PromptWriter(self, index, tokens, tiles, n_tokens)
 
-    def _publish(self, index: int) -> None:
-        self.done = sorted({*self.done, index})
+    def publish(self, *indices: int) -> None:
+        """Puts finished prompts into the index."""
+        self.done = sorted({*self.done, *indices})
         self.write_index()
+
+    def find_parts(self, prompts_sha256: list[str]) -> None:
+        """Sets `done` to the prompts whose parts are there and good, whoever wrote them."""
+        self.done = [i for i, sha256 in enumerate(prompts_sha256) if self._part_is_good(i, sha256)]
 
     def _write_head(self, file: h5py.File) -> None:
         for name, kind in ATTRIBUTES.items():
@@ -282,12 +289,12 @@ def open_store(
         store.done = list(range(meta["num_prompts"]))
         yield store
         return
-    with folders.only_writer(store.parts, str(path)):
+    with folders.only_writer(store.parts, str(path)) as store.share:
         if not (resume or overwrite) and path.exists():  # made by another process since we looked
             folders.remove(store.parts)
             raise UsageError(describe_existing(path))
         folders.clear(store.parts, finished=overwrite)
-        store.done = [i for i, sha256 in enumerate(prompts_sha256) if store._part_is_good(i, sha256)]
+        store.find_parts(prompts_sha256)
         try:
             store.write_index()
         except OSError:
@@ -295,6 +302,33 @@ def open_store(
                 folders.remove(store.parts)
             raise
         sync_folder(path.parent)
+        yield store
+
+
+class PartStore(CaptureStore):
+    """The writing side of a process beside the one that keeps the index; made by `open_beside`."""
+
+    def __init__(self, path: Path, meta: dict[str, Any], layers: list[int], publish: Callable[[int], None]) -> None:
+        super().__init__(path, meta, layers)
+        self._tell = publish
+
+    def publish(self, *indices: int) -> None:
+        self.done = sorted({*self.done, *indices})
+        for index in indices:
+            self._tell(index)
+
+
+@contextlib.contextmanager
+def open_beside(
+    path: Path, meta: dict[str, Any], profiled_layers: list[int], publish: Callable[[int], None]
+) -> Iterator[PartStore]:
+    """Opens for writing what another process of this run has opened and shares (`CaptureStore.share`).
+
+    `meta`: as that process has it. `publish` is told of every part that is finished. Raises KascadeError where the
+    folder is not seen from here, or another run has it.
+    """
+    store = PartStore(path, meta, profiled_layers, publish)
+    with folders.writer_beside(store.parts, str(path)):
         yield store
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kascade_cli import processes
 from kascade_cli.commands import options as shared
 from kascade_cli.console import compiling, format_size, note, out, parse_floats, parse_sizes, print_json, progress
 from kascade_cli.errors import KascadeError, TargetMissed, UsageError, require_extra
@@ -16,6 +17,7 @@ COMPARED = "How attention runs"
 _WIDTH = 120
 
 
+@shared.shared_out
 @examples(
     "kascade evaluate demo --profile profiles/demo.yaml",
     "kascade evaluate demo --profile profiles/demo.yaml --strategies dense,kascade,quest,streaming-llm:ratio=0.3",
@@ -148,9 +150,12 @@ def evaluate(
 ) -> None:
     """Score attention strategies on the same questions: answers, 95 % intervals, density.
 
-    Test prompts come from seeds that no dev set uses. Every question is answered greedily under its strategy.
+    Test prompts come from seeds that no dev set uses. Every question is answered greedily under its strategy. Under
+    torchrun or accelerate launch the processes share the prompts.
     """
-    if plot:
+    team = processes.team()
+    follows = team is not None and not team.leader
+    if plot and not follows:
         check_output(plot, overwrite)
         require_extra("matplotlib", "plot")
     lengths = parse_sizes(max_length, "--max-length") if max_length is not None else []
@@ -161,6 +166,7 @@ def evaluate(
     loaded_profile = Profile.load(profile) if profile else None
 
     from kascade_cli.evaluation.anchors import parse_anchors
+    from kascade_cli.evaluation.answering import follow_answers
     from kascade_cli.evaluation.cases import Asking, gather_cases, named_tasks
     from kascade_cli.evaluation.plan import anchors_label, check_strategies, parse_strategies, plan_runs
     from kascade_cli.evaluation.require import parse_requirement
@@ -185,6 +191,10 @@ def evaluate(
     told: list[str] = []  # shown once nothing is left to refuse
     loading = shared.Loading(dtype, device, device_map, revision, trust_remote_code)
     loaded, tokenizer = loading.load(model, told.append)
+    split = device_map == "tp"  # every process runs everything, with its heads
+    if follows and not split:
+        follow_answers(team, loaded)
+        return
     info = describe(loaded, model)
     asking = Asking(num_prompts, questions, seed, chat, max_new_tokens, haystack, note)
     found = [(length, gather_cases(sources, tokenizer, info, length, asking)) for length in lengths]
@@ -193,6 +203,8 @@ def evaluate(
 
     for line in told:
         note(line)
+    for part in () if split else cases.values():
+        shared.few(len(part))
     if any(run.strategy != "dense" for run in runs):
         compile_ahead(loaded, loaded_profile, backend=backend, progress=compiling)
     passes = sum(len(run.settings) for run in runs)
@@ -203,7 +215,7 @@ def evaluate(
         def show(what: str, tokens: int) -> None:
             bar.update(bar.first, description=what, advance=tokens)
 
-        rows = run_table(loaded, tokenizer, cases, runs, show, note)
+        rows = run_table(loaded, tokenizer, cases, runs, show, note, None if split else team)
     verdicts = [verdict for target in targets for verdict in target.check(rows)]
     document = {
         "model": model,
@@ -219,7 +231,7 @@ def evaluate(
     }
     if sets:
         document["head_maps_of_other_anchors"] = maps
-    if plot:
+    if plot and not follows:
         from kascade_cli.evaluation.plot import draw
 
         draw(document, plot)

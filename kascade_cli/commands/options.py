@@ -1,18 +1,24 @@
 """Options that several commands have, with one wording, under one heading of the help (kascade_cli.help)."""
 
+import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from kascade_cli import processes
+from kascade_cli.console import note, silence
 from kascade_cli.errors import UsageError
 from kascade_cli.help import BUDGET, MODEL, OUTPUT, PROMPTS
 
 # What fits an int64 of a capture's attributes; counts beyond are typing mistakes, refused before anything is built.
 LARGEST_SEED = 2**63 - 1
 MOST_PROMPTS = 1_000_000
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def check_device(device: str) -> str:
@@ -33,10 +39,40 @@ class Loading:
     trust_remote_code: bool
 
     def load(self, model: str, notify: Callable[[str], None]) -> tuple[Any, Any]:
-        """(model, tokenizer) as `models.load_model` gives them."""
+        """(model, tokenizer) as `models.load_model` gives them.
+
+        Raises UsageError where several processes run a command that does not share its work.
+        """
         from kascade_cli.models import load_model
 
+        processes.check_alone()
         return load_model(model, **asdict(self), notify=notify)
+
+
+def decide(what: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives: in several processes what it gives in the leader, which tells the others."""
+    team = processes.team()
+    return make() if team is None else team.from_leader(what, make)
+
+
+def shared_out(command: Function) -> Function:
+    """A command whose work several processes share: all but the leader are silent, and end when it does."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        with processes.together() as team, contextlib.ExitStack() as stack:
+            if team and not team.leader:
+                stack.enter_context(silence())
+            return command(*arguments, **options)
+
+    return run
+
+
+def few(prompts: int) -> None:
+    """A line where there are fewer prompts than processes."""
+    team = processes.team()
+    if team and prompts < team.size:
+        note(f"{prompts} prompts for {team.size} processes: {team.size - prompts} of them have nothing to do")
 
 
 def check_haystack(haystack: str | None) -> None:
@@ -83,7 +119,8 @@ DeviceMap = Annotated[
     str | None,
     typer.Option(
         metavar="MAP",
-        help="auto: spread the layers over all GPUs, then main memory (needs accelerate).",
+        help="auto: spread the layers over all GPUs, then main memory; tp: split the heads over processes, in profile "
+        "and evaluate (both need accelerate).",
         rich_help_panel=MODEL,
     ),
 ]

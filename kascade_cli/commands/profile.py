@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kascade_cli import processes
 from kascade_cli.commands import options as shared
 from kascade_cli.console import (
     MAX_SIZE,
@@ -29,6 +30,7 @@ LARGEST_TILE = 4096  # queries; the kernels' is 32
 _MEASURED = "What is measured"
 
 
+@shared.shared_out
 @examples(
     "kascade profile demo -o capture.h5 --num-prompts 16 --max-length 2k",
     "kascade profile org/model --dev-set prompts.jsonl --max-length 32k --dtype bfloat16",
@@ -121,22 +123,28 @@ def profile(
 ) -> None:
     """Capture what a model attends to over a dev set: the input of `kascade select-anchors`.
 
-    A killed run loses the prompt it was at: repeat the command with --resume.
+    A killed run loses the prompt it was at: repeat the command with --resume. Under torchrun or accelerate launch
+    the processes share the prompts.
     """
     count = _tile_count(tiles_per_prompt)
     length = parse_size(max_length, "--max-length") if max_length is not None else None
     check_name(model, "MODEL")
     check_name(dev_set or "", "--dev-set")
-    _check_target(output, resume, overwrite)
+    team = processes.team()
+    follows = team is not None and not team.leader
+    split = device_map == "tp"
+    if not follows:  # else the leader's, which may have begun
+        _check_target(output, resume, overwrite)
 
     from kascade_cli.analysis.summary import captured
-    from kascade_cli.capture.run import CaptureOptions, plan_capture, run_capture
+    from kascade_cli.capture.run import CaptureOptions, follow_capture, plan_capture, run_capture
     from kascade_cli.demo import DEMO_TASKS
     from kascade_cli.devset import check_source, default_devset, load_devset
     from kascade_cli.models import check_revision, describe
 
-    if resume and output.exists():
-        dev_set, length = _as_before(output, dev_set, length)
+    going_on = shared.decide("going on", lambda: resume and output.exists())
+    if going_on:
+        dev_set, length = shared.decide("as before", lambda: _as_before(output, dev_set, length))
     dev_set = DEMO_TASKS.get(model) if dev_set is None else dev_set
     if dev_set is not None:
         check_source(dev_set, text_field, chat_template)
@@ -153,14 +161,14 @@ def profile(
         "haystack": haystack,
     }
     CaptureOptions(max_length=1, **options)  # refuse bad values before a model is loaded
-    if resume and output.exists():
+    if going_on and not follows:
         _check_resumed(output, options | ({"max_length": length} if length else {}), dev_set, dtype, device)
     with _interruptible(output, begun=resume):
         loading = shared.Loading(dtype, device, device_map, revision, trust_remote_code)
         loaded, tokenizer = loading.load(model, note)
         info = describe(loaded, model)
         dev_set = dev_set or default_devset(tokenizer)
-        length = _length(loaded, info, length, num_prompts, decode_tokens)
+        length = shared.decide("length", lambda: _length(loaded, info, length, num_prompts, decode_tokens))
         chosen = CaptureOptions(max_length=length, **options)
         devset = load_devset(
             dev_set,
@@ -178,7 +186,12 @@ def profile(
         if len(devset.prompts) < num_prompts:
             note(f"{dev_set}: {len(devset.prompts)} prompts, fewer than the {num_prompts} asked for")
         plan = plan_capture(info, devset, chosen)
+        if follows:
+            follow_capture(loaded, info, devset, output, chosen, team=team, plan=plan, split=split)
+            return
         _announce(output, plan, devset, info, resume)
+        if not split:
+            shared.few(len(devset.prompts))
 
     started = time.perf_counter()
     with progress("capturing", total=devset.tokens) as bar, _interruptible(output, begun=True):
@@ -192,6 +205,8 @@ def profile(
             resume=resume,
             overwrite=overwrite,
             on_progress=lambda done, _: bar.update(bar.first, completed=done),
+            team=team,
+            split=split,
         )
     seconds = time.perf_counter() - started
     if not result.joined:

@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 import typer
 from rich.text import Text
 
+from kascade_cli import processes
 from kascade_cli.commands import options as shared
 from kascade_cli.commands import selection_steps as steps
 from kascade_cli.console import Steps, note, out, parse_size, print_json, progress
+from kascade_cli.errors import UsageError
 from kascade_cli.files import check_name, check_output
 from kascade_cli.help import BUDGET, OUTPUT, examples
 
@@ -18,6 +20,7 @@ _VERIFY = "Measure on the model"
 _SPEED = "Predicted speed-up"
 
 
+@shared.shared_out
 @examples(
     "kascade select-anchors capture.h5 -o profile.yaml",
     "kascade select-anchors capture.h5 --anchors 5 --plots figures",
@@ -148,6 +151,16 @@ def select_anchors(
             rich_help_panel=_SEARCH,
         ),
     ] = "nearest",
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1024,
+            help="Head maps that stay within the KV heads of each of N ranks, for serving on N GPUs.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = 1,
     top_k: Annotated[
         int,
         typer.Option(
@@ -206,16 +219,23 @@ def select_anchors(
 ) -> None:
     """Choose anchor layers and head maps from a capture, and write the profile that attention runs.
 
-    An anchor is a layer that chooses keys; the other layers read, head by head, what an anchor chose.
+    An anchor is a layer that chooses keys; the other layers read, head by head, what an anchor chose. Under torchrun
+    or accelerate launch the processes share the runs over held-out prompts.
     """
     check_name(capture, "CAPTURE")
-    check_output(output, overwrite)
+    team = processes.team()
+    follows = team is not None and not team.leader
+    if not follows:  # else the leader's, which may have written it
+        check_output(output, overwrite)
+    if device_map == "tp":
+        raise UsageError("--device-map tp is for profile and evaluate; sets are measured on whole models: use auto")
     length = parse_size(context, "--context")
     held_out_length = parse_size(verify_length, "--verify-length") if verify_length is not None else None
 
     from kascade_cli.analysis import cost as costs
     from kascade_cli.analysis import decision as deciding
     from kascade_cli.analysis import record, similarity
+    from kascade_cli.analysis.rank_maps import check_ranks
     from kascade_cli.capture.store import open_capture
     from kascade_cli.commands import selection_report as report
     from kascade_cli.evaluation.journal import journal_path
@@ -232,6 +252,7 @@ def select_anchors(
         max_anchors=max_anchors,
         kl_tolerance=kl_tolerance,
         lost_tolerance=lost_tolerance,
+        tensor_parallel=tensor_parallel,
     )
     verification = Verification(
         model=model,
@@ -247,6 +268,9 @@ def select_anchors(
     )
     share, auto = steps.parse_ratio(ratio, verify)
     wanted = steps.check_verification(verify, verification) or auto
+    if follows:
+        steps.follow(team, verification)
+        return
     if plots is not None:
         steps.check_plots(plots, overwrite)
     deciding.capture_budget({"tile": 1}, share, min_keys)  # refused before the capture is read, which takes longer
@@ -255,6 +279,7 @@ def select_anchors(
         settings.limit(file.profiled_layers)
         budget = deciding.capture_budget(file.meta, share, min_keys)
         record.model_card(file.meta)
+        check_ranks(tensor_parallel, file.meta["kv_heads"], file.meta["model_name"])
         if verify is not False:
             verification.check_capture(file.meta)
             if wanted:

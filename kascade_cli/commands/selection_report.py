@@ -27,6 +27,7 @@ def result_document(output: Path, search: Any, decision: Any, budget: Any, plots
         "budgets": budgets,
         "cost": {"source": search.cost.source, "context": search.context},
         "recovered_own_keys": number(search.own),
+        "tensor_parallel": search.ranks_document(decision),
         "stability": stability_document(problem, decision.stable) if decision.stable else None,
         "verify": verify_document(problem, decision),
         "ratios": decision.ratios,
@@ -62,7 +63,8 @@ def _nats(value: float | None) -> str:
 def budget_table(budgets: Sequence[dict[str, Any]], chosen: Sequence[int], cost: dict[str, Any], own: float) -> Any:
     """The Pareto table; the chosen row is marked."""
     free = any("objective_nearest" in row for row in budgets)
-    figures = ["similarity", "recovered", "worst layer"]
+    crossing = any("recovered_free_mean" in row for row in budgets)
+    figures = ["similarity", "recovered", *(["free maps"] if crossing else []), "worst layer"]
     numbers = ["objective", *(["nearest"] if free else []), *figures, "decode", "prefill"]
     table = plain_table(["", "M", "anchors", *numbers], title="Best anchors for every budget", right=["M", *numbers])
     for row in budgets:
@@ -72,13 +74,16 @@ def budget_table(budgets: Sequence[dict[str, Any]], chosen: Sequence[int], cost:
             nearest = row.get("objective_nearest")
             values.append("-" if nearest is None else f"{nearest:.4f}")
         worst = f"{row['recovered_worst']:.1%} ({row['recovered_worst_layer']})"
-        values += [f"{row['similarity_mean']:.1%}", f"{row['recovered_mean']:.1%}", worst]
+        values += [f"{row['similarity_mean']:.1%}", f"{row['recovered_mean']:.1%}"]
+        values += [f"{row['recovered_free_mean']:.1%}"] if crossing else []
+        values.append(worst)
         values += [_times(row["speedup"][phase]) for phase in ("decode", "prefill")]
         table.add_row(mark, str(len(row["anchors"])), join(row["anchors"]), *values)
     table.caption = cell(
         f"recovered: attention kept at the budget, mean and worst layer ({own:.1%} if every layer chose for "
         "itself); decode, prefill: speed-up of attention at "
         f"{format_size(cost['context'])}, from {cost['source']}"
+        + ("; free maps: recovered, could heads read those of other ranks" if crossing else "")
     )
     table.caption_justify = "left"
     return table
@@ -151,6 +156,12 @@ def closing_lines(document: dict[str, Any]) -> Iterator[str]:
     if document["budget"].get("ratios"):
         shares = ", ".join(f"{format_size(int(n))} {r:g}" for n, r in document["budget"]["ratios"].items())
         yield f"ratio by length, never rising: {shares}"
+    if split := document["tensor_parallel"]:
+        yield (
+            f"head maps stay within the heads of each of {split['ranks']} ranks: they recover "
+            f"{split['recovered_mass']:.1%}, free ones {split['recovered_mass_free']:.1%} "
+            f"({100 * split['cost']:+.2f} points)"
+        )
     if document["stability"]:
         yield from stability_lines(document["stability"])
     for path in [*document["plots"], document["profile"]]:

@@ -4,9 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kascade_cli import processes
+from kascade_cli.commands import options as shared
 from kascade_cli.console import Steps, note, parse_ints, progress
 from kascade_cli.errors import KascadeError, UsageError, plain, require_extra
 from kascade_cli.files import check_output, check_output_folder
+
+_SESSION, _OPENED = "session", "session opened"  # what the leader tells the other processes
 
 
 def reading_again() -> Callable[[int, int], None]:
@@ -106,13 +110,33 @@ def open_session(search: Any, verification: Any, wanted: bool) -> Any:
     """The model and its prompts; None and a line that says why, where they are not there and nobody asked for them."""
     from kascade_cli.evaluation import session
 
-    meta = search.measured.meta
+    meta, opened = search.measured.meta, None
     try:
         if not wanted and (missing := verification.missing(meta)):
             raise KascadeError(missing)
-        return session.open_session(meta, search.settings.phases, verification)
+        shared.decide(_SESSION, lambda: (meta, search.settings.phases))
+        opened = session.load_session(meta, search.settings.phases, verification)
+        shared.decide(_OPENED, lambda: True)
+        opened.choose_prompts()
+        return opened
     except KascadeError as error:
-        if wanted:
+        if wanted or isinstance(error, processes.Ended):
             raise
+        if opened is None:
+            shared.decide(_OPENED, lambda: False)
         note(f"not verified: {error}; pass --model, or --no-verify to choose by the similarity alone")
         return None
+
+
+def follow(team: processes.Team, verification: Any) -> None:
+    """What every process does beside the leader: measures what that hands out, if it verifies."""
+    from kascade_cli.evaluation import session, sharing
+
+    meta, phases = shared.decide(_SESSION, dict)
+    try:
+        loaded = session.load_session(meta, phases, verification)
+    except KascadeError:
+        if shared.decide(_OPENED, bool):
+            raise
+        return  # as in the leader, which goes on without
+    sharing.follow(team, loaded)

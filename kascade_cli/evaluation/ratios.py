@@ -133,7 +133,8 @@ def find_ratios(
 def _measure(runs: "Runs", layout: Profile, length: int) -> Callable[[float, int], "PromptKL"]:
     def measure(ratio: float, prompt: int) -> "PromptKL":
         profile = layout.model_copy(update={"budget": layout.budget.override(ratio=ratio)})
-        return runs.measure([(f"{length} tokens, ratio {ratio:g}", profile)], prompt)[0]
+        ahead = range(prompt + 1, len(runs.devset.prompts))
+        return runs.measure([(f"{length} tokens, ratio {ratio:g}", profile)], prompt, ahead)[0]
 
     return measure
 

@@ -1,5 +1,6 @@
 """Scores of strategies on the same questions, with intervals that know that questions of a prompt belong together."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +10,9 @@ import numpy as np
 
 from kascade_cli.console import format_size
 from kascade_cli.errors import KascadeError
-from kascade_cli.evaluation.batched import answer_all
+from kascade_cli.evaluation.answering import answer, answer_shared
 from kascade_cli.evaluation.cases import Case, score_question
-from kascade_cli.integrations.transformers import attach_setting
+from kascade_cli.processes import Team
 from kascade_cli.schema import Budget
 from kascade_cli.sparse import Setting
 from kascade_cli.sparse.strategy import strategy_class
@@ -63,20 +64,21 @@ def run_cases(
     run: Run,
     *,
     advance: Callable[[int], None] = lambda tokens: None,
+    team: Team | None = None,
 ) -> Outcome:
-    """Answers every question of every case under `run`. `advance(tokens)` is called after each case and draw."""
+    """Answers every question of every case under `run`. `advance(tokens)` is called after each case and draw.
+
+    team: processes that share the cases; all but the leader are in `answering.follow_answers`.
+    """
     began = time.perf_counter()
     right, densities = [], []
     for setting in run.settings:
         row: list[float] = []
-        with attach_setting(model, setting) as attachment:
-            written = answer_all(
-                model, cases, tile=attachment.budget.tile, advance=lambda index: advance(cases[index].tokens)
-            )
-            for case, answers in zip(cases, written, strict=True):
-                pairs = zip(answers, case.questions, strict=True)
-                row += [score_question(tokenizer, tokens, question) for tokens, question in pairs]
-            report = attachment.report()
+        share = answer if team is None else functools.partial(answer_shared, team)
+        written, report = share(model, setting, cases, lambda index: advance(cases[index].tokens))
+        for case, answers in zip(cases, written, strict=True):
+            pairs = zip(answers, case.questions, strict=True)
+            row += [score_question(tokenizer, tokens, question) for tokens, question in pairs]
         right.append(row)
         densities.append({"all": report["density"]} | {p: v["density"] for p, v in report["phases"].items()})
     density = {key: float(np.mean([entry[key] for entry in densities])) for key in densities[0]}
@@ -99,6 +101,7 @@ def run_table(
     runs: Sequence[Run],
     progress: Callable[[str, int], None] = lambda what, tokens: None,
     tell: Callable[[str], None] = lambda text: None,
+    team: Team | None = None,
 ) -> list[dict[str, Any]]:
     """One JSON row (`summarise`) per length and run; the first dense run is what the others are compared with.
 
@@ -111,7 +114,9 @@ def run_table(
         for run in runs:
             what = f"{run.label} at {format_size(length)}"
             progress(what, 0)
-            outcome = run_cases(model, tokenizer, part, run, advance=lambda tokens, what=what: progress(what, tokens))
+            outcome = run_cases(
+                model, tokenizer, part, run, advance=lambda tokens, what=what: progress(what, tokens), team=team
+            )
             if run.strategy == "dense" and dense is None:
                 dense = outcome
                 check_answered(outcome, part, tell)

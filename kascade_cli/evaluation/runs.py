@@ -1,19 +1,21 @@
 """Sparse runs over held-out prompts: each is made once, remembered, and written down."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kascade_cli.evaluation.forced import DECODE_TOKENS, DensePrompt, PromptKL
 from kascade_cli.evaluation.prefix import SharedPrefill, can_share, layout_of
+from kascade_cli.evaluation.sharing import SharedRuns
 from kascade_cli.schema import Profile
 from kascade_cli.sparse import Setting
 
 if TYPE_CHECKING:
     from kascade_cli.devset import DevSet
     from kascade_cli.evaluation.journal import Journal
+    from kascade_cli.processes import Team
 
 Advance = Callable[[str, PromptKL], None]
 
@@ -34,34 +36,63 @@ class Runs:
         journal: "Journal | None" = None,
         advance: Advance | None = None,
         dense: Callable[[int], DensePrompt] | None = None,
+        team: "Team | None" = None,
     ) -> None:
-        """dense: what runs the dense model over a prompt, where others need that too; once is enough."""
+        """dense: what runs the dense model over a prompt, where others need that too; once is enough. team: the
+        processes that share the runs; all but the leader are in `sharing.follow`."""
         self.model, self.devset, self.phases, self.backend = model, devset, list(phases), backend
         self.journal, self.advance = journal, advance
         self.dense = functools.cache(dense or self._run)
         self._known: dict[tuple[str, int], PromptKL] = {}
         self._can_share: bool | None = None
+        self._shared = SharedRuns(team, self) if team else None
 
-    def measure(self, profiles: Sequence[tuple[str, Profile]], prompt: int) -> list[PromptKL]:
-        """What each (description, profile) does on one prompt. Raises KascadeError if the dense model gives NaN."""
+    def measure(
+        self, profiles: Sequence[tuple[str, Profile]], prompt: int, ahead: Sequence[int] = ()
+    ) -> list[PromptKL]:
+        """What each (description, profile) does on one prompt. Raises KascadeError if the dense model gives NaN.
+
+        ahead: prompts that will be asked for next with the same profiles. Several processes measure them all at once.
+        """
         keys = [layout_key(profile) for _, profile in profiles]
+        if self._shared:
+            once = sorted({keys.index(key) for key in keys})
+            self._shared.measure(
+                profiles, keys, _in_order([profile for _, profile in profiles], once), [prompt, *ahead]
+            )
         found = {place: self._find(key, prompt) for place, key in enumerate(keys)}
         todo = [place for place, result in found.items() if result is None]
-        with torch.no_grad():
-            dense = self.dense(prompt) if todo else None
-            cache = dense.prefilled(self.model) if todo else None
-            prefill = (
-                SharedPrefill(self.model) if self._shares([profiles[place][1] for place in todo], prompt) else None
-            )
-            # Layouts that begin alike follow each other.
-            for place in sorted(todo, key=lambda place: layout_of(profiles[place][1])):
-                setting = Setting(profile=profiles[place][1], backend=self.backend)
-                found[place] = dense.compare(self.model, setting, cache, prefill)
-                self._write(keys[place], prompt, found[place])
-                self._tell(keys[place], prompt, profiles[place][0], found[place])
+        for place, result in self.compare([profile for _, profile in profiles], prompt, todo):
+            found[place] = self.learn(keys[place], prompt, profiles[place][0], result)
         for place, key in enumerate(keys):
             self._tell(key, prompt, profiles[place][0], found[place])
         return [found[place] for place in range(len(keys))]
+
+    def compare(
+        self, profiles: Sequence[Profile], prompt: int, places: Sequence[int]
+    ) -> Iterator[tuple[int, PromptKL]]:
+        """Runs the profiles at these places over one prompt: (place, result), layouts that begin alike in a row."""
+        if not places:
+            return
+        with torch.no_grad():
+            dense = self.dense(prompt)
+            cache = dense.prefilled(self.model)
+            shares = self._shares([profiles[place] for place in places], prompt)
+            prefill = SharedPrefill(self.model) if shares else None
+        for place in _in_order(profiles, places):
+            with torch.no_grad():
+                setting = Setting(profile=profiles[place], backend=self.backend)
+                result = dense.compare(self.model, setting, cache, prefill)
+            yield place, result
+
+    def learn(self, key: str, prompt: int, what: str, result: PromptKL) -> PromptKL:
+        """Takes the result of a run that has just been made, here or elsewhere."""
+        self._write(key, prompt, result)
+        self._tell(key, prompt, what, result)
+        return result
+
+    def knows(self, key: str, prompt: int) -> bool:
+        return self._find(key, prompt) is not None
 
     def _find(self, key: str, prompt: int) -> PromptKL | None:
         return self._known.get((key, prompt)) or self._read(key, prompt)
@@ -96,6 +127,11 @@ class Runs:
     def _write(self, key: str, prompt: int, result: PromptKL) -> None:
         if self.journal is not None:
             self.journal.add(key, self._prompt_key(prompt), result)
+
+
+def _in_order(profiles: Sequence[Profile], places: Sequence[int]) -> list[int]:
+    """Layouts that begin alike follow each other, so that they share what they have in common."""
+    return sorted(places, key=lambda place: layout_of(profiles[place]))
 
 
 def layout_key(profile: Profile) -> str:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from kascade_cli.analysis.candidates import ON_CPU, ON_GPU, Effort
 from kascade_cli.errors import KascadeError, UsageError
+from kascade_cli.evaluation.sharing import shared_given
+from kascade_cli.processes import team
 
 if TYPE_CHECKING:
     from kascade_cli.devset import DevSet
@@ -78,7 +80,7 @@ class Verification:
 class Session:
     """A loaded model whose weights are the capture's, and its held-out prompts.
 
-    phases: those to measure; longest: tokens that a prompt may have, the capture's unless the options say.
+    phases: those to measure.
     """
 
     model: Any
@@ -89,7 +91,6 @@ class Session:
     phases: list[str]
     options: Verification
     meta: dict[str, Any]
-    longest: int
     _dense: dict[str, DensePrompt] = field(default_factory=dict)
 
     def dense(self, devset: DevSet, prompt: int) -> DensePrompt:
@@ -109,10 +110,11 @@ class Session:
         """What runs profiles over the prompts (of another dev set than the session's)."""
         from kascade_cli.evaluation.runs import Runs
 
-        devset = devset or self.devset
+        devset, members = devset or self.devset, team()
         return Runs(
             self.model, devset, self.phases, backend=self.options.backend, journal=journal, advance=advance,
             dense=lambda prompt: self.dense(devset, prompt),
+            team=members if members and members.leader else None,
         )  # fmt: skip
 
     def journal(self, path: Path, notify: Callable[[str], None]) -> Journal:
@@ -130,6 +132,20 @@ class Session:
             "backend": get_backend(self.options.backend, device).name,
         }
         return Journal(path, context, notify)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt may have: the capture's, unless the options say, and no more than the model takes."""
+        length, limit = self.options.max_length or self.meta["max_length"], self.info.max_positions
+        return min(length, limit or length)  # a capture of short texts may name more than the model takes
+
+    def choose_prompts(self) -> None:
+        """Sets `devset`. Raises as `open_session` does for prompts."""
+        asked, limit = self.options.max_length, self.info.max_positions
+        if limit and asked and asked > limit:
+            raise UsageError(f"--verify-length {asked} is more than the {limit} positions of {self.name}")
+        effort = self.effort
+        self.devset = self.answerable(effort.length, effort.prompts + effort.again, effort.lengths)
 
     def held_out(self, length: int, prompts: int | None = None, lengths: Sequence[int] | None = None) -> DevSet:
         """Held-out prompts of at most `length` tokens, in natural language of `lengths` in turn.
@@ -179,7 +195,12 @@ class Session:
         return more.take(fit[:count]) if fit else first
 
     def _answered(self, devset: DevSet, prompts: Iterable[int]) -> list[int]:
-        return [index for index in prompts if not devset.answers[index] or self.dense(devset, index).given]
+        asking = [index for index in prompts if devset.answers[index]]
+        if (members := team()) and asking:
+            given = shared_given(members, devset, asking, lambda index: self.dense(devset, index).given)
+        else:
+            given = {index: self.dense(devset, index).given for index in asking}
+        return [index for index in prompts if index not in given or given[index]]
 
 
 def open_session(meta: dict[str, Any], phases: Sequence[str], options: Verification) -> Session:
@@ -188,6 +209,13 @@ def open_session(meta: dict[str, Any], phases: Sequence[str], options: Verificat
     Raises KascadeError if the model cannot be loaded or is not the capture's, or a prompt is too short; UsageError for
     a length that the model does not take.
     """
+    session = load_session(meta, phases, options)
+    session.choose_prompts()
+    return session
+
+
+def load_session(meta: dict[str, Any], phases: Sequence[str], options: Verification) -> Session:
+    """The model without prompts. Raises KascadeError if it cannot be loaded or is not the capture's."""
     from kascade_cli.models import describe, load_model
 
     name = options.model or meta["model_name"]
@@ -202,15 +230,7 @@ def open_session(meta: dict[str, Any], phases: Sequence[str], options: Verificat
     info = describe(model, name)
     if info.fingerprint != meta["model_fingerprint"]:
         raise KascadeError(f"the capture was made from {meta['model_name']}, whose weights are not those of {name}")
-    length, limit = options.max_length or meta["max_length"], info.max_positions
-    if limit and length > limit:
-        if options.max_length:
-            raise UsageError(f"--verify-length {length} is more than the {limit} positions of {name}")
-        length = limit  # a capture of short texts may name more than the model takes
-    session = Session(model, tokenizer, info, name, None, list(phases), options, meta, length)
-    effort = session.effort
-    session.devset = session.answerable(effort.length, effort.prompts + effort.again, effort.lengths)
-    return session
+    return Session(model, tokenizer, info, name, None, list(phases), options, meta)
 
 
 def held_out_prompts(

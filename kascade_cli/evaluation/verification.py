@@ -40,7 +40,7 @@ def verify(
     interrupted verification knew and this one adds to (`Session.journal`). Raises KascadeError if the model is not the
     capture's or a prompt is too short, UsageError for a length that the model does not take.
     """
-    from kascade_cli.evaluation.racing import HOPELESS_KL, final, planned, race
+    from kascade_cli.evaluation.racing import HOPELESS_KL, final, planned, race, rounds
     from kascade_cli.integrations.transformers import compile_ahead
 
     session = session or open_session(search.measured.meta, search.settings.phases, options or Verification())
@@ -51,7 +51,10 @@ def verify(
     def measure(entries: Sequence["Candidate"], prompt: int) -> Sequence["PromptKL"]:
         for entry in entries:
             layouts.setdefault(entry.anchors, search.layout(entry.anchors))
-        return runs.measure([(_label(entry), layouts[entry.anchors]) for entry in entries], prompt)
+        # Those that race over a prompt race over the rest of its round.
+        parts = [*rounds(prompts), range(prompts, len(session.devset.prompts))]
+        ahead = [other for part in parts for other in part if prompt in part and other > prompt]
+        return runs.measure([(_label(entry), layouts[entry.anchors]) for entry in entries], prompt, ahead)
 
     compile_ahead(session.model, search.layout(candidates[0].anchors), backend=session.options.backend)
     effort = session.effort

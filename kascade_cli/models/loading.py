@@ -24,7 +24,7 @@ from kascade_cli.models.gguf_config import check_fits
 from kascade_cli.models.gguf_file import GgufHeader, find_gguf, read_header
 from kascade_cli.models.gguf_loading import gguf_config, gguf_dtype, gguf_tokenizer, load_gguf, loaded_from
 from kascade_cli.models.names import check_revision, resolve_name
-from kascade_cli.models.placement import placement, resolve_dtype
+from kascade_cli.models.placement import SPLIT, placement, resolve_dtype
 
 _HUB_ATTEMPTS = (0, 1)  # seconds to wait before each
 
@@ -119,7 +119,8 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Loads (model, tokenizer) in evaluation mode with SDPA attention, the weights straight to where they run.
 
-    `device_map="auto"` lets accelerate spread the layers over all GPUs, then main memory (`device` must be auto).
+    `device_map="auto"` lets accelerate spread the layers over all GPUs, then main memory; "tp" splits the heads over
+    the processes of a team (`device` must be auto in both).
     `notify` gets one line that says dtype, device and memory, and before it one for a GGUF file, whose weights are
     dequantised (with a bar on a terminal). `dtype="auto"` is what the weights were saved in; of quantised ones float32
     on a CPU, bfloat16 on a GPU. `HF_HUB_OFFLINE`, `HF_HOME`, `HF_TOKEN` and the like are honoured by transformers.
@@ -134,8 +135,11 @@ def load_model(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     element = resolve_dtype(dtype)
     config = load_config(name, **options)
-    shared = {"attn_implementation": "sdpa", "device_map": where}
+    placed = {"distributed_config" if device_map == SPLIT else "device_map": where}
+    shared = {"attn_implementation": "sdpa", **placed}
     header = _header(name)
+    if header is not None and device_map == SPLIT:
+        raise KascadeError(f"{name}: a GGUF file cannot be split over processes; take another checkpoint of the model")
     with _quiet_loading():
         empty = check_attention(config, name, trust_remote_code)
         if header is not None:
@@ -158,6 +162,10 @@ def load_model(
     check_complete(found["missing_keys"], name)
     if target is not None:
         model = model.to(target)
+    if model.device.type == "meta":  # nothing says where its input goes
+        raise KascadeError(
+            f"{name}: not even its embeddings fit into memory here; free some, or run where there is more"
+        )
     check_finite(model, name)
     model.name_or_path_given = name
     if notify is not None:

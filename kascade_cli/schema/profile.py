@@ -118,6 +118,22 @@ class Profile(Strict):
             raise KascadeError(f"layer {layer} of the profile for {self.model.name} has no measured head map")
         return self.layers[layer].entries(phase)
 
+    def stays_within(self, ranks: int) -> bool:
+        """Whether no head reads keys of another rank's heads, the KV heads split evenly and in order over `ranks`.
+
+        Never where head maps are not measured: all heads of an anchor share one key set then.
+        """
+        if ranks < 1 or self.model.kv_heads % ranks or not self.heads_measured:
+            return False
+        size = self.model.kv_heads // ranks
+        maps = (
+            self.head_map(index, phase)
+            for index, layer in enumerate(self.layers)
+            if layer.role == "reuse"
+            for phase in PHASES
+        )
+        return all(head // size == other // size for row in maps for head, (_, other) in enumerate(row))
+
     def dumps(self) -> str:
         """The YAML text; `loads(text).dumps() == text` for any text that dumps() wrote."""
         document = self.model_dump(by_alias=True, exclude_none=True, mode="json")

@@ -29,15 +29,15 @@ class Pass:
         self._read: dict[int, tuple[Tensor, int]] = {}
         self._totals: list[Tensor] = []
 
-    def keep(self, layer: int, keys: "Keys", groups: int) -> None:
+    def keep(self, layer: int, keys: "Keys", groups: int, gather: bool = True) -> None:
         """What `layer` chose, for the layers that read it; nothing where no layer does.
 
-        groups: KV heads of this process. With the heads spread over processes, the sets of all of them are gathered:
-        head maps point across processes.
+        groups: KV heads of this process. With the heads spread over processes, the sets of all of them are gathered,
+        as head maps may point across processes; not where the caller says that these do not (`gather`).
         """
         if layer not in self._last_readers:
             return
-        if self.batch.partition is not None and keys.indices.shape[1] == groups:
+        if gather and self.batch.partition is not None and keys.indices.shape[1] == groups:
             keys = replace(keys, indices=self.batch.partition.gather(keys.indices, 1))
         self.keys[layer] = replace(keys, heads=None, logits=None)
 

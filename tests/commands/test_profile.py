@@ -301,9 +301,9 @@ def test_a_dangling_link_is_no_place_for_a_capture(kascade, tmp_path, monkeypatc
 @pytest.mark.parametrize("stage", ["loading", "first prompt", "second prompt", "resumed"])
 def test_ctrl_c_says_what_is_kept_and_how_to_go_on(kascade, tmp_path, monkeypatch, stage):
     from kascade_cli import models
-    from kascade_cli.capture import run
+    from kascade_cli.capture import loop
 
-    path, real, calls = tmp_path / "c.h5", run._capture_prompt, []
+    path, real, calls = tmp_path / "c.h5", loop._capture_prompt, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -318,7 +318,7 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(kascade, tmp_path, monkeypatc
         load = models.load_model
         monkeypatch.setattr(models, "load_model", stop)
     if stage in ("second prompt", "resumed", "first prompt"):
-        monkeypatch.setattr(run, "_capture_prompt", interrupted)
+        monkeypatch.setattr(loop, "_capture_prompt", interrupted)
     if stage == "resumed":
         monkeypatch.setattr(models, "load_model", load)
         assert kascade("profile", "demo-small", "-o", path, *SMALL)[0] == 130

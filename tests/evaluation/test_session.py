@@ -59,7 +59,7 @@ def test_prompts_that_dense_cannot_answer_are_passed_over(monkeypatch, given, ch
     spans = [[] if count is None else [(3, 5)] for count in given]
     whole = DevSet("d", "0", prompts, 0, 5, spans, spans)
     cpu = SimpleNamespace(device=SimpleNamespace(type="cpu"))
-    asked = session.Session(cpu, None, None, "m", None, ["prefill"], Verification(prompts=3), {}, 5)
+    asked = session.Session(cpu, None, None, "m", None, ["prefill"], Verification(prompts=3), {})
     monkeypatch.setattr(asked, "held_out", lambda length, prompts=None, lengths=None: whole.take(range(prompts or 3)))
     monkeypatch.setattr(asked, "dense", lambda devset, prompt: SimpleNamespace(given=given[devset.prompts[prompt][0]]))
     found = asked.answerable(5)
@@ -79,11 +79,14 @@ def test_prompts_that_dense_cannot_answer_are_passed_over(monkeypatch, given, ch
 )
 def test_what_a_kind_of_machine_affords(device, options, wanted):
     model = SimpleNamespace(device=SimpleNamespace(type=device))
-    found = session.Session(model, None, None, "m", None, ["prefill"], Verification(**options), {}, 30_000).effort
+    info, meta = SimpleNamespace(max_positions=40_000), {"max_length": 30_000}
+    found = session.Session(model, None, info, "m", None, ["prefill"], Verification(**options), meta).effort
     assert (found.prompts, found.lengths, found.again) == wanted
 
 
-def test_never_longer_than_the_capture():
+def test_never_longer_than_the_capture_or_the_model():
     model = SimpleNamespace(device=SimpleNamespace(type="cuda"))
-    found = session.Session(model, None, None, "m", None, ["prefill"], Verification(), {}, 6000).effort
-    assert found.lengths == [6000, 1500, 3000]
+    for limit, meta, wanted in ((None, 6000, [6000, 1500, 3000]), (4000, 6000, [4000, 1024, 2000])):
+        info = SimpleNamespace(max_positions=limit)
+        found = session.Session(model, None, info, "m", None, ["prefill"], Verification(), {"max_length": meta})
+        assert found.effort.lengths == wanted

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kascade_cli.schema import Phase
+from kascade_cli.schema import PHASES, Phase
 from kascade_cli.sparse.layer import Keys, Layer, numbers
 from kascade_cli.sparse.strategy import Strategy
 
@@ -57,6 +57,28 @@ class Kascade(Strategy):
     def reads(self, layer: int, phase: Phase) -> Iterable[int]:
         return {anchor for anchor, _ in self.sources(layer, phase)} if self.role(layer) == "reuse" else ()
 
+    def keep(self, layer: Layer, keys: Keys) -> None:
+        layer.state.keep(layer.index, keys, layer.groups, gather=not self.stays(layer.batch))
+
+    def stays(self, batch: Any) -> bool:
+        """Whether all heads read keys that their own process has chosen, so that no set must be gathered."""
+        if batch.partition is None or self.pooled:
+            return False
+        key = ("stays", batch.partition.world)
+        if key not in self._derived:
+            size = self.profile.model.kv_heads // batch.partition.world
+            rows = (
+                self.sources(index, phase) for index in self.layers if self.role(index) == "reuse" for phase in PHASES
+            )
+            self._derived[key] = all(
+                head // size == other // size for row in rows for head, (_, other) in enumerate(row)
+            )
+        return self._derived[key]
+
+    def _first(self, layer: Layer) -> int:
+        """The number of the first head whose set is at hand."""
+        return layer.first_group if self.stays(layer.batch) else 0
+
     def reused(self, layer: Layer) -> Keys:
         """What a reuse layer reads."""
         device = layer.query.device
@@ -66,17 +88,18 @@ class Kascade(Strategy):
             return replace(chosen.popitem()[1], heads=self.head_map(layer))
         # Free assignment: heads of one layer read keys of several anchors.
         mine = sources[layer.first_group : layer.first_group + layer.groups]
-        indices = torch.stack([chosen[anchor].indices[:, head] for anchor, head in mine], 1)
+        first = self._first(layer)
+        indices = torch.stack([chosen[anchor].indices[:, head - first] for anchor, head in mine], 1)
         return Keys(indices, next(iter(chosen.values())).counts, heads=self.identity(layer))
 
     def head_map(self, layer: Layer) -> Tensor:
-        """Anchor head of each KV head of this process, int32 [G].
+        """Which of the sets at hand each KV head of this process reads, int32 [G].
 
         Made once per device: a copy from the host in every step would keep decoding out of CUDA graphs.
         """
         key = (layer.index, layer.phase, layer.first_group, layer.query.device)
         if key not in self._derived:
-            heads = [head for _, head in self.sources(layer.index, layer.phase)]
+            heads = [head - self._first(layer) for _, head in self.sources(layer.index, layer.phase)]
             mine = heads[layer.first_group : layer.first_group + layer.groups]
             self._derived[key] = torch.tensor(mine, dtype=torch.int32, device=layer.query.device)
         return self._derived[key]

@@ -14,7 +14,9 @@ import torch
 
 from kascade_cli import attach
 from kascade_cli.errors import KascadeError
-from kascade_cli.models import describe
+from kascade_cli.models import attention_modules, describe
+from kascade_cli.partition import Partition, partition_of
+from kascade_cli.schema import Budget, Profile
 from tests.capture.tensor_parallel import load_split
 
 from .naive import some_profile
@@ -30,12 +32,28 @@ SPECS = [
 
 def profiles(info):
     """Head maps that cross processes: of one anchor, of an anchor whose neighbour is one too (so that no layer reads
-    it), of several anchors a layer."""
+    it), of several anchors a layer; and such that stay within a process, one kind of each."""
+    size = info.kv_heads // WORLD
+    within = [head // size * size + (head + 1) % size for head in range(info.kv_heads)]
+    options = {"model": info.card, "profiled_layers": info.profiled_layers, "budget": Budget(ratio=RATIO, min_keys=3)}
+    last = info.profiled_layers[-1]
     return {
+        "within": Profile.build(anchors=[0, 1], head_maps=dict.fromkeys(range(2, last + 1), within), **options),
+        "within pairs": Profile.build(
+            anchors=[0, 1],
+            head_maps={
+                layer: [(head % 2, other) for head, other in enumerate(within)] for layer in range(2, last + 1)
+            },
+            **options,
+        ),
         "one": some_profile(info, anchors=[0, 2], ratio=RATIO, min_keys=MIN_KEYS),
         "neighbours": some_profile(info, anchors=[0, 1], ratio=RATIO, min_keys=MIN_KEYS),
         "pairs": some_profile(info, anchors=[0, 1, 2], pairs=True, ratio=RATIO, min_keys=MIN_KEYS),
     }
+
+
+def crossed(*_):
+    raise AssertionError("heads read their own process's keys, and something was gathered all the same")
 
 
 def measure(model) -> dict[str, np.ndarray]:
@@ -43,12 +61,17 @@ def measure(model) -> dict[str, np.ndarray]:
     found, ids = {}, ids_of(81, seed=5)
     for name, profile in profiles(describe(model, "tiny")).items():
         for spec in SPECS:
-            if name != "one" and spec not in ("kascade", SPECS[3]):
+            if name != "one" and spec not in ("kascade", *SPECS[3:5]):
                 continue
+            if "within" in name and partition_of(attention_modules(model)[0]):
+                before = Partition.gather
+                Partition.gather = crossed
             with attach(model, profile, strategy=spec, ratio=RATIO, min_keys=MIN_KEYS) as attachment:
                 found[f"{name} {spec}"] = run(model, ids, SEGMENTS).numpy()
                 report = attachment.report()
                 found[f"{name} {spec} read"] = np.array([report["keys_read"], report["keys_visible"]])
+            if Partition.gather is crossed:
+                Partition.gather = before
     return found
 
 

@@ -20,7 +20,7 @@ def split(make_tiny_model, tmp_path_factory):
 def test_two_processes_compute_what_one_does(split):
     for model, results in split:
         want = measure(model)
-        assert len(want) == 2 * (len(SPECS) + 4)
+        assert len(want) == 2 * (len(SPECS) + 4 * 3)
         for found in results:
             for name, value in want.items():
                 np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-3, err_msg=name)
