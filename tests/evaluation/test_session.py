@@ -59,7 +59,8 @@ def test_prompts_that_dense_cannot_answer_are_passed_over(monkeypatch, given, ch
     spans = [[] if count is None else [(3, 5)] for count in given]
     whole = DevSet("d", "0", prompts, 0, 5, spans, spans)
     cpu = SimpleNamespace(device=SimpleNamespace(type="cpu"))
-    asked = session.Session(cpu, None, None, "m", None, ["prefill"], Verification(prompts=3), {})
+    info, meta = SimpleNamespace(max_positions=None), {"max_length": 5}
+    asked = session.Session(cpu, None, info, "m", None, ["prefill"], Verification(prompts=3), meta)
     monkeypatch.setattr(asked, "held_out", lambda length, prompts=None, lengths=None: whole.take(range(prompts or 3)))
     monkeypatch.setattr(asked, "dense", lambda devset, prompt: SimpleNamespace(given=given[devset.prompts[prompt][0]]))
     found = asked.answerable(5)
