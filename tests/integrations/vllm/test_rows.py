@@ -18,16 +18,7 @@ from .paged import Engine
 
 LAYERS, LENGTHS, TILE = 4, [7, 24, 21, 29, 43], 8
 BUDGET = Budget(ratio=0.2, min_keys=3, tile=TILE)
-STRATEGIES = (
-    "dense",
-    "kascade",
-    "kascade-pooled",
-    "oracle",
-    "streaming-llm",
-    "quest",
-    "omnikv",
-    "kascade-decode-only",
-)
+STRATEGIES = ("dense", "kascade", "kascade-pooled", "kascade-reused-norm", "oracle", "streaming-llm", "quest")
 
 
 def profile():
@@ -89,7 +80,7 @@ def schedule(seed, drafts):
     return steps
 
 
-CASES = [*((name, 2, True) for name in STRATEGIES), ("kascade", 0, True), ("kascade", 2, False), ("dense", 2, False)]
+CASES = [*((name, 2, True) for name in STRATEGIES), ("kascade", 0, True), ("kascade", 2, False)]
 
 
 @pytest.mark.parametrize(("strategy", "drafts", "ragged"), [*CASES, ("oracle-per-query", 2, False)])
