@@ -25,6 +25,9 @@ def measure(job: dict[str, Any]) -> None:
         options["load_format"] = "dummy"
     if job["engine"] != "dense":
         options["attention_config"] = {"backend": "CUSTOM"}
+        from kascade_cli.integrations.vllm import register
+
+        register()  # as vLLM does it where the package is installed, and not run from a source tree
     llm = LLM(**options)
     config = llm.llm_engine.vllm_config
     shown = {name: value for name, value in options.items() if name != "model"}

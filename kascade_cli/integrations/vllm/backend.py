@@ -83,7 +83,8 @@ class KascadeImpl(AttentionImpl):
             return output.fill_(0)
         if self._index is None:
             self._index = extract_layer_index(layer.layer_name)
-        self.served.attend(attn_metadata, self._index, query, self.pages(kv_cache), output, self.scale)
+        served = attn_metadata.served  # the builder's: a model in parts may be made with a copy of the configuration
+        served.attend(attn_metadata, self._index, query, self.pages(kv_cache), output, self.scale)
         return output
 
     def do_kv_cache_update(
@@ -140,11 +141,14 @@ class KascadeBuilder(AttentionMetadataBuilder[Step]):
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
         step = read_step(common_attn_metadata, self.how)
         self.served.reporter.step(step.counts)
+        step.served = self.served
         return step
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Step:
         self.served.reporter.captured()
-        return captured_step(common_attn_metadata)
+        step = captured_step(common_attn_metadata)
+        step.served = self.served
+        return step
 
 
 class KascadeBackend(Layouts, AttentionBackend):

@@ -8,9 +8,10 @@ import threading
 import time
 from collections import Counter
 from multiprocessing.util import Finalize
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kascade_cli.errors import KascadeError
+from kascade_cli.files import atomic_write
 from kascade_cli.integrations.transformers.report import Tally
 from kascade_cli.sparse import Pass
 
@@ -72,7 +73,9 @@ class Reporter:
 
     def report(self) -> dict[str, Any]:
         """As `Attachment.report`, with what is vLLM's own."""
-        served = self.served
+        served, counted = self.served, self.tally.report()
+        if not counted["keys_visible"]:
+            counted["density"] = None  # JSON has no NaN
         return {
             "strategy": served.strategy.name,
             "backend": served.ops.name,
@@ -82,7 +85,7 @@ class Reporter:
             **served.strategy.facts(),
             "tensor_parallel": {"processes": served.heads.world, "gathered_anchors": list(served.heads.gathers)},
             "steps": dict(self.counts),
-            **self.tally.report(),
+            **counted,
         }
 
     def emit(self) -> None:
@@ -96,9 +99,10 @@ class Reporter:
             first = self.served.layers[0]
             # Every stage of a pipeline has a file of its own.
             path = path if first == self.served.info.profiled_layers[0] else f"{path}.{first}"
-            temporary = Path(f"{path}.{os.getpid()}")
-            temporary.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            try:
+                atomic_write(path, json.dumps(found, indent=1, sort_keys=True) + "\n", overwrite=True)
+            except KascadeError as error:  # of a full disk, say; serving goes on
+                log.warning("the report cannot be written: %s", error)
 
 
 def _roles(served: "Served") -> dict[str, list[int]]:

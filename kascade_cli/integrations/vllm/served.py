@@ -3,7 +3,7 @@
 import logging
 import re
 from dataclasses import dataclass
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, requires
 from typing import Any
 
 import torch
@@ -43,14 +43,8 @@ class Served:
     def __init__(
         self, settings: Settings, info: ModelInfo, heads: Heads, budget: Budget, ops: Backend, most: Most
     ) -> None:
-        self.settings, self.info, self.heads, self.budget, self.ops, self.most = (
-            settings,
-            info,
-            heads,
-            budget,
-            ops,
-            most,
-        )
+        self.settings, self.info, self.heads = settings, info, heads
+        self.budget, self.ops, self.most = budget, ops, most
         self.strategy, self.partition = heads.strategy, heads.partition
         self.layers: list[int] = []
         self.reporter = Reporter(self)
@@ -116,9 +110,16 @@ def _ops(name: str, device: str) -> Backend:
         except KascadeError as error:
             log.warning("%s; attention runs on PyTorch, which is slow", error)
     ops = get_backend(name, device)
-    if ops.name == "tilelang" and (problem := other_tilelang(version("tilelang"), requires("kascade-cli") or [])):
+    if ops.name == "tilelang" and (problem := other_tilelang(version("tilelang"), _requirements())):
         log.warning(problem)
     return ops
+
+
+def _requirements() -> list[str]:
+    try:
+        return requires("kascade-cli") or []
+    except PackageNotFoundError:  # run from a source tree
+        return []
 
 
 def other_tilelang(installed: str | None, requirements: list[str]) -> str | None:

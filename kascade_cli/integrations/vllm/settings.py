@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kascade_cli.errors import UsageError, plain
+from kascade_cli.files import check_output
 
 if TYPE_CHECKING:
     from kascade_cli.sparse import Setting
@@ -39,7 +40,8 @@ class Settings:
     def setting(self) -> "Setting":
         """As the rest of kascade takes it, with the profile read and everything checked that needs no model.
 
-        Raises KascadeError for a profile that cannot be read, UsageError for what makes no sense.
+        Raises KascadeError for a profile that cannot be read, UsageError for what makes no sense and for a report that
+        cannot be written.
         """
         from kascade_cli.schema import Profile
         from kascade_cli.sparse import Setting
@@ -48,6 +50,8 @@ class Settings:
         parsed = Setting.parse(
             self.strategy, profile=profile, backend=self.backend, allow_other_weights=self.allow_other_weights
         )
+        if self.report is not None:
+            check_output(self.report, overwrite=True)
         setting = parsed.override(ratio=self.ratio, min_keys=self.min_keys, tile=self.tile)
         if profile is None:
             _needs_none(setting)

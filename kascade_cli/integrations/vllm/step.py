@@ -17,7 +17,8 @@ Part = DecodeRows | PrefillChunk | PrefillRows
 class Step:
     """The metadata of one step: vLLM makes one per step and group of layers, so that what hangs on it cannot go stale.
 
-    counts: what the report adds up. The other fields are there because parts of vLLM look for them.
+    counts: what the report adds up. served: who attends. The other fields are there because parts of vLLM look for
+    them.
     """
 
     parts: list[Part]
@@ -29,6 +30,7 @@ class Step:
     query_start_loc: Tensor
     max_query_len: int
     max_seq_len: int
+    served: Any = None
 
 
 @dataclass(frozen=True)

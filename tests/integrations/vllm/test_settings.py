@@ -84,6 +84,7 @@ def test_the_setting():
         ('{"strategy": "kascad"}', str(DEMO), "strategy 'kascad' is not known"),
         ('{"strategy": "oracle:pol=x"}', str(DEMO), "no option 'pol'"),
         ('{"backend": "cuda"}', str(DEMO), "backend 'cuda' is not known"),
+        ('{"report": "no-such-folder/out.json"}', str(DEMO), "folder no-such-folder does not exist"),
     ],
 )
 def test_what_needs_the_rest_of_kascade(text, profile, says):
