@@ -71,8 +71,8 @@ def test_embeddings_that_fit_nowhere_are_one_line(monkeypatch):
 
 @pytest.mark.parametrize(
     "command",
-    ["profile demo-small -o c.h5", "evaluate demo-small --strategies dense", "generate demo-small --prompt x --strategy dense",
-     "sweep oracle demo-small -o s.json"],
+    ["profile demo-small -o c.h5", "evaluate demo-small --strategies dense",
+     "generate demo-small --prompt x --strategy dense", "sweep oracle demo-small -o s.json"],
 )  # fmt: skip
 def test_commands_that_load_a_model_take_a_map(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
