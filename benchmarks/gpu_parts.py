@@ -13,7 +13,7 @@ from kascade_cli.benchmarking.roles import Bench
 from kascade_cli.benchmarking.shapes import named_shape
 from kascade_cli.benchmarking.timing import free_memory
 from kascade_cli.kernels import get_backend
-from kascade_cli.kernels.testing import broken, decode, prefill
+from kascade_cli.kernels.testing import broken, decode, prefill, ragged
 from kascade_cli.schema import Budget, Profile
 
 # (query heads per KV head, head size, dtype) that the prefill numerics cover; the first is the benchmark's.
@@ -93,6 +93,8 @@ def wanted_specs() -> list[Any]:
     tiled = {(case.group, case.head_dim, str(case.dtype)[6:], case.tile) for case in prefill_cases(False)}
     tiled |= {(case.group, case.head_dim, str(case.dtype)[6:], case.tile) for case in stress_cases()} | {DEMO + (32,)}
     found: list[Any] = []
+    for case in ragged_cases(False):
+        found += prefill_specs(case.group, case.head_dim, str(case.dtype)[6:], case.tile, case.page)
     for group, size, dtype, tile in sorted(tiled):
         found += prefill_specs(group, size, dtype, tile)
     found += select_specs()
@@ -152,22 +154,32 @@ def prefill_cases(dry: bool) -> list[Any]:
     return cases
 
 
+def ragged_cases(dry: bool) -> list[Any]:
+    """Batches over pages of a few sizes, in four compiled shapes; `paged_prefill.py` has them all."""
+    if dry:
+        return [ragged.RaggedCase(torch.bfloat16, 2, 64, 16, ((33, 50), (1, 9)))]
+    shapes = {(4, 128, page, torch.bfloat16, 32) for page in (16, 32, 128)} | {(7, 64, 32, torch.float16, 32)}
+    return [c for c in ragged.CASES if (c.group, c.head_dim, c.page, c.dtype, c.tile) in shapes]
+
+
 def part_prefill(ctx: Context) -> None:
-    """Numerics of the prefill ops, and rows that hold NaN or inf."""
+    """Numerics of the prefill ops, padded and ragged, and rows that hold NaN or inf."""
     ops = ctx.backend()
-    cases = prefill_cases(ctx.dry)
-    for number, case in enumerate(cases):
+    cases = [(prefill, case) for case in prefill_cases(ctx.dry)]
+    cases += [(ragged, case) for case in ragged_cases(ctx.dry)]
+    for number, (kind, case) in enumerate(cases):
         if ctx.left < 5:
             ctx.fail(f"no time for {len(cases) - number} of {len(cases)} prefill cases")
             break
         try:
-            rows = prefill.check(ops, case, seed=number, device=str(ctx.device))
+            rows = kind.check(ops, case, seed=number, device=str(ctx.device))
         except Exception as error:  # one broken case must not hide the others
             line = " ".join(str(error).split())[:300]
             rows = [{"op": "all", "case": str(case), "ok": False, "note": f"{type(error).__name__}: {line}"}]
         judge(ctx, rows)
         free_memory(ctx.device)
     judge(ctx, broken.check_prefill(ops, ctx.device, broken.PREFILL_CASES[1 if ctx.dry else 0 :]))
+    judge(ctx, broken.check_ragged(ops, ctx.device, ragged_cases(True) if ctx.dry else broken.RAGGED_CASES))
 
 
 def stress_cases() -> list[Any]:

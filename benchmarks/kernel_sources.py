@@ -1,7 +1,7 @@
 """Prints the sha256 of every kernel's generated CUDA, to compare two commits: `diff <(at one) <(at the other)`.
 
 No GPU and no nvcc are needed, and no cache is read. One line a kernel, `sha256  name(configuration)`, then the number
-of kernels and the hash of all lines. Takes about eleven minutes of one core.
+of kernels and the hash of all lines. Takes more than eleven minutes of one core.
 
     python benchmarks/kernel_sources.py [--out FOLDER] [--group R ...]
 """
@@ -18,7 +18,7 @@ from kascade_cli.kernels.tilelang.compile import TARGET, Spec
 from kascade_cli.kernels.tilelang.prefill_specs import prefill_specs
 from kascade_cli.kernels.tilelang.specs import decode_specs, select_specs
 
-# (query heads per KV head, head size, dtype, page size of the decode cache or 0, tile): the paper's shape, and every
+# (query heads per KV head, head size, dtype, page size of the cache or 0, tile): the paper's shape, and every
 # value of each limit at least once.
 SHAPES = (
     (4, 128, "bfloat16", 0, 32),
@@ -36,6 +36,7 @@ def wanted(groups: list[int]) -> list[Spec]:
     for group, head_dim, dtype, page, tile in SHAPES:
         if not groups or group in groups:
             found += [*decode_specs(group, head_dim, dtype, page), *prefill_specs(group, head_dim, dtype, tile)]
+            found += prefill_specs(group, head_dim, dtype, tile, page)
     return list({str(spec): spec for spec in found}.values())
 
 

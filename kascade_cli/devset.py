@@ -118,6 +118,7 @@ def load_devset(
     held_out: bool = False,
     positions: int | None = None,
     haystack: str | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> DevSet:
     """Chooses and encodes `num_prompts` prompts of at most `max_length` tokens (fewer if there are no more).
 
@@ -126,8 +127,8 @@ def load_devset(
     known one). chat_template: True wraps plain text into one user turn; False joins the messages of a chat;
     None uses the template for chats and for tasks in natural language. positions: how many tokens the model takes; a
     built-in task, whose prompts are as long as asked for, is refused beyond that before it is built. haystack: file
-    or folder of texts for tasks in natural language (None: what every Python brings). Raises KascadeError or
-    UsageError with one line for anything unusable.
+    or folder of texts for tasks in natural language (None: what every Python brings). lengths: of their prompts, in
+    turn (None: all have max_length). Raises KascadeError or UsageError with one line for anything unusable.
     """
     if num_prompts < 1:
         raise UsageError(f"a dev set needs at least one prompt, got {num_prompts}")
@@ -147,7 +148,9 @@ def load_devset(
                 f"{num_prompts} prompts of {max_length} tokens do not fit in memory: take at most {most} of them"
             )
     if natural.natural_names(source):
-        return _natural_devset(source, tokenizer, num_prompts, max_length, seed, chat_template, haystack, held_out)
+        return _natural_devset(
+            source, tokenizer, num_prompts, max_length, seed, chat_template, haystack, held_out, lengths
+        )
     if built_in:
         if chat_template:
             raise UsageError(f"the built-in task {source!r} is plain text: leave the chat template off")
@@ -186,14 +189,20 @@ def _natural_devset(
     chat_template: bool | None,
     haystack: str | None,
     held_out: bool,
+    lengths: Sequence[int] | None,
 ) -> DevSet:
     """Dialogues about long texts, answers written out."""
     chat = natural.use_template(tokenizer, chat_template)
     corpus, split = natural.open_corpus(haystack), "held-out" if held_out else "dev"
+    lengths, turn = lengths or [max_length], len(natural.MIXED)
     found = [
-        natural.dialogue(source, tokenizer, corpus, natural.Draw(seed, split, index), max_length, chat)
+        # Shifted by one from turn to turn of the mix, so that each of its tasks comes in every length.
+        natural.dialogue(
+            source, tokenizer, corpus, natural.Draw(seed, split, index),
+            min(max_length, lengths[(index + index // turn) % len(lengths)]), chat,
+        )
         for index in range(num_prompts)
-    ]
+    ]  # fmt: skip
     prompts = [prompt.ids for prompt in found]
     name = f"{source}/held-out" if held_out else source
     spans = [prompt.answers for prompt in found], [prompt.questions for prompt in found]

@@ -199,3 +199,208 @@ def test_models_that_give_all_logits(llama):
     assert kl == pytest.approx(other[1], rel=1e-9)
     assert verified == pytest.approx(other[3], rel=1e-9)
     assert kl > 1e-6
+
+
+OPTIONS = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 2.0, "top_p": 0.9, "top_k": 0},
+    "processed": {"do_sample": False, "repetition_penalty": 1.3, "min_new_tokens": 9},
+    "both": {"do_sample": True, "temperature": 3.0, "top_k": 20, "no_repeat_ngram_size": 2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("strategy", ["dense", "kascade"])
+def test_a_static_loop_chooses_as_transformers_does(llama, strategy, options, monkeypatch):
+    """Seeded sampling, processors, padded rows, two tokens that end a row: the same tokens, padding and counts."""
+    from kascade_cli import attach
+    from kascade_cli.integrations.transformers.decoding import GraphDecode, decoder
+
+    monkeypatch.setattr(decoder, "EVERYWHERE", True)
+    model, profile = llama
+    ids = torch.tensor([ids_of(60, seed) for seed in range(3)])
+    mask = torch.ones_like(ids)
+    mask[1, :20] = mask[2, :33] = 0
+    ids = ids * mask
+    call = {"attention_mask": mask, "max_new_tokens": 30, "pad_token_id": 0, **options}
+    with attach(model, profile, strategy=strategy) as run:
+        torch.manual_seed(5)
+        free = model.generate(ids, **call)[:, 60:]
+        call["eos_token_id"] = [int(free[row, place]) for row, place in enumerate((4, 9, 15))]
+        run.reset()
+        torch.manual_seed(5)
+        want, expected = model.generate(ids, **call), run.report()
+        run.reset()
+        torch.manual_seed(5)
+        loop = GraphDecode()
+        got = model.generate(ids, custom_generate=loop, **call)
+        report = run.report()
+        assert run.decoder.runner is not None
+    assert got.tolist() == want.tolist()
+    assert 60 < want.shape[1] <= 90
+    assert (want[:, 60:] == 0).any()  # some rows end before others
+    assert {key: report[key] for key in ("keys_read", "forward_passes")} == {
+        key: expected[key] for key in ("keys_read", "forward_passes")
+    }
+
+
+def test_samples_are_those_of_multinomial():
+    from kascade_cli.integrations.transformers.decoding.generate import draw
+
+    weights = torch.rand(7, 501, generator=torch.Generator().manual_seed(1)) ** 8
+    weights[:, ::3] = 0
+    weights /= weights.sum(-1, keepdim=True)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        want = torch.multinomial(weights, 1)[:, 0]
+        torch.manual_seed(seed)
+        assert draw(weights).tolist() == want.tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"return_dict_in_generate": True}, "return_dict_in_generate asks for what each step leaves"),
+        ({"max_time": 60.0}, "MaxTimeCriteria looks at every step"),
+        ({"cache_implementation": "static"}, "its cache is a StaticCache"),
+        ({"use_cache": False}, "it runs without a cache"),
+        ({"prefill_chunk_size": 16}, "the prompt is prefilled in chunks"),
+        ({"max_new_tokens": 3}, "4 new tokens or more pay for recording graphs"),
+    ],
+)
+def test_calls_that_need_transformers_own_loop(llama, options, reason, monkeypatch):
+    from kascade_cli import attach
+    from kascade_cli.integrations.transformers.decoding import GraphDecode, decoder
+
+    monkeypatch.setattr(decoder, "EVERYWHERE", True)
+    model, profile = llama
+    ids, call = torch.tensor([ids_of(40)]), {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, **options}
+    with attach(model, profile):
+        loop = GraphDecode()
+        got, want = model.generate(ids, custom_generate=loop, **call), model.generate(ids, **call)
+    assert loop.reason == reason
+    got, want = (getattr(out, "sequences", out) for out in (got, want))
+    assert got.tolist() == want.tolist()
+
+
+def test_a_cache_that_the_caller_brought_holds_the_new_tokens(llama, monkeypatch):
+    """So that a chat goes on behind it."""
+    from transformers import DynamicCache
+
+    from kascade_cli import attach
+    from kascade_cli.integrations.transformers.decoding import GraphDecode, decoder
+
+    monkeypatch.setattr(decoder, "EVERYWHERE", True)
+    model, profile = llama
+    texts = []
+    for loop in (None, GraphDecode()):
+        cache, text = DynamicCache(config=model.config), torch.tensor([ids_of(45)])
+        with attach(model, profile):
+            for turn in range(2):
+                call = {"past_key_values": cache, "do_sample": False, "pad_token_id": 0, "max_new_tokens": 9}
+                text = model.generate(text, **call, **({} if loop is None else {"custom_generate": loop}))
+                text = torch.cat([text, torch.tensor([ids_of(33, seed=turn)])], 1)
+        texts.append(text.tolist())
+        assert cache.get_seq_length() == 45 + 9 + 33 + 9 - 1
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_where_capturing_fails_transformers_loop_writes_the_same(llama, sample, monkeypatch):
+    """As on a GPU when a step waits for the device: found out behind the prefill, with the first token told."""
+    from kascade_cli import attach
+    from kascade_cli.integrations.transformers.decoding import GraphDecode, Runner, decoder
+
+    monkeypatch.setattr(decoder, "EVERYWHERE", True)
+    model, profile = llama
+    ids = torch.tensor([ids_of(52)])
+    call = {"max_new_tokens": 12, "do_sample": sample, "temperature": 2.0 if sample else None, "pad_token_id": 0}
+    told = []
+
+    class Streamer:
+        def put(self, tokens):
+            told.append(tokens.flatten().tolist())
+
+        def end(self):
+            told.append("end")
+
+    def fails(runner):
+        runner.reason = "RuntimeError: operation not permitted when stream is capturing"
+
+    with attach(model, profile) as run:
+        torch.manual_seed(3)
+        want, expected = model.generate(ids, **call), run.report()
+        run.reset()
+        monkeypatch.setattr(Runner, "prepare", fails)
+        monkeypatch.setattr(decoder.Decoder, "_captures", lambda self: True)
+        for _ in range(2):
+            torch.manual_seed(3)
+            loop = GraphDecode(Streamer())
+            got = model.generate(ids, custom_generate=loop, **call)
+            assert got.tolist() == want.tolist()
+            assert loop.reason == "RuntimeError: operation not permitted when stream is capturing"
+            assert told == [[token] for token in want[0, 52:].tolist()] + ["end"]
+            assert run.report()["keys_read"] == expected["keys_read"]
+            assert run.report()["forward_passes"] == expected["forward_passes"]
+            run.reset()
+            told.clear()
+
+
+def test_graph_decode_is_for_what_is_attached(llama):
+    from kascade_cli import attach
+    from kascade_cli.integrations.transformers.decoding import GraphDecode
+
+    model, profile = llama
+    ids = torch.tensor([ids_of(20)])
+    with pytest.raises(KascadeError, match="GraphDecode runs what is attached"):
+        model.generate(ids, max_new_tokens=3, pad_token_id=0, custom_generate=GraphDecode())
+    with attach(model, profile), pytest.raises(KascadeError, match="does not search with beams"):
+        model.generate(ids, max_new_tokens=3, pad_token_id=0, num_beams=2, custom_generate=GraphDecode())
+
+
+def test_generate_says_why_it_ran_eagerly(llama):
+    model, _ = llama
+    run = generate(model, Tokenizer(), ids_of(20), Setting("dense"), max_new_tokens=3)
+    assert run.eager == "the model is on cpu, and CUDA graphs need a GPU"
+    assert run.graphs_s == 0
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "gpt2", "mixtral", "opt", "starcoder2"])
+def test_other_families_on_a_static_cache(kind, monkeypatch):
+    """Keys and values of different sizes, learned positions, experts, positions counted from a mask."""
+    from kascade_cli import attach
+    from kascade_cli.integrations.transformers.decoding import GraphDecode, decoder
+    from tests.families import TABLE
+
+    monkeypatch.setattr(decoder, "EVERYWHERE", True)
+    model = next(family for family in TABLE if family.kind == kind).build()
+    ids = torch.tensor([ids_of(37, seed) for seed in (1, 2)])
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    ids = ids * mask
+    call = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": True, "pad_token_id": 0}
+    with attach(model, some_profile(describe(model), anchors=[0, 2])) as run:
+        torch.manual_seed(1)
+        want = model.generate(ids, **call)
+        torch.manual_seed(1)
+        assert model.generate(ids, custom_generate=GraphDecode(), **call).tolist() == want.tolist()
+        assert run.decoder.runner is not None
+    assert len(set(want[:, 37:].flatten().tolist())) > 3
+
+
+def test_a_prompt_s_cache_goes_once_it_is_copied(llama, monkeypatch):
+    """Two copies of a long prompt's keys would be one too many; a cache that the call brought stays."""
+    from transformers import DynamicCache
+
+    from kascade_cli import attach
+    from kascade_cli.integrations.transformers.decoding import Decoder, GraphDecode, decoder
+
+    monkeypatch.setattr(decoder, "EVERYWHERE", True)
+    model, profile = llama
+    seen, genuine = [], Decoder.refuses
+    monkeypatch.setattr(Decoder, "refuses", lambda self, cache: seen.append(cache) or genuine(self, cache))
+    call = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "custom_generate": GraphDecode()}
+    with attach(model, profile):
+        for given in ({}, {"past_key_values": DynamicCache(config=model.config)}):
+            model.generate(torch.tensor([ids_of(30)]), **call, **given)
+    assert [layer.keys is None for cache in seen for layer in cache.layers] == [True] * 4 + [False] * 4

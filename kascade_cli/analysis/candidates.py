@@ -3,16 +3,13 @@
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from kascade_cli.analysis import anchors as search
 from kascade_cli.analysis.problem import Problem
 from kascade_cli.analysis.rows import any_set
-
-NEIGHBOURS = 8  # sets with an anchor swapped that an objective thinks best
-MOVED = 12  # sets with an anchor moved a little, which no objective need think well of
-ONE = 4  # sets with an anchor more or less
 
 
 @dataclass
@@ -42,6 +39,47 @@ class Candidate:
     def lost(self) -> int:
         return self.given - self.kept
 
+    def add(self, result: Any) -> None:
+        """One more prompt (`forced.PromptKL`)."""
+        for phase, value in result.kl.items():
+            self.kl[phase] = (self.kl.get(phase, 0.0) * self.prompts + value) / (self.prompts + 1)
+        self.prompts += 1
+        self.asked, self.given, self.kept = (
+            self.asked + result.asked,
+            self.given + result.given,
+            self.kept + result.kept,
+        )
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How far a search on the model goes. prompts: to measure on; length: the longest of them, in tokens; shares: what
+    part of it prompts have, in turn; again: how many more the best sets are measured on, in the end.
+
+    rounds: how often the best set of a size gives way to one beside it. In each: promising, sets with an anchor
+    swapped that an objective thinks best; moved, sets with an anchor moved a little, which no objective need think
+    well of. one: sets with an anchor more or less.
+    """
+
+    prompts: int
+    length: int
+    shares: tuple[float, ...]
+    again: int
+    rounds: int
+    promising: int
+    moved: int
+    one: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of the prompts, in turn: never less than 1k of what is longer."""
+        return [max(min(1024, self.length), int(self.length * share)) for share in self.shares]
+
+
+ON_CPU = Effort(prompts=8, length=2048, shares=(1,), again=0, rounds=2, promising=4, moved=8, one=4)
+# A layer that can be spared at 4k need not be one at 16k.
+ON_GPU = Effort(prompts=24, length=16384, shares=(1, 1 / 4, 1 / 2), again=24, rounds=4, promising=8, moved=24, one=12)
+
 
 def propose(problem: Problem, sizes: Sequence[int], count: int, assignment: str) -> list[Candidate]:
     """The `count` best sets of every size under both weightings, deduplicated, in order of size and rank.
@@ -68,10 +106,11 @@ def neighbours(
     anchors: tuple[int, ...],
     known: Iterable[tuple[int, ...]],
     assignment: str,
-    count: int = NEIGHBOURS,
+    count: int,
+    moved: int,
 ) -> list[Candidate]:
     """Sets of the same size, one anchor swapped (never layer 0), that are not `known`: the `count` most promising, and
-    the best of those that move an anchor by up to three layers, nearest first.
+    `moved` of those that move an anchor by up to three layers, nearest first.
 
     Look-ups hang on few heads, whose share of a layer's attention is small: no objective need see which anchor has
     what they read, and the next layer may have it.
@@ -84,12 +123,12 @@ def neighbours(
     left -= {entry.anchors for entry in found}
     for step in (1, 2, 3):
         near = {entry for entry in left if distance[entry] == step}
-        found += _promising(problem, near, assignment, max(0, count + MOVED - len(found)))
+        found += _promising(problem, near, assignment, max(0, count + moved - len(found)))
     return found
 
 
 def without_one(
-    problem: Problem, anchors: tuple[int, ...], known: Iterable[tuple[int, ...]], assignment: str, count: int = ONE
+    problem: Problem, anchors: tuple[int, ...], known: Iterable[tuple[int, ...]], assignment: str, count: int
 ) -> list[Candidate]:
     """Sets that lack one of the anchors (never layer 0) and are not `known`: the `count` most promising."""
     left = {tuple(anchor for anchor in anchors if anchor != gone) for gone in anchors[1:]}
@@ -97,7 +136,7 @@ def without_one(
 
 
 def with_one_more(
-    problem: Problem, anchors: tuple[int, ...], known: Iterable[tuple[int, ...]], assignment: str, count: int = ONE
+    problem: Problem, anchors: tuple[int, ...], known: Iterable[tuple[int, ...]], assignment: str, count: int
 ) -> list[Candidate]:
     """Sets that have one anchor more and are not `known`: the `count` most promising."""
     added = {tuple(sorted({*anchors, new})) for new in range(1, len(problem.layers)) if new not in anchors}

@@ -18,7 +18,7 @@ from kascade_cli.analysis import cost as costs
 from kascade_cli.analysis import problem as problems
 from kascade_cli.analysis import rank_maps, record, recovered, rules, selection, stability, verdict
 from kascade_cli.analysis import rows as tables
-from kascade_cli.analysis.candidates import Candidate, neighbours, propose, with_one_more, without_one
+from kascade_cli.analysis.candidates import Candidate, Effort, neighbours, propose, with_one_more, without_one
 from kascade_cli.analysis.rows import Row
 from kascade_cli.analysis.rules import Choice
 from kascade_cli.analysis.settings import Settings
@@ -177,19 +177,21 @@ class Search:
         size = self._by_rule().row.size if self.settings.has_rule else None
         return verdict.decide(candidates, size, self.settings.tolerance)
 
-    def neighbours(self, best: Candidate, known: Sequence[Candidate]) -> list[Candidate]:
+    def neighbours(self, best: Candidate, known: Sequence[Candidate], effort: Effort) -> list[Candidate]:
         """Same-size sets beside `best` that are worth measuring too; none of a set that was asked for."""
         if self.given is not None:
             return []
-        return neighbours(self.problem, best.anchors, [entry.anchors for entry in known], self.settings.assignment)
+        sets = [entry.anchors for entry in known]
+        return neighbours(self.problem, best.anchors, sets, self.settings.assignment, effort.promising, effort.moved)
 
-    def fewer(self, best: Candidate, known: Sequence[Candidate]) -> list[Candidate]:
+    def fewer(self, best: Candidate, known: Sequence[Candidate], effort: Effort) -> list[Candidate]:
         """Sets with an anchor less than `best` that are worth measuring too; none where a rule gives the number."""
         if self.settings.has_rule or len(best.anchors) < 2:
             return []
-        return without_one(self.problem, best.anchors, [entry.anchors for entry in known], self.settings.assignment)
+        sets = [entry.anchors for entry in known]
+        return without_one(self.problem, best.anchors, sets, self.settings.assignment, effort.one)
 
-    def more(self, best: Candidate, known: Sequence[Candidate]) -> list[Candidate]:
+    def more(self, best: Candidate, known: Sequence[Candidate], effort: Effort) -> list[Candidate]:
         """Sets with an anchor more than `best`, where it loses answers of a model that gives some; none where a rule
         gives the number, or at the limit."""
         answering = best.given > 0 and best.given >= _ANSWERING * best.asked
@@ -198,7 +200,7 @@ class Search:
         if self.settings.has_rule or len(best.anchors) >= self.limit:
             return []
         known_sets = [entry.anchors for entry in known]
-        return with_one_more(self.problem, best.anchors, known_sets, self.settings.assignment)
+        return with_one_more(self.problem, best.anchors, known_sets, self.settings.assignment, effort.one)
 
     def _overruled(self, best: Candidate, candidates: Sequence[Candidate]) -> list[str]:
         """A line where the chosen set is not the objective's best of its size."""

@@ -36,8 +36,9 @@ def decide(measured: Sequence[Candidate], size: int | None = None, tolerance: To
     """The fewest anchors that keep the answers and whose KL is within tolerance of the best that keeps them.
 
     A set keeps the answers if it loses no more of those that dense gives than the set that loses fewest, plus
-    `tolerance.lost` of them. With `size`, only sets of so many anchors count. Ties go to the lower KL, then to the
-    lexicographically smallest set.
+    `tolerance.lost` of them. If even that one loses more than the tolerance, the lowest KL decides between those that
+    lose so few, whatever their size. With `size`, only sets of so many anchors count. Ties go to the lower KL, then to
+    the lexicographically smallest set.
     """
     tolerance = tolerance or Tolerance()
     pool = [entry for entry in finalists(measured) if size is None or len(entry.anchors) == size]
@@ -45,7 +46,8 @@ def decide(measured: Sequence[Candidate], size: int | None = None, tolerance: To
     allowed = fewest_lost + tolerance.lost * pool[0].given
     keeping = [entry for entry in pool if entry.lost <= allowed]
     lowest = min(keeping, key=_by_kl)
-    close = [entry for entry in keeping if entry.score <= lowest.score + tolerance.kl]
+    losing = fewest_lost > tolerance.lost * pool[0].given  # every set
+    close = [entry for entry in keeping if entry.score <= lowest.score + (0 if losing else tolerance.kl)]
     fewest = min(len(entry.anchors) for entry in close)
     best = min((entry for entry in close if len(entry.anchors) == fewest), key=_by_kl)
     answers = f"{best.kept} of {best.given} answers" if best.given else ""
@@ -53,11 +55,13 @@ def decide(measured: Sequence[Candidate], size: int | None = None, tolerance: To
         which = "that keep the answers" if answers else f"with {size} anchors"
         detail = f"{answers}, {best.score:.4f} nats" if answers else f"{best.score:.4f} nats"
         why = f"the lowest measured KL of the candidates {which} ({detail})"
+    elif losing:
+        why = f"no set keeps the answers; the lowest measured KL ({best.score:.4f}) of those that lose the fewest"
+        why += f" ({best.kept} of {best.given} kept)" + _what_decided(measured, best, allowed, lowest.score, tolerance)
     else:
         near = f"within {tolerance.kl:g} nats of the best ({best.score:.4f}; the best is {lowest.score:.4f}"
         near += f" with {len(lowest.anchors)} anchors)"
-        keep = "keep the answers" if fewest_lost <= tolerance.lost * best.given else "lose the fewest answers"
-        kept = f"that {keep} ({best.kept} of {best.given} kept) and whose measured KL is"
+        kept = f"that keep the answers ({best.kept} of {best.given} kept) and whose measured KL is"
         why = f"the fewest anchors {kept if answers else 'with a measured KL'} {near}"
         why += _what_decided(measured, best, allowed, lowest.score, tolerance)
     return Verdict(best, why, _notes(pool, best, tolerance))

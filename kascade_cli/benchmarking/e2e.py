@@ -1,7 +1,7 @@
 """A whole model: time to first token and decode tokens per second, dense against sparse.
 
-Decode runs one step over and over at a full static cache: the graph sets the cache's length, and the step writes its
-last slot. The dense side runs the fastest dense attention there is on the same cache, without a mask, also in a graph.
+Decode runs the step of `generate` over and over at a full static cache, whose last slot it writes. The dense side runs
+the fastest dense attention there is on the same cache, without a mask, also in a graph.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from kascade_cli.benchmarking.model import Say, failure, timing_fields
 from kascade_cli.benchmarking.report import Row, base_row, strategy_fields
 from kascade_cli.benchmarking.roles import Bench, make_inputs, workload_of
 from kascade_cli.benchmarking.shapes import Shape, describe_sizes
-from kascade_cli.benchmarking.timing import capture, free_memory, time_calls
+from kascade_cli.benchmarking.timing import free_memory, time_calls
 from kascade_cli.errors import KascadeError
 from kascade_cli.integrations.transformers import attach
+from kascade_cli.integrations.transformers.decoding import Runner, Slots
 from kascade_cli.models import attention_implementation, describe, logits_at
 from kascade_cli.schema import Profile
-from kascade_cli.sparse.strategies.refresh import Memory
 
 DENSE = "kascade-bench-dense"
 
@@ -45,18 +45,32 @@ def fastest_dense(shape: Shape, phase: str, batch: int, context: int, setting: B
     return BASELINES[min(found, key=lambda name: found[name])]
 
 
+@torch.library.custom_op("kascade::bench_dense", mutates_args=())
+def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float, baseline: int) -> Tensor:
+    """Attention of the baseline with this number: [B, H, T, D] -> [B, T, H, D]. An op: layers compile around it."""
+    chosen = list(BASELINES.values())[baseline]
+    out = chosen.attend(query, key, value, scale)
+    out = out[0] if isinstance(out, tuple) else out
+    # FlashAttention gives [B, T, H, D] already, SDPA [B, H, T, D].
+    return (out if chosen.name in ("fa3", "fa4") else out.transpose(1, 2)).contiguous()
+
+
+@_dense.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+
+
 @contextlib.contextmanager
 def dense_attention(model: Any, baseline: Baseline) -> Iterator[None]:
     """`model` with `baseline` as its attention, no mask: every slot of the cache is a key, prefill is causal."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    number = list(BASELINES).index(baseline.name)
+
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **_: Any
     ) -> tuple[Tensor, None]:
-        out = baseline.attend(query, key, value, scaling or query.shape[-1] ** -0.5)
-        out = out[0] if isinstance(out, tuple) else out
-        # FlashAttention gives [B, T, H, D] already, SDPA [B, H, T, D].
-        return (out if baseline.name in ("fa3", "fa4") else out.transpose(1, 2)).contiguous(), None
+        return _dense(query, key, value, scaling or query.shape[-1] ** -0.5, number), None
 
     AttentionInterface.register(DENSE, attention)
     AttentionMaskInterface.register(DENSE, lambda *args, **kwargs: None)
@@ -75,115 +89,66 @@ def profile_for(model: Any, shape: Shape, setting: Bench) -> Profile:
     )
 
 
-def filled_cache(model: Any, batch: int, context: int, setting: Bench) -> tuple[Any, Tensor]:
-    """A static cache of `context` slots filled with random normal keys and values, and its lengths (int64 [L]).
-
-    Bench the lengths to n makes the next step write slot n. They are views of one tensor, so one kernel sets all.
-    """
-    from transformers import StaticCache
-
+def filled_slots(model: Any, batch: int, context: int, setting: Bench) -> Slots:
+    """A static cache of `context` slots filled with random normal keys and values; the next step writes the last."""
     config = model.config.get_text_config(decoder=True)
-    info_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = StaticCache(config=config, max_cache_len=context)
-    cache.early_initialization(batch, info_heads, head_dim, setting.dtype, setting.device)
-    lengths = torch.zeros(len(cache.layers), dtype=torch.long, device=setting.device)
-    for index, layer in enumerate(cache.layers):
+    like = torch.empty(0, heads, 0, head_dim, dtype=setting.dtype, device=setting.device)
+    slots = Slots([(like, like)] * config.num_hidden_layers, batch, context)
+    for layer in slots.cache.layers:
         layer.keys.normal_()
         layer.values.normal_()
-        layer.cumulative_length = lengths[index]
-    return cache, lengths
+    slots.token.random_(5, 200)
+    slots.place(context - 1)
+    return slots
 
 
-def decode_row(model: Any, batch: int, cache: Any, lengths: Tensor, context: int, setting: Bench) -> Row:
-    """One decode step at `context` keys, timed: milliseconds and tokens per second."""
-    tokens = torch.randint(5, 200, (batch, 1), device=setting.device)
-
-    def step() -> None:
-        lengths.fill_(context - 1)
-        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
-        tokens.copy_(logits[:, -1:].argmax(-1) % 200 + 5)
-
-    with torch.no_grad():
-        step()
-        row = _time_step(step, setting)
-    return row | {"tokens_s": round(batch * 1000 / row["ms_p50"], 1)}
+def decode_row(model: Any, slots: Slots, setting: Bench, attachment: Any = None, compile: bool = False) -> Row:
+    """One decode step at a full cache, again and again: milliseconds and tokens per second."""
+    runner = Runner(model, slots, attachment, capture=setting.device.type == "cuda", compile=compile, stay=True)
+    runner.prepare()
+    timing = time_calls([runner.step], setting.device, seconds=max(setting.seconds, 0.5), fewest=8)
+    row = timing_fields(timing) | _how(runner, setting)
+    return row | {"tokens_s": round(slots.rows * 1000 / row["ms_p50"], 1)}
 
 
-def _no_graph(error: Exception) -> str:
-    return f"no CUDA graph: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+def _how(runner: Runner, setting: Bench) -> Row:
+    if runner.captured:
+        how = {"method": "graph", "compiled": runner.compiled}
+        return how if runner.compiled or not runner.compile else how | {"note": f"not compiled: {runner.uncompiled}"}
+    return {} if setting.device.type != "cuda" else {"note": f"no CUDA graph: {runner.reason}"}
 
 
-def _time_step(step: Callable[[], None], setting: Bench) -> Row:
-    """A step in a CUDA graph where that works; eager, with the reason, where it does not."""
-    device, note = setting.device, ""
-    seconds = max(setting.seconds, 0.5)
-    if device.type == "cuda":
-        try:
-            graph = capture(step, device)
-            graph.replay()
-            torch.cuda.synchronize(device)
-            timing = time_calls([graph.replay], device, seconds=seconds, fewest=8)
-            return timing_fields(timing) | {"method": "graph"}
-        except Exception as error:
-            torch.cuda.synchronize(device)
-            note = _no_graph(error)
-    fields = timing_fields(time_calls([step], device, seconds=seconds, fewest=5))
-    return fields | ({"note": note} if note else {})
-
-
-def cycle_row(
-    model: Any, batch: int, cache: Any, lengths: Tensor, context: int, setting: Bench, refresh: Memory
-) -> Row:
-    """A cycle of kascade-refresh that ends at `context` keys: the mean of its steps, and the time of both kinds.
+def cycle_row(model: Any, slots: Slots, setting: Bench, attachment: Any, compile: bool = False) -> Row:
+    """A cycle of kascade-refresh that ends at a full cache: the mean of its steps, and the time of both kinds.
 
     Two graphs, one that chooses keys and one that reads them, replayed in turn; eager, with the reason, where that
     does not work.
     """
-    tokens = torch.randint(5, 200, (batch, 1), device=setting.device)
-    every = refresh.every
-
-    def step(kind: str) -> None:
-        with refresh.only(kind):
-            logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
-        tokens.copy_(logits[:, -1:].argmax(-1) % 200 + 5)
-
-    def choose() -> None:
-        lengths.fill_(context - every)
-        step("refresh")
-
-    def read() -> None:
-        step("between")
-
+    every, context = attachment.memory.every, slots.slots
     if context < every:
         raise KascadeError(f"a context of {context} keys is shorter than a cycle of {every} decode steps")
-    seconds, more = max(setting.seconds, 0.5), {}
-    with torch.no_grad():
-        choose()
-        calls = [choose, read][:every]
-        if setting.device.type == "cuda":
-            try:
-                # Capturing runs each once before: a refresh and the step after it.
-                calls, more = [capture(call, setting.device).replay for call in calls], {"method": "graph"}
-            except Exception as error:
-                torch.cuda.synchronize(setting.device)
-                more = {"note": _no_graph(error)}
-        refresh.reset()
+    runner = Runner(model, slots, attachment, capture=setting.device.type == "cuda", compile=compile)
 
-        def cycle() -> None:
-            calls[0]()
-            for _ in range(every - 1):
-                calls[-1]()
+    def run(steps: int) -> None:
+        slots.place(context - every)
+        runner.restart()
+        for _ in range(steps):
+            runner.step()
 
-        whole = time_calls([cycle], setting.device, seconds=seconds, fewest=5)
-        first = time_calls([calls[0]], setting.device, seconds=seconds / 2, fewest=5)
+    slots.place(context - every)
+    runner.prepare()
+    seconds = max(setting.seconds, 0.5)
+    whole = time_calls([lambda: run(every)], setting.device, seconds=seconds, fewest=5)
+    first = time_calls([lambda: run(1)], setting.device, seconds=seconds / 2, fewest=5)
     fields = {
         name: round(value / every, 5) if name.startswith("ms_") else value
         for name, value in timing_fields(whole).items()
     }
     between = (whole.p50 - first.p50) / (every - 1) if every > 1 else None
     kinds = {"refresh_step_ms": round(first.p50, 5), "between_step_ms": None if between is None else round(between, 5)}
-    return fields | more | kinds | {"tokens_s": round(batch * 1000 / fields["ms_p50"], 1)}
+    return fields | _how(runner, setting) | kinds | {"tokens_s": round(slots.rows * 1000 / fields["ms_p50"], 1)}
 
 
 def prefill_row(model: Any, batch: int, context: int, setting: Bench) -> Row:
@@ -208,10 +173,12 @@ def run_e2e(
     profile: Profile | None = None,
     say: Say = lambda text: None,
     done: Callable[[list[Row]], None] = lambda rows: None,
+    compile: bool = False,
 ) -> list[Row]:
     """Rows `dense` and `sparse` per (batch, context): in prefill the time to first token, in decode the step.
 
-    The decode cache holds random values instead of a prefill (`cache: random` in the row).
+    The decode cache holds random values instead of a prefill (`cache: random` in the row). compile: the decoder layers
+    are compiled for decoding, on both sides (`compiled` in the row).
     """
     profile = profile or profile_for(model, shape, setting)
     rows: list[Row] = []
@@ -220,7 +187,7 @@ def run_e2e(
         base = base_row(shape, phase, batch, context, setting) | {"kind": "e2e"}
         base |= {"layers": shape.layers, "anchors": shape.anchors}
         try:
-            here += _one_size(model, shape, phase, batch, context, setting, profile, base, say)
+            here += _one_size(model, shape, phase, batch, context, setting, profile, base, say, compile)
         except Exception as error:
             here.append(base | {"kind": "failed", "name": "e2e", "error": failure(error)})
         rows += here
@@ -241,17 +208,18 @@ def _one_size(
     profile: Profile,
     base: Row,
     say: Say,
+    compile: bool,
 ) -> list[Row]:
     check_memory(shape, phase, batch, context, setting)
     baseline = fastest_dense(shape, phase, batch, context, setting)
-    cache: Any = None
+    slots: Any = None
     if phase == "decode":
-        cache, lengths = filled_cache(model, batch, context, setting)
+        slots = filled_slots(model, batch, context, setting)
         base = base | {"cache": "random"}
 
-    def measure() -> Row:
+    def measure(attachment: Any = None) -> Row:
         if phase == "decode":
-            return decode_row(model, batch, cache, lengths, context, setting)
+            return decode_row(model, slots, setting, attachment, compile)
         return prefill_row(model, batch, context, setting)
 
     say(f"{phase} {base['size']}: dense, {baseline.label}")
@@ -263,10 +231,10 @@ def _one_size(
     options = strategy_fields(setting)
     with attach(model, profile, backend=backend, allow_other_weights=True, **options) as attachment:
         if setting.refresh is not None and phase == "decode":
-            cycle = cycle_row(model, batch, cache, lengths, context, setting, attachment.memory)
+            cycle = cycle_row(model, slots, setting, attachment, compile)
             sparse = base | {"name": "sparse"} | options | cycle
         else:
-            sparse = base | {"name": "sparse"} | options | measure()
+            sparse = base | {"name": "sparse"} | options | measure(attachment)
         report = attachment.report()
     sparse |= {"density": round(report["density"], 4), "fallbacks": report["fallbacks"]}
     speedup = round(dense["ms_p50"] / sparse["ms_p50"], 3)

@@ -190,6 +190,10 @@ def e2e(
     device: shared.Device = "auto",
     strategy: _Strategy = "kascade",
     refresh: _Refresh = None,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the decoder layers for decoding, on both sides: fewer small kernels."),
+    ] = False,
     seconds: _Seconds = 1.0,
     output: _Output = None,
     csv: _Csv = None,
@@ -221,7 +225,7 @@ def e2e(
         loaded = random_model(run.shape, dtype=run.setting.dtype, device=where, layers=run.shape.layers)
 
     def measure(name: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
-        return run_e2e(loaded, run.shape, name, sizes, run.setting, run.profile, job.say)
+        return run_e2e(loaded, run.shape, name, sizes, run.setting, run.profile, job.say, compile=compile)
 
     job.finish(run, "e2e", measure)
 

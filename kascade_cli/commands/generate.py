@@ -106,6 +106,14 @@ def generate(
     device: shared.Device = "auto",
     device_map: shared.DeviceMap = None,
     backend: shared.Backend = "auto",
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="On a GPU: compile the decoder layers for decoding. Takes longer at first, then each token less.",
+            rich_help_panel=ATTENTION,
+        ),
+    ] = False,
     revision: shared.Revision = None,
     trust_remote_code: shared.TrustRemoteCode = False,
     allow_other_weights: shared.AllowOtherWeights = False,
@@ -169,8 +177,9 @@ def generate(
     for setting in settings:
         write = None if as_json or compare else _write
         run = generation.generate(
-            loaded, tokenizer, ids, setting, max_new_tokens=max_new_tokens, sampling=sampling, write=write
-        )
+            loaded, tokenizer, ids, setting,
+            max_new_tokens=max_new_tokens, sampling=sampling, write=write, compile=compile,
+        )  # fmt: skip
         runs.append((setting, run))
     if not (as_json or compare):
         _write("\n")
@@ -285,7 +294,8 @@ def _figures(prompt_tokens: int, expected: Any, run: Any) -> None:
     )
     note(
         f"{report['strategy']}, {report['backend']} backend: {prompt_tokens} prompt tokens, {len(run.tokens)} new; "
-        f"first token {run.first_token_s:.3f} s{_rate(run, ', {:.1f} tokens/s')}; "
+        f"first token {run.first_token_s:.3f} s{_rate(run, ', {:.1f} tokens/s')}"
+        f"{'' if run.eager else ' in CUDA graphs'}; "
         f"keys read {report['density']:.1%} of those visible ({phases})"
     )
 
@@ -348,6 +358,7 @@ def _run_document(run: Any) -> dict[str, Any]:
         "tokens": run.tokens,
         "first_token_s": round(run.first_token_s, 4),
         "tokens_per_s": round(run.tokens_per_s, 3) if run.tokens_per_s else None,
+        "graphs": {"eager": run.eager, "seconds": round(run.graphs_s, 4), "uncompiled": run.uncompiled},
         "report": run.report,
     }
 

@@ -44,7 +44,7 @@ def check_ratios(session: Any) -> None:
     """Raises UsageError where held-out prompts are too short to find ratios for, before anything is measured."""
     from kascade_cli.evaluation.ratios import lengths
 
-    lengths(session.devset.max_length)
+    lengths(session.longest)
 
 
 def find_ratios(session: Any, search: Any, decision: Any, journal: Any) -> Any:

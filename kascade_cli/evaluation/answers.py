@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kascade_cli.evaluation.behind import continues_in_chunks, logits_behind
+from kascade_cli.integrations.transformers.decoding import decode_behind
 from kascade_cli.models import logits_at
 
 # Bytes of repeated cache held at a time, by device type.
@@ -28,6 +29,8 @@ def cache_bytes(device: torch.device) -> int:
 
 class SlotsLayer(DynamicLayer):
     """A cache layer that writes into slots allocated beforehand, where DynamicLayer would copy all keys each step."""
+
+    only_keys_and_values = True
 
     def __init__(self, keys: Tensor, values: Tensor, filled: int):
         super().__init__()
@@ -171,11 +174,15 @@ def greedy_answers(
 def _decode(model: nn.Module, cache: Any, seen: int, chunk: Tensor, steps: int) -> Tensor:
     """Prefills chunk [B, T] behind the `seen` tokens of the cache and decodes greedily: int64 [B, steps]."""
     tokens = []
-    for _ in range(steps):
+    for step in range(steps):
         logits, output = logits_behind(model, chunk, cache, seen)
         seen += chunk.shape[1]
         cache, chunk = output.past_key_values, logits[:, -1].argmax(-1, keepdim=True)
         tokens.append(chunk)
+        if step == 0:
+            written = decode_behind(model, cache, chunk[:, 0], steps, stops=ends(model))
+            if written is not None:
+                return written
     return torch.cat(tokens, 1)
 
 

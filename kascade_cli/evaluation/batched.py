@@ -25,6 +25,7 @@ from kascade_cli.evaluation.answers import (
 )
 from kascade_cli.evaluation.behind import logits_behind
 from kascade_cli.evaluation.cases import Case
+from kascade_cli.integrations.transformers.decoding import decode_behind
 from kascade_cli.models import logits_at
 
 _LOOK = 8  # steps between two looks whether all answers have ended
@@ -115,7 +116,9 @@ def _finish(model: nn.Module, rows: list[_Row], answers: list[list[list[int]]]) 
     lengths = torch.tensor([row.tokens for row in rows], device=model.device)
     cache = _joined(rows, width, steps)
     first = torch.stack([row.first for row in rows]).to(model.device)
-    written = _decode(model, cache, first, lengths, width, steps)
+    written = decode_behind(model, cache, first, steps, lengths=lengths, stops=ends(model))
+    if written is None:
+        written = _decode(model, cache, first, lengths, width, steps)
     for row, tokens in zip(rows, written.tolist(), strict=True):
         index, number = row.place
         answers[index][number] = until_end(tokens, model)

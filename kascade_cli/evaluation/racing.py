@@ -14,6 +14,7 @@ from kascade_cli.evaluation.kl import MeanKL
 HOPELESS_KL = 0.25  # nats above the best of all, over FIRM prompts: a set that is measured no further
 WORSE_KL = 0.02  # nats above a smaller set, that keeps as many answers: of no use
 FIRM = 4  # of n prompts fewer than this, FIRM / n times as much: one prompt says little
+CHANCE = 1  # an answer that a set may lose more than the incumbent, over part of the prompts
 HOPELESS_LOST = 0.25  # of the answers, above the best of all (and 2 at least)
 
 Measure = Callable[[Sequence[Candidate], int], Sequence[PromptKL]]
@@ -40,8 +41,8 @@ def race(
     After each round the worse half of every size is dropped (first by answers lost, then by KL), and every set that is
     hopeless: `hopeless` nats above the best of all, or a quarter of the answers, or worse than a smaller set. Over few
     prompts it takes more than that.
-    With an `incumbent` (one of the entrants, which may have been measured before) only those go on that are ahead of
-    it on the same prompts.
+    With an `incumbent` (one of the entrants, which may have been measured before) only those of its size go on that
+    lose at most one answer more on the same prompts, or, where nobody loses any, are ahead of it.
     """
     running, sums = list(entrants), {id(entry): MeanKL() for entry in entrants}
     for prompts_of_round in rounds(prompts):
@@ -56,6 +57,13 @@ def race(
             running = survivors([(entry, sums[id(entry)]) for entry in running], incumbent, hopeless)
             if running == [incumbent]:
                 return
+
+
+def final(measured: Sequence[Candidate], count: int) -> list[Candidate]:
+    """The `count` best of those that ran on all prompts, as `survivors` orders them."""
+    most = max(entry.prompts for entry in measured)
+    full = [entry for entry in measured if entry.prompts == most]
+    return sorted(full, key=lambda entry: (entry.lost, entry.score, entry.anchors))[:count]
 
 
 def survivors(
@@ -76,12 +84,23 @@ def survivors(
             for entry, mean in group
             if mean.score <= lowest and mean.lost <= most and not _useless(entry, mean, measured, WORSE_KL * doubt)
         ]
-        if incumbent in ahead:
-            ahead = ahead[: ahead.index(incumbent) + 1]
-        going.update(map(id, ahead[: math.ceil(len(group) / 2)]))
+        going.update(map(id, _not_behind(group, ahead, incumbent)[: math.ceil(len(group) / 2)]))
     if not going:  # the set with the lowest KL loses answers, and those that keep them have a high KL
         going = {id(min(measured, key=_order)[0])}
     return [entry for entry, _ in measured if id(entry) in going]
+
+
+def _not_behind(
+    group: Sequence[tuple[Candidate, MeanKL]], ahead: list[Candidate], incumbent: Candidate | None
+) -> list[Candidate]:
+    """Of `ahead` (in order) those that may still beat the incumbent: one answer over part of the prompts is chance."""
+    means = {id(entry): mean for entry, mean in group}
+    if id(incumbent) not in means or incumbent not in ahead:
+        return ahead
+    mine = means[id(incumbent)]
+    place = ahead.index(incumbent)
+    near = [entry for entry in ahead[place + 1 :] if 0 < means[id(entry)].lost <= mine.lost + CHANCE]
+    return [*ahead[: place + 1], *near]
 
 
 def _useless(entry: Candidate, mean: MeanKL, measured: Sequence[tuple[Candidate, MeanKL]], margin: float) -> bool:

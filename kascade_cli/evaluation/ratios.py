@@ -109,7 +109,7 @@ def find_ratios(
     than 1k.
     """
     found, done = [], 0
-    wanted = lengths(session.devset.max_length)
+    wanted = lengths(session.longest)
     per_length = len(GRID).bit_length() * session.count  # a bisection and the last ratio
 
     def shown(what: str, result: "PromptKL") -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kascade_cli.analysis.candidates import ON_CPU, ON_GPU, Effort
 from kascade_cli.errors import KascadeError, UsageError
 from kascade_cli.evaluation.sharing import shared_given
 from kascade_cli.processes import team
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class Verification:
     """On what candidates are measured. None: as the capture was made.
 
-    model: where the model is now; dev_set, prompts, max_length: the held-out prompts (16 on a GPU, 8 on a CPU).
+    model: where the model is now; dev_set, prompts, max_length: the held-out prompts (`Session.effort`).
     """
 
     model: str | None = None
@@ -77,7 +78,10 @@ class Verification:
 
 @dataclass
 class Session:
-    """A loaded model whose weights are the capture's, and its held-out prompts. phases: those to measure."""
+    """A loaded model whose weights are the capture's, and its held-out prompts.
+
+    phases: those to measure; longest: tokens that a prompt may have, the capture's unless the options say.
+    """
 
     model: Any
     tokenizer: Any
@@ -87,6 +91,7 @@ class Session:
     phases: list[str]
     options: Verification
     meta: dict[str, Any]
+    longest: int
     _dense: dict[str, DensePrompt] = field(default_factory=dict)
 
     def dense(self, devset: DevSet, prompt: int) -> DensePrompt:
@@ -131,42 +136,53 @@ class Session:
 
     def choose_prompts(self) -> None:
         """Sets `devset`. Raises as `open_session` does for prompts."""
-        length, limit = self.options.max_length or self.meta["max_length"], self.info.max_positions
-        if limit and length > limit:
-            if self.options.max_length:
-                raise UsageError(f"--verify-length {length} is more than the {limit} positions of {self.name}")
-            length = limit  # a capture of short texts may name more than the model takes
-        self.devset = self.answerable(length)
+        effort = self.effort
+        self.devset = self.answerable(effort.length, effort.prompts + effort.again, effort.lengths)
 
-    def held_out(self, length: int, prompts: int | None = None) -> DevSet:
-        """Held-out prompts of at most `length` tokens. Raises KascadeError where one is too short to measure on."""
+    def held_out(self, length: int, prompts: int | None = None, lengths: Sequence[int] | None = None) -> DevSet:
+        """Held-out prompts of at most `length` tokens, in natural language of `lengths` in turn.
+
+        Raises KascadeError where one is too short to measure on.
+        """
         source = self.options.dev_set or self.meta["dev_set_name"]
         count = prompts or self.count
-        devset = held_out_prompts(self.meta, self.tokenizer, source, num_prompts=count, max_length=length)
+        devset = held_out_prompts(
+            self.meta, self.tokenizer, source, num_prompts=count, max_length=length, lengths=lengths
+        )
         _check_lengths(devset, self.phases)
         return devset
 
     @property
-    def count(self) -> int:
-        """How many prompts to measure on."""
-        return self.options.prompts or (8 if self.model.device.type == "cpu" else 16)
+    def effort(self) -> Effort:
+        """What this kind of machine affords, with what the options say."""
+        known = ON_CPU if self.model.device.type == "cpu" else ON_GPU
+        if self.options.prompts:
+            known = replace(known, prompts=self.options.prompts, again=0)
+        if self.options.max_length:
+            return replace(known, length=self.options.max_length, shares=(1,))
+        return replace(known, length=min(known.length, self.longest))
 
-    def answerable(self, length: int) -> DevSet:
+    @property
+    def count(self) -> int:
+        """How many prompts to measure on, where that is done once."""
+        return self.effort.prompts
+
+    def answerable(self, length: int, count: int | None = None, lengths: Sequence[int] | None = None) -> DevSet:
         """Held-out prompts that dense answers something of, or that ask nothing; all of them if there are none such.
 
         Of twice as many as are asked for the first that will do, so that a model is judged by what it can do.
         """
         import torch
 
-        count = self.count
-        first = self.held_out(length, count)
+        count = count or self.count
+        first = self.held_out(length, count, lengths)
         if not any(first.answers):
             return first
         with torch.no_grad():
             fit = self._answered(first, range(len(first.prompts)))
             if len(fit) == len(first.prompts):
                 return first
-            more = self.held_out(length, 2 * count)
+            more = self.held_out(length, 2 * count, lengths)
             fit += self._answered(more, range(len(first.prompts), len(more.prompts)))
         return more.take(fit[:count]) if fit else first
 
@@ -191,7 +207,7 @@ def open_session(meta: dict[str, Any], phases: Sequence[str], options: Verificat
 
 
 def load_session(meta: dict[str, Any], phases: Sequence[str], options: Verification) -> Session:
-    """The model without prompts. Raises KascadeError if it cannot be loaded or is not the capture's."""
+    """The model without prompts. Raises as `open_session` does but for prompts that are too short."""
     from kascade_cli.models import describe, load_model
 
     name = options.model or meta["model_name"]
@@ -206,11 +222,22 @@ def load_session(meta: dict[str, Any], phases: Sequence[str], options: Verificat
     info = describe(model, name)
     if info.fingerprint != meta["model_fingerprint"]:
         raise KascadeError(f"the capture was made from {meta['model_name']}, whose weights are not those of {name}")
-    return Session(model, tokenizer, info, name, None, list(phases), options, meta)
+    length, limit = options.max_length or meta["max_length"], info.max_positions
+    if limit and length > limit:
+        if options.max_length:
+            raise UsageError(f"--verify-length {length} is more than the {limit} positions of {name}")
+        length = limit  # a capture of short texts may name more than the model takes
+    return Session(model, tokenizer, info, name, None, list(phases), options, meta, length)
 
 
 def held_out_prompts(
-    meta: dict[str, Any], tokenizer: Any, source: str, *, num_prompts: int, max_length: int
+    meta: dict[str, Any],
+    tokenizer: Any,
+    source: str,
+    *,
+    num_prompts: int,
+    max_length: int,
+    lengths: Sequence[int] | None = None,
 ) -> DevSet:
     """The held-out twin of dev set `source`. If the capture was made from `source`, they share no prompt.
 
@@ -233,6 +260,7 @@ def held_out_prompts(
         chat_template=options.get("chat_template"),
         haystack=options.get("haystack") if natural else None,
         held_out=True,
+        lengths=lengths if natural else None,
     )
 
 

@@ -8,7 +8,6 @@ decision = search.decide(candidates, verified)
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kascade_cli.analysis.candidates import MOVED, NEIGHBOURS
 from kascade_cli.evaluation.session import Session, Verification, open_session
 from kascade_cli.provenance import portable_name
 from kascade_cli.schema import Profile
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HELD_OUT", "Session", "Verification", "open_session", "verify"]
 
-SWAPS = 2  # rounds of swapped anchors, each from the best set of the last
+FINALISTS = 8  # sets that are measured on more prompts in the end
 HELD_OUT = "/held-out"  # what the twin of a dev set adds to its name
 Report = Callable[[int, int, str], None]  # runs done, runs at most, what the last one showed
 
@@ -35,13 +34,13 @@ def verify(
     journal: "Journal | None" = None,
     report: Report | None = None,
 ) -> tuple[list["Candidate"], dict[str, Any]]:
-    """Races the candidates, then neighbours of the set that would be chosen: with an anchor swapped, added, left out.
+    """Races the candidates, then sets beside the one that would be chosen: with an anchor swapped, added, left out.
 
     Returns all of them with what they do, and what a profile records about the measurement. `journal`: what an
     interrupted verification knew and this one adds to (`Session.journal`). Raises KascadeError if the model is not the
     capture's or a prompt is too short, UsageError for a length that the model does not take.
     """
-    from kascade_cli.evaluation.racing import planned, race, rounds
+    from kascade_cli.evaluation.racing import HOPELESS_KL, final, planned, race, rounds
     from kascade_cli.integrations.transformers import compile_ahead
 
     session = session or open_session(search.measured.meta, search.settings.phases, options or Verification())
@@ -52,37 +51,54 @@ def verify(
     def measure(entries: Sequence["Candidate"], prompt: int) -> Sequence["PromptKL"]:
         for entry in entries:
             layouts.setdefault(entry.anchors, search.layout(entry.anchors))
-        # Those that race over a prompt race over the rest of its round.
-        ahead = [other for part in rounds(prompts) for other in part if prompt in part and other > prompt]
+        # Those that race over a prompt race over the rest of its round; the last ones run on all that are left.
+        parts = [*rounds(prompts), range(prompts, len(session.devset.prompts))]
+        ahead = [other for part in parts for other in part if prompt in part and other > prompt]
         return runs.measure([(_label(entry), layouts[entry.anchors]) for entry in entries], prompt, ahead)
 
     compile_ahead(session.model, search.layout(candidates[0].anchors), backend=session.options.backend)
-    prompts = len(session.devset.prompts)
+    effort = session.effort
+    prompts = min(effort.prompts, len(session.devset.prompts))
+    everyone = list(candidates)
+
+    def beside(best: "Candidate", entries: Sequence["Candidate"], hopeless: float = HOPELESS_KL) -> "Candidate":
+        """Races sets against `best`, which is known; gives the best of all."""
+        progress.total = progress.done + planned([len(entries)], prompts)
+        race([best, *entries], prompts, measure, incumbent=best, hopeless=hopeless)
+        everyone.extend(entries)
+        return search.verdict(everyone).best
+
+    def climb(best: "Candidate") -> "Candidate":
+        """Swaps anchors while that helps."""
+        for _ in range(effort.rounds):
+            before, swapped = best, search.neighbours(best, everyone, effort)
+            best = beside(best, swapped) if swapped else best
+            if best is before:
+                break
+        return best
+
     sizes = [len(entry.anchors) for entry in candidates]
-    more = 0 if search.given is not None else NEIGHBOURS + MOVED
+    more = 0 if search.given is not None else effort.promising + effort.moved
     progress.total = planned([sizes.count(size) for size in set(sizes)], prompts) + planned([more], prompts)
     race(candidates, prompts, measure)
-    everyone = list(candidates)
-    best = search.verdict(everyone).best
-    for _ in range(SWAPS):
-        swapped = search.neighbours(best, everyone)
-        if not swapped:
-            break
-        progress.total = progress.done + planned([len(swapped)], prompts)
-        race([best, *swapped], prompts, measure, incumbent=best)
-        everyone += swapped
-        before, best = best, search.verdict(everyone).best
-        if best is before:
-            break
+    best = climb(search.verdict(everyone).best)
     # Neither weighting need know which anchor the answers lack, or which one can be left out.
-    for step in (search.more, search.fewer):
-        while beside := step(best, everyone):
-            progress.total = progress.done + planned([len(beside)], prompts)
-            race([best, *beside], prompts, measure, hopeless=3 * search.settings.tolerance.kl)
-            everyone += beside
-            before, best = best, search.verdict(everyone).best
-            if len(best.anchors) == len(before.anchors):
-                break
+    while larger := search.more(best, everyone, effort):
+        before, best = best, beside(best, larger)
+        if len(best.anchors) <= len(before.anchors):
+            break
+        best = climb(best)
+    while smaller := search.fewer(best, everyone, effort):
+        before, best = best, beside(best, smaller, hopeless=3 * search.settings.tolerance.kl)
+        if len(best.anchors) == len(before.anchors):
+            break
+    if len(session.devset.prompts) > prompts:  # the best of many on few prompts is so by chance too
+        progress.total = progress.done + FINALISTS * (len(session.devset.prompts) - prompts)
+        last = final(everyone, FINALISTS)
+        for prompt in range(prompts, len(session.devset.prompts)):
+            for entry, result in zip(last, measure(last, prompt), strict=True):
+                entry.add(result)
+        best = search.verdict(everyone).best
     everyone.sort(key=lambda entry: len(entry.anchors))
     return everyone, _record(session, best)
 

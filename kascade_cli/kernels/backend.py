@@ -66,15 +66,22 @@ class Backend:
         return call
 
     def compile_ahead(
-        self, group: int, head_dim: int, dtype: torch.dtype, tile: int, progress: Progress | None = None
+        self,
+        group: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        tile: int,
+        progress: Progress | None = None,
+        page: int = 0,
     ) -> None:
         """Compiles the kernels of a shape that are not cached yet, in parallel; `progress` is told of each.
 
+        page: slots of a page for the kernels of a paged cache, 0 for those of a contiguous one.
         Without this every kernel is compiled when it is first called, one after the other.
         """
         if self.name == "tilelang":
             ahead = importlib.import_module("kascade_cli.kernels.tilelang.ahead")
-            ahead.compile_ahead(ahead.shape_specs(group, head_dim, dtype, tile), progress)
+            ahead.compile_ahead(ahead.shape_specs(group, head_dim, dtype, tile, page), progress)
 
     def __repr__(self) -> str:
         return f"Backend({self.name})"

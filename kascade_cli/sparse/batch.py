@@ -108,6 +108,13 @@ class Batch:
         return max(1, self.budget.most(self.slots))
 
     @functools.cached_property
+    def inside(self) -> Tensor:
+        """Which slots hold a key of the row: bool [B, S]."""
+        _, kv_start, kv_len = self.lengths
+        slot = torch.arange(self.slots, device=self.device)
+        return (slot >= kv_start[:, None]) & (slot < (kv_start + kv_len)[:, None])
+
+    @functools.cached_property
     def positions(self) -> tuple[Tensor, Tensor]:
         """Of each query: its index among the row's tokens, int64 [B, T], and whether it is one of them, bool."""
         query_start, kv_start, kv_len = self.lengths

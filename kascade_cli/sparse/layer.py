@@ -134,12 +134,13 @@ class Layer:
         scores, logits = self._scores()  # logits [B, G, S', R'], in log2 units
         slots, heads = scores.shape[-1], self.query.shape[1] // self.groups
         raw = wide(logits[:, :, :slots, :heads].transpose(2, 3).flatten(1, 2))
-        lengths, slot = self.batch.lengths, torch.arange(slots, device=raw.device)
+        lengths, slot = self.batch.lengths, numbers(0, slots, 1, raw.device)
         inside = (slot >= lengths.kv_start[:, None]) & (slot < (lengths.kv_start + lengths.kv_len)[:, None])
-        raw = raw.masked_fill(~inside[:, None], -torch.inf)
+        outside = ~inside[:, None]
+        raw = raw.masked_fill(outside, -torch.inf)
         weights = torch.exp2(raw - raw.amax(-1, keepdim=True).clamp_min(torch.finfo(raw.dtype).min))
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(raw.dtype).tiny)
-        return weights.masked_fill(~inside[:, None], 0.0)
+        return weights.masked_fill(outside, 0.0)
 
     def _choose_prefill(self, lse: Tensor | None, pooled: bool) -> Keys:
         batch, parts = self.batch, []
@@ -194,11 +195,20 @@ class Layer:
         """Which of the sets each KV head of this process reads, int32 [G]."""
         if keys.heads is not None:
             return keys.heads
-        own = torch.arange(self.groups, dtype=torch.int32, device=self.query.device)
-        sets = keys.indices.shape[1]
-        if sets == self.groups:
-            return own
-        return torch.zeros_like(own) if sets == 1 else own + self.first_group
+        sets, device = keys.indices.shape[1], self.query.device
+        if sets == 1:
+            return numbers(0, self.groups, 0, device)
+        return numbers(0 if sets == self.groups else self.first_group, self.groups, 1, device)
+
+
+@functools.cache
+def numbers(first: int, count: int, step: int, device: torch.device) -> Tensor:
+    """first, first + step, ...: int32 [count].
+
+    Made once per device and never dropped: no step makes it anew, and a CUDA graph may still read it.
+    """
+    with torch.inference_mode(False):  # else later steps outside of it could not use it everywhere
+        return torch.arange(count, dtype=torch.int32, device=device) * step + first
 
 
 @functools.cache

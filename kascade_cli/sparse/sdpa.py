@@ -12,8 +12,7 @@ _QUERY_BLOCK = 1024
 def dense_sdpa(query: Tensor, key: Tensor, value: Tensor, batch: Batch, scale: float) -> Tensor:
     """query [B, H, T, D]; key, value [B, G, S, D] -> [B, H, T, Dv]; zeros for queries that are padding."""
     query_start, kv_start, kv_len = (tensor[:, None, None, None] for tensor in batch.lengths)
-    slot = torch.arange(batch.slots, device=query.device)
-    inside = (slot >= kv_start) & (slot < kv_start + kv_len)
+    inside = batch.inside[:, None, None]
     if not batch.plain:  # a mask that is added does not silence a NaN, nor does a weight of 0
         key, value = (tensor.masked_fill(~inside.transpose(-1, -2), 0.0) for tensor in (key, value))
     groups = key.shape[1]
@@ -26,7 +25,7 @@ def dense_sdpa(query: Tensor, key: Tensor, value: Tensor, batch: Batch, scale: f
     options = {"scale": scale, "enable_gqa": query.shape[1] != groups}
     if batch.plain and batch.queries == batch.slots:
         return scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    outs = []
+    outs, slot = [], torch.arange(batch.slots, device=query.device)
     for begin in range(0, batch.queries, _QUERY_BLOCK):
         block = query[:, :, begin : begin + _QUERY_BLOCK]
         position = query_start + torch.arange(begin, begin + block.shape[2], device=query.device)[:, None]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kascade_cli.analysis import decision
-from kascade_cli.analysis.candidates import Candidate
+from kascade_cli.analysis.candidates import ON_CPU, Candidate
 from kascade_cli.analysis.decision import Search, Settings
 from kascade_cli.analysis.rules import choose
 from kascade_cli.analysis.similarity import measure
@@ -174,18 +174,18 @@ def test_when_sets_of_another_size_are_tried(measured):
     """An anchor more only where answers are lost of a model that gives some; neither where a rule gives the number."""
     search = Search(measured, Settings(max_anchors=4))
     lossy, sound = measured_set((0, 2), 16, 12, 10), measured_set((0, 2), 16, 12, 12)
-    assert {len(entry.anchors) for entry in search.more(lossy, [])} == {3}
-    assert search.more(sound, []) == []
-    assert search.more(measured_set((0, 2), 0, 0, 0), []) == []
-    assert search.more(measured_set((0, 2), 16, 3, 0), []) == []  # what dense gives, it gives by chance
-    assert search.more(measured_set((0, 1, 2, 3), 16, 12, 10), []) == []  # the limit
+    assert {len(entry.anchors) for entry in search.more(lossy, [], ON_CPU)} == {3}
+    assert search.more(sound, [], ON_CPU) == []
+    assert search.more(measured_set((0, 2), 0, 0, 0), [], ON_CPU) == []
+    assert search.more(measured_set((0, 2), 16, 3, 0), [], ON_CPU) == []  # what dense gives, it gives by chance
+    assert search.more(measured_set((0, 1, 2, 3), 16, 12, 10), [], ON_CPU) == []  # the limit
     known = [measured_set((0, 2), 16, 12, 12)]
-    assert {entry.anchors for entry in search.fewer(measured_set((0, 2, 3), 16, 12, 12), known)} == {(0, 3)}
+    assert {entry.anchors for entry in search.fewer(measured_set((0, 2, 3), 16, 12, 12), known, ON_CPU)} == {(0, 3)}
     for settings in (Settings(anchors=3), Settings(anchors=(1, 4, 8))):
         fixed = Search(measured, settings)
-        assert fixed.more(lossy, []) == fixed.fewer(lossy, []) == []
-    assert Search(measured, Settings(anchors=(1, 4, 8))).neighbours(lossy, []) == []
-    assert Search(measured, Settings(anchors=3)).neighbours(measured_set((0, 2, 3), 16, 12, 12), []) != []
+        assert fixed.more(lossy, [], ON_CPU) == fixed.fewer(lossy, [], ON_CPU) == []
+    assert Search(measured, Settings(anchors=(1, 4, 8))).neighbours(lossy, [], ON_CPU) == []
+    assert Search(measured, Settings(anchors=3)).neighbours(measured_set((0, 2, 3), 16, 12, 12), [], ON_CPU) != []
 
 
 def test_the_objective_overruled_is_said(measured):

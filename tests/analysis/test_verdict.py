@@ -35,6 +35,8 @@ def by_definition(measured, kl, lost):
     fewest = min(entry.given - entry.kept for entry in final)
     keeping = [entry for entry in final if entry.given - entry.kept <= fewest + lost * entry.given]
     best = min(np.mean(list(entry.kl.values())) for entry in keeping)
+    if fewest > lost * final[0].given:  # nobody keeps them: the lowest KL
+        kl = 0
     good = [entry for entry in keeping if np.mean(list(entry.kl.values())) <= best + kl]
     return min(good, key=lambda entry: (len(entry.anchors), np.mean(list(entry.kl.values())), entry.anchors)).anchors
 
@@ -114,7 +116,11 @@ def test_when_no_set_keeps_the_answers():
     measured = [candidate((0,), 0.1, kept=2, given=12), candidate((0, 1), 0.09, kept=9, given=12)]
     found = decide(measured)
     assert found.best.anchors == (0, 1)
-    assert found.why.startswith("the fewest anchors that lose the fewest answers (9 of 12 kept) and")
+    assert found.why.startswith(
+        "no set keeps the answers; the lowest measured KL (0.0900) of those that lose the fewest (9 of 12 kept)"
+    )
+    larger = candidate((0, 1, 2), 0.085, kept=9, given=12)
+    assert decide([*measured, larger]).best is larger  # within the tolerance of KL, and yet not the fewest
     (line,) = found.notes
     assert "no set of up to 2 anchors keeps the answers: the best loses 3 of 12" in line
     assert "--max-anchors or --ratio" in line

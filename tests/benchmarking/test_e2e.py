@@ -8,6 +8,7 @@ from kascade_cli.benchmarking import e2e
 from kascade_cli.benchmarking.baselines import BASELINES
 from kascade_cli.benchmarking.roles import with_strategy
 from kascade_cli.benchmarking.shapes import random_model
+from kascade_cli.integrations.transformers.decoding import Runner
 
 CPU = torch.device("cpu")
 
@@ -32,22 +33,26 @@ def test_dense_side_gives_the_models_own_logits(model):
 
 
 def test_a_decode_step_writes_the_last_slot_and_sees_the_whole_cache(model, shape, setting):
-    cache, lengths = e2e.filled_cache(model, 2, 64, setting)
-    before = [layer.keys.clone() for layer in cache.layers]
-    tokens = torch.tensor([[7], [9]])
+    slots = e2e.filled_slots(model, 2, 64, setting)
+    slots.token.copy_(torch.tensor([[7], [9]]))
+    token = slots.token.clone()
+    before = [layer.keys.clone() for layer in slots.cache.layers]
     logits = []
-    profile = e2e.profile_for(model, shape, setting)
     with torch.no_grad(), e2e.dense_attention(model, BASELINES["sdpa"]):
-        lengths.fill_(63)
-        logits.append(model(input_ids=tokens, past_key_values=cache).logits)
-    assert lengths.tolist() == [64] * 4
-    for layer, old in zip(cache.layers, before, strict=True):
+        runner = Runner(model, slots, capture=False, stay=True)
+        runner.step()
+        logits.append(runner.logits)
+    for layer, old in zip(slots.cache.layers, before, strict=True):
         assert torch.equal(layer.keys[:, :, :63], old[:, :, :63])
         assert not torch.equal(layer.keys[:, :, 63], old[:, :, 63])
+    profile = e2e.profile_for(model, shape, setting)
     with torch.no_grad(), attach(model, profile, ratio=1.0, backend="torch") as attachment:
-        lengths.fill_(63)
-        logits.append(model(input_ids=tokens, past_key_values=cache).logits)
-        assert attachment.density == 1.0
+        slots.token.copy_(token)
+        runner = Runner(model, slots, attachment, capture=False, stay=True)
+        runner.step()
+        logits.append(runner.logits)
+        report = attachment.report()
+    assert (report["density"], report["keys_visible"]) == (1.0, 2 * 64 * shape.layers)
     # with every key selected, sparse is dense
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
 
@@ -81,11 +86,11 @@ def test_a_cycle_of_refresh_runs_to_the_end_of_the_cache(every, model, shape, se
     steps = sparse["refresh_step_ms"] + 4 * sparse["between_step_ms"]
     assert steps == pytest.approx(5 * sparse["ms_p50"], rel=1e-3)
     # Every step followed the one before, or the report would have raised; the last ones saw the whole cache.
-    cache, lengths = e2e.filled_cache(model, 2, 64, setting)
+    slots = e2e.filled_slots(model, 2, 64, setting)
     profile = e2e.profile_for(model, shape, setting)
     with attach(model, profile, strategy="kascade-refresh", refresh=every, backend="torch") as attachment:
-        e2e.cycle_row(model, 2, cache, lengths, 64, setting, attachment.memory)
+        e2e.cycle_row(model, slots, setting, attachment)
         counts = attachment.report()["refresh"]
-    assert lengths.tolist() == [60] * 4  # the refreshes that are timed alone came last
+    assert slots.lengths[2].tolist() == [61] * 2  # the refreshes that are timed alone came last
     assert counts["between"] % 4 == 0
     assert counts["refreshes"] > counts["between"] / 4

@@ -142,3 +142,5 @@ def test_corners_cover_the_support_matrix():
     ops = {spec.module.rsplit(".", 1)[-1] for spec in corner_specs()}
     assert {"decode_dense", "decode_score", "select_topk", "decode_sparse"} <= ops
     assert {"prefill_dense", "prefill_score", "prefill_sparse"} <= ops
+    prefill = [spec for spec in corner_specs() if ".prefill_" in spec.module]
+    assert {spec.config.get("page", 0) for spec in prefill} == pages

@@ -187,3 +187,24 @@ def test_ratios_need_prompts_of_1k(run_kascade, real_capture, tmp_path):
     )  # fmt: skip
     assert code == 2
     assert error.splitlines()[-1].endswith("held-out prompts have 384: pass --verify-length 1k or more")
+
+
+def test_the_best_are_measured_on_more_prompts_in_the_end(run_kascade, real_capture, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from kascade_cli.evaluation import session, verification
+
+    few = replace(session.ON_CPU, prompts=1, again=2, length=384, rounds=1, promising=2, moved=2)
+    monkeypatch.setattr(session, "ON_CPU", few)
+    monkeypatch.setattr(verification, "FINALISTS", 2)
+    target = tmp_path / "profile.yaml"
+    code, _, error = run_kascade(
+        "select-anchors", real_capture, "-o", target, "--verify", "--anchors", "3", "--min-keys", "32",
+        "--device", "cpu", "--bootstrap", "0",
+    )  # fmt: skip
+    assert code == 0, error
+    selection = Profile.load(target).selection
+    measured = {tuple(entry["anchors"]): entry for entry in selection["verify"]["candidates"]}
+    assert sorted(entry["prompts"] for entry in measured.values())[-3:] == [1, 3, 3]
+    assert selection["verify"]["prompts"] == 3
+    assert measured[tuple(selection["anchors"])]["prompts"] == 3

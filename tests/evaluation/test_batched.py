@@ -77,3 +77,25 @@ def test_a_context_is_read_once(kind, monkeypatch):
         answer_all(model, asked, tile=32)
     assert sum(width == 96 for width in widths) == 1
     assert sum(width == 128 for width in widths) == 1
+
+
+@pytest.mark.parametrize("strategy", ["dense", "kascade", "kascade-refresh", "quest"])
+def test_the_static_loop_answers_the_same(strategy, monkeypatch):
+    """What runs on a GPU, here without graphs: padded rows on a static cache, and context by context."""
+    from kascade_cli.evaluation.answers import greedy_answers
+    from kascade_cli.integrations.transformers.decoding import decoder
+    from kascade_cli.models import describe
+
+    monkeypatch.setattr(decoder, "EVERYWHERE", True)
+    model = tiny_model("llama", seed=2)
+    profile = some_profile(describe(model, "tiny"), anchors=[0, 2], ratio=0.2, min_keys=8)
+    asked = questions_of(3, (161, 97, 200, 65))
+    with attach_setting(model, Setting(strategy, profile, ratio=0.2, min_keys=8)) as run:
+        found = answer_all(model, asked, tile=32)
+        assert run.decoder.runner is not None
+        want = one_by_one(model, asked)
+        case = asked[0]
+        ids, new = [question.ids for question in case.questions], [question.new_tokens for question in case.questions]
+        alone = greedy_answers(model, case.context, ids, new, tile=32)
+    assert found == want
+    assert alone == want[0]

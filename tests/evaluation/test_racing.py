@@ -5,7 +5,7 @@ import pytest
 
 from kascade_cli.analysis.candidates import Candidate
 from kascade_cli.evaluation.forced import PromptKL
-from kascade_cli.evaluation.racing import planned, race, rounds
+from kascade_cli.evaluation.racing import final, planned, race, rounds
 
 
 def table_of(results):
@@ -140,3 +140,28 @@ def test_a_set_that_is_worse_than_a_smaller_one_is_of_no_use():
     race(runners, 4, measure)
     # By .09 over one prompt (.08 and more count), by .05 over two (.04); (0, 1) loses an answer, so it beats nobody.
     assert [entry.prompts for entry in runners] == [4, 4, 2, 1]
+
+
+def test_one_answer_behind_the_incumbent_is_chance_while_any_are_lost():
+    results = {(0, 1): [(0.10, 3)] * 4, (0, 2): [(0.09, 2), (0.09, 4), (0.09, 4), (0.09, 4)],
+               (0, 3): [(0.20, 1)] * 4, (0, 4): [(0.08, 3)] * 4, (0, 5): [(0.3, 3)] * 4}  # fmt: skip
+    measure, _ = table_of(results)
+    runners = entrants(*results)
+    race(runners[:1], 4, measure)
+    race(runners, 4, measure, incumbent=runners[0])
+    assert {entry.anchors: entry.prompts for entry in runners[1:]} == {(0, 2): 1, (0, 3): 1, (0, 4): 4, (0, 5): 2}
+    race(runners[:2], 4, measure, incumbent=runners[0])  # with room for it
+    assert runners[1].prompts == 1
+    race([runners[0], runners[1], runners[2]], 4, measure, incumbent=runners[0])
+    assert runners[1].prompts == 4
+
+
+def test_the_final_takes_the_best_of_those_measured_on_all():
+    results = {(0, 1): [(0.10, 3)] * 4, (0, 2): [(0.30, 4)] * 4, (0, 3, 4): [(0.20, 4)] * 4, (0, 5): [(0.0, 4)] * 4}
+    measure, _ = table_of(results)
+    runners = entrants(*results)
+    for entry in runners:
+        for prompt in range(1 if entry.anchors == (0, 5) else 4):
+            entry.add(measure([entry], prompt)[0])
+    assert [entry.anchors for entry in final(runners, 2)] == [(0, 3, 4), (0, 2)]
+    assert [entry.anchors for entry in final(runners, 9)] == [(0, 3, 4), (0, 2), (0, 1)]

@@ -58,9 +58,32 @@ def test_prompts_that_dense_cannot_answer_are_passed_over(monkeypatch, given, ch
     prompts = [[number] * 5 for number in range(6)]
     spans = [[] if count is None else [(3, 5)] for count in given]
     whole = DevSet("d", "0", prompts, 0, 5, spans, spans)
-    asked = session.Session(None, None, None, "m", None, ["prefill"], Verification(prompts=3), {})
-    monkeypatch.setattr(asked, "held_out", lambda length, prompts=None: whole.take(range(prompts or 3)))
+    cpu = SimpleNamespace(device=SimpleNamespace(type="cpu"))
+    asked = session.Session(cpu, None, None, "m", None, ["prefill"], Verification(prompts=3), {}, 5)
+    monkeypatch.setattr(asked, "held_out", lambda length, prompts=None, lengths=None: whole.take(range(prompts or 3)))
     monkeypatch.setattr(asked, "dense", lambda devset, prompt: SimpleNamespace(given=given[devset.prompts[prompt][0]]))
     found = asked.answerable(5)
     assert found.prompts == [prompts[number] for number in chosen]
     assert found.sha256 == ids_sha256(*found.prompts)
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "wanted"),
+    [
+        ("cpu", {}, (8, [2048], 0)),
+        ("cuda", {}, (24, [16384, 4096, 8192], 24)),
+        ("cuda", {"prompts": 5}, (5, [16384, 4096, 8192], 0)),
+        ("cuda", {"max_length": 3000}, (24, [3000], 24)),
+        ("cpu", {"max_length": 3000, "prompts": 1}, (1, [3000], 0)),
+    ],
+)
+def test_what_a_kind_of_machine_affords(device, options, wanted):
+    model = SimpleNamespace(device=SimpleNamespace(type=device))
+    found = session.Session(model, None, None, "m", None, ["prefill"], Verification(**options), {}, 30_000).effort
+    assert (found.prompts, found.lengths, found.again) == wanted
+
+
+def test_never_longer_than_the_capture():
+    model = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    found = session.Session(model, None, None, "m", None, ["prefill"], Verification(), {}, 6000).effort
+    assert found.lengths == [6000, 1500, 3000]

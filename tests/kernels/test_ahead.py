@@ -58,6 +58,14 @@ def test_another_shape_compiles_only_what_it_does_not_share(compiled):
     assert all("tile=64" in text for text in compiled[1] if "merge" not in text)
 
 
+def test_a_paged_cache_has_kernels_of_its_own(compiled):
+    ahead.compile_ahead(ahead.shape_specs(*SHAPE))
+    Backend("tilelang").compile_ahead(*SHAPE, page=32)
+    assert sum("prefill" in text for text in compiled[1]) == 5
+    assert all("page=32" in text for text in compiled[1] if "merge" not in text)
+    assert ahead.shape_specs(*SHAPE, page=48) == []
+
+
 def test_progress_is_told_the_total_and_every_kernel(compiled):
     told = []
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kascade_cli.kernels import get_backend, reference
-from kascade_cli.kernels.testing import broken, decode, prefill
+from kascade_cli.kernels.testing import broken, decode, prefill, ragged
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
@@ -19,6 +19,28 @@ def test_the_check_holds_for_the_reference():
     rows = broken.check_decode(reference, CPU, DECODE) + broken.check_prefill(reference, CPU, PREFILL)
     assert len(rows) == 7 * 7 * 3  # faults, ops, cases
     assert decode.summary(rows)
+
+
+RAGGED = (ragged.RaggedCase(torch.bfloat16, 2, 64, 16, ((9, 40), (1, 33), (20, 20)), padding=3, tile=16, floor=5),)
+
+
+def test_ragged_rows_do_not_reach_each_other():
+    assert decode.summary(broken.check_ragged(reference, CPU, RAGGED))
+
+
+def test_the_check_finds_an_op_that_looks_at_a_neighbour():
+    class Reaching:
+        def __getattr__(self, op: str):
+            def call(*args, **kwargs):
+                out = getattr(reference, op)(*args, **kwargs)
+                if op == "prefill_sparse":
+                    out[1:] += out[:-1] * 1e-3
+                return out
+
+            return call
+
+    rows = broken.check_ragged(Reaching(), CPU, RAGGED)
+    assert [row["note"] for row in rows if not row["ok"]] == ["prefill_sparse of row 1", "prefill_sparse of row 2"]
 
 
 class Healthy:

@@ -25,6 +25,8 @@ PREFILL = [
     *prefill_specs(1, 64, "float16")[-2:],
     prefill_specs(16, 64, "bfloat16")[-3],
 ]
+# Pages that are smaller than a block; heads in chunks over the smallest pages.
+PAGED = [*prefill_specs(4, 128, "bfloat16", page=32), prefill_specs(16, 64, "bfloat16", page=16)[-3]]
 # Only the warp that copies waits for a free slot.
 GUARDED = r"if \(\(\(int\)threadIdx\.x\) < 32\) \w+\[.*\]\.wait\(.*\n +if \(tl::tl_shuffle_elect<128>"
 
@@ -69,7 +71,7 @@ def test_decode(spec: Spec):
         assert len(re.findall(GUARDED, report.source)) == copies
 
 
-@pytest.mark.parametrize("spec", PREFILL, ids=str)
+@pytest.mark.parametrize("spec", PREFILL + PAGED, ids=str)
 def test_prefill(spec: Spec):
     report = compiled(spec)
     assert report.marks["wgmma"]
@@ -80,3 +82,8 @@ def test_prefill(spec: Spec):
         assert report.marks["fence"]
     else:
         assert report.marks["tma_load"]
+        if page := spec.config.get("page", 0):
+            # Every page of a block by two copies of 64 elements a row or, of small heads, by one.
+            blocks = {"lse_kernel": 128, "dense_kernel": 2 * 128, "score_kernel": 256}[spec.name]
+            copies = re.findall(r"tl::tma_load\([KV]_desc", report.source)
+            assert len(copies) == blocks // page * spec.config["head_dim"] // 64

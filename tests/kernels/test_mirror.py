@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kascade_cli.kernels import backend, get_backend, reference
-from kascade_cli.kernels.testing import decode, prefill
+from kascade_cli.kernels.testing import decode, prefill, ragged
 from kascade_cli.kernels.testing.mirror import register_mirror
 
 CPU = torch.device("cpu")
@@ -34,6 +34,40 @@ def test_prefill_cases_hold(seen, case):
     rows = prefill.check(get_backend("mirror", CPU), case, device="cpu")
     assert all(row["ok"] for row in rows), rows
     assert set(seen) == {"prefill_dense", "prefill_score", "prefill_sparse", "prefill_sparse_lse"}
+
+
+def test_ragged_cases_hold(seen):
+    case = ragged.RaggedCase(torch.bfloat16, 2, 64, 32, ((40, 70), (0, 9), (33, 33)), padding=4)
+    rows = ragged.check(get_backend("mirror", CPU), case, device="cpu")
+    assert all(row["ok"] for row in rows), rows
+    assert set(seen) == {"prefill_dense", "prefill_score", "prefill_sparse", "prefill_sparse_lse"}
+
+
+def ragged_call(**change):
+    """Valid arguments of prefill_sparse_lse, in tiles of 8: 5 queries of 21 keys and 3 of 3, pages of 16."""
+    torch.manual_seed(0)
+    counts = torch.zeros(10, dtype=torch.int32)
+    counts[:2] = 2  # row 0 has the first, its tile 2: keys before slot 16
+    given = {"q": torch.randn(8, 4, 8), "k": torch.randn(3, 16, 2, 8), "counts": counts, "head_map": ints(1, 0)}
+    given |= {"query_start": ints(16, 0), "kv_start": ints(0, 0), "kv_len": ints(21, 3), "scale": 1.0, "tile": 8}
+    given |= {"block_table": ints([2, 0], [1, 9]), "query_start_loc": ints(0, 5, 8)}
+    return {**given, "indices": torch.tensor([0, 15], dtype=torch.int32).repeat(2, 10, 1), **change}
+
+
+def test_ragged_selections_and_lengths(seen):
+    call = get_backend("mirror", CPU).prefill_sparse_lse
+    first = torch.zeros(10, dtype=torch.int32)
+    first[0] = 2
+    good = ragged_call(counts=first)
+    assert torch.equal(call(**good), reference.prefill_sparse_lse(**good))
+    with pytest.raises(AssertionError, match="tiles that are nobody's have counts"):
+        call(**ragged_call())
+    late = good["indices"].clone()
+    late[1, 0, 1] = 16
+    with pytest.raises(AssertionError, match="not keys of its row before its tile"):
+        call(**ragged_call(counts=first, indices=late))
+    with pytest.raises(AssertionError, match=r"rows of \[5, 3\] queries are not the last of their keys"):
+        call(**ragged_call(counts=first, query_start=ints(17, 0)))
 
 
 def ints(*values) -> torch.Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from kascade_cli.errors import KascadeError
 from kascade_cli.integrations.transformers.continuity import Continuity
-from kascade_cli.integrations.transformers.lengths import causal_lengths_mask, lengths_of, nothing_padded
+from kascade_cli.integrations.transformers.interface import HANDLE, KEY, NAME, number_of, register
+from kascade_cli.integrations.transformers.lengths import lengths_of, nothing_padded
 from kascade_cli.integrations.transformers.report import Tally
 from kascade_cli.integrations.transformers.steps import as_rows, steps_batch
 from kascade_cli.kernels import Backend, get_backend
@@ -30,9 +31,6 @@ from kascade_cli.sparse import Batch, Layer, Pass, Setting, Strategy
 
 log = logging.getLogger("kascade")
 
-NAME = "kascade"  # in transformers' attention and mask interfaces
-_HANDLE = "_kascade_attachment"
-
 
 class _Thread(threading.local):
     """What one thread's passes share: two threads may run one model at once."""
@@ -40,6 +38,7 @@ class _Thread(threading.local):
     def __init__(self, attachment: "Attachment") -> None:
         self.state: Pass | None = None
         self.continuity = Continuity()
+        self.decoder: Any = None
         self.steps = False  # several tokens are decode steps run together
         self.memory = attachment.strategy.memory()
         attachment.tally.add_memory(self.memory)
@@ -79,14 +78,26 @@ class Attachment:
         """What the strategy carries from pass to pass in this thread; None for most."""
         return self._thread.memory
 
+    @property
+    def decoder(self) -> Any:
+        """What keeps this thread's CUDA graphs (decoding.decoder_of), or None."""
+        return self._thread.decoder
+
+    @decoder.setter
+    def decoder(self, decoder: Any) -> None:
+        self._thread.decoder = decoder
+
     def _enter(self) -> None:
-        if any(getattr(module, _HANDLE, None) for module in self._modules.values()):
+        if any(getattr(module, HANDLE, None) for module in self._modules.values()):
             raise KascadeError("a kascade profile is attached to this model already; detach it first")
-        _register()
+        register()
+        number = number_of(self)
         with contextlib.ExitStack() as undo:  # a failure on the way leaves the model as it was
-            for module in self._modules.values():
-                setattr(module, _HANDLE, self)
-                undo.callback(delattr, module, _HANDLE)
+            for index, module in self._modules.items():
+                setattr(module, HANDLE, self)
+                undo.callback(delattr, module, HANDLE)
+                setattr(module, KEY, torch.tensor([number, index]))
+                undo.callback(delattr, module, KEY)
             undo.enter_context(attention_implementation(self.model, NAME))
             first = self._modules[self.info.profiled_layers[0]]
             undo.callback(first.register_forward_pre_hook(self._watch, with_kwargs=True).remove)
@@ -95,11 +106,15 @@ class Attachment:
             self._undo = undo.pop_all()
         self._attached = True
 
+    # Code that is compiled runs neither: a step of it proves nothing, so that kept keys are chosen anew.
+
     def _watch(self, module: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._thread.continuity.watch(module, kwargs)
+        if not torch.compiler.is_compiling():
+            self._thread.continuity.watch(module, kwargs)
 
     def _count_forward(self, *_: Any) -> None:
-        self.tally.forward()
+        if not torch.compiler.is_compiling():
+            self.tally.forward()
 
     def detach(self) -> None:
         """Restores the model's own attention. Safe to call twice."""
@@ -107,7 +122,7 @@ class Attachment:
             return
         self._attached = False
         self._undo.close()
-        self._thread.state = None
+        self._thread.state = self._thread.decoder = None
 
     def __enter__(self) -> "Attachment":
         return self
@@ -179,6 +194,10 @@ class Attachment:
             continues=self._thread.continuity.continues(key),
             partition=self.partition,
         )
+
+    def module(self, layer: int) -> nn.Module:
+        """The attention module of a layer."""
+        return self._modules[layer]
 
     def _check_heads(self, query: Tensor, key: Tensor) -> None:
         world = 1 if self.partition is None else self.partition.world
@@ -269,6 +288,11 @@ def attach_setting(model: nn.Module, setting: Setting, progress: Progress | None
     return attachment
 
 
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """What is attached to `model`, or None."""
+    return next((getattr(module, HANDLE, None) for module in attention_modules(model).values()), None)
+
+
 def check_profile(info: ModelInfo, profile: Profile, allow_other_weights: bool = False) -> None:
     """Raises KascadeError unless `profile` was made for this model (or, if allowed, for one of its shape).
 
@@ -338,41 +362,3 @@ def _refuse_assistants(*_: Any, **__: Any) -> Any:
         "assisted generation (an assistant model, prompt look-up) is not supported: drafts are checked in chunks, "
         "which would run as prefill; leave assistant_model and prompt_lookup_num_tokens out"
     )
-
-
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(NAME, _attention)
-    # Without a mask of its own, transformers would hand None to an implementation that it does not know.
-    AttentionMaskInterface.register(NAME, causal_lengths_mask)
-
-
-@torch.compiler.disable
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [B, H, T, D], key, value [B, G, S, D] -> ([B, T, H, D], None)."""
-    attachment: Attachment | None = getattr(module, _HANDLE, None)
-    if attachment is None:
-        raise KascadeError("attention implementation 'kascade' is used through kascade_cli.attach(model, profile)")
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise KascadeError(
-            f"layer {module.layer_idx}: soft-capping, attention sinks and position biases are not supported"
-        )
-    if module.training:
-        raise KascadeError("kascade attention is for inference only: call model.eval()")
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        raise KascadeError("kascade attention has no gradients: run the model under torch.no_grad()")
-    if module.layer_idx not in attachment.strategy.layers:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    with torch.no_grad():
-        return attachment.attend(module, query, key, value, attention_mask, scaling), None

@@ -57,9 +57,10 @@ def causal_lengths_mask(
         start, length = _padding_bounds(attention_mask[:, :kv_length], check=q_length > 1)
         if whole and q_length > 1 and bool((length == kv_length).all()):
             return None
-    rows = torch.empty(batch_size, 3, dtype=torch.int32, device=device)
-    rows[:, 0], rows[:, 1], rows[:, 2] = end - q_length, start, torch.minimum(length, end - start)
-    return rows[:, None, None].expand(-1, -1, kv_length, -1)
+    # Columns are contiguous, so that `lengths_of` takes them apart without a copy.
+    columns = torch.empty(3, batch_size, dtype=torch.int32, device=device)
+    columns[0], columns[1], columns[2] = end - q_length, start, torch.minimum(length, end - start)
+    return columns.t()[:, None, None].expand(-1, -1, kv_length, -1)
 
 
 def _padding_bounds(mask: Tensor, check: bool) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Decode steps whose tokens are known beforehand, run together (teacher forcing): same keys, a fraction of the launches.
+"""Decode steps whose tokens are known, run together (teacher forcing): the same keys, a fraction of the launches.
 
 T tokens behind a cache run as one chunk of the model; attention takes them as T rows of one query each, whose keys are
 the cache and the tokens up to their own. A layer's keys depend on earlier tokens and layers alone, so that every row
@@ -27,7 +27,7 @@ def steps_batch(query: Tensor, key: Tensor, budget: Budget, partition: object) -
 
 
 def as_rows(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """[1, heads, T or S, D] -> [T, H, 1, D] and [T, G, S, D]; packed: K and V in memory of their own, as kernels want."""
+    """[1, heads, T or S, D] -> [T, H, 1, D] and [T, G, S, D]; packed: K and V copied, as kernels want them."""
     count = query.shape[2]
     key, value = (tensor.expand(count, -1, -1, -1) for tensor in (key, value))
     if packed:

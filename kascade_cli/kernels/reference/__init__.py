@@ -12,6 +12,8 @@ Tiles
     A token's index is slot - kv_start, and tile t holds the tokens [t * tile, (t + 1) * tile), so a left-padded row is
     tiled as if it ran alone. Local tile j of row b is tile `first_tile(...)[b] + j`; `tile_count(T, tile)` of them
     always suffice. A tile of which only some queries are present (chunked prefill) uses those.
+Ragged
+    A serving engine's batch, queries of all rows one after the other and keys in pages: see `kernels.ragged`.
 Pooling is post-softmax (paper, section 3.2). Arithmetic is float32, or float64 for float64 inputs.
 NaN
     Only what sees nothing becomes zero. A query that sees a NaN key, or is NaN, gives NaN output and log-sum-exp. It

@@ -1,4 +1,4 @@
-"""Many queries per row, a block of them at a time."""
+"""Many queries per row, a block of them at a time. With pages every row runs alone: see `ragged`."""
 
 import math
 from collections.abc import Iterator
@@ -6,7 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+import kascade_cli.kernels.reference.ragged as ragged
 from kascade_cli.kernels.contract import first_tile, tile_count
+from kascade_cli.kernels.ragged import is_ragged
 from kascade_cli.kernels.reference.common import blame, causal, grouped, row_slots, steps, wide
 
 
@@ -19,12 +21,20 @@ def prefill_dense(
     kv_len: Tensor,
     *,
     scale: float,
+    block_table: Tensor | None = None,
+    query_start_loc: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Dense causal attention of T queries per row.
 
-    q [B, H, T, D]; k, v [B, G, S, D] (v None: only the log-sum-exp).
+    q [B, H, T, D]; k, v [B, G, S, D] (v None: only the log-sum-exp), or ragged as in `kernels.ragged`.
     Returns (out [B, H, T, D] or None, log-sum-exp float32 [B, H, T] in natural log, -inf for padding).
     """
+    if is_ragged("prefill_dense", block_table, query_start_loc):
+        lengths, where = (
+            (query_start, kv_start, kv_len),
+            {"block_table": block_table, "query_start_loc": query_start_loc},
+        )
+        return ragged.dense(prefill_dense, q, k, v, lengths, scale, **where)
     batch, heads, queries, _ = q.shape
     groups, slots = k.shape[1], k.shape[2]
     keys, values = wide(k).transpose(-1, -2), None
@@ -85,14 +95,22 @@ def prefill_score(
     tile: int,
     first: int = 0,
     tiles: int | None = None,
+    block_table: Tensor | None = None,
+    query_start_loc: Tensor | None = None,
 ) -> Tensor:
     """Post-softmax attention summed over each tile's queries and the group's heads (method: prefill pooling).
 
     q [B, H, T, D]; k [B, G, S, D]; lse float32 [B, H, T] from `prefill_dense`, or None to compute it here.
     Returns float32 [B, G, tiles, S] for local tiles [first, first + tiles): only slots of the row strictly before the
     tile are non-zero, while each query is normalised over its whole causal row. With an lse that lacks keys (see
-    `prefill_sparse_lse`) a score may be +inf.
+    `prefill_sparse_lse`) a score may be +inf. Ragged: [G, tiles, S], of the numbers [first, first + tiles).
     """
+    if is_ragged("prefill_score", block_table, query_start_loc):
+        lengths, where = (
+            (query_start, kv_start, kv_len),
+            {"block_table": block_table, "query_start_loc": query_start_loc},
+        )
+        return ragged.score(prefill_score, q, k, lse, lengths, scale, tile, first, tiles, **where)
     batch, heads, queries, _ = q.shape
     groups, slots = k.shape[1], k.shape[2]
     tiles = tile_count(queries, tile) - first if tiles is None else tiles
@@ -189,12 +207,19 @@ def prefill_sparse(
     *,
     scale: float,
     tile: int,
+    block_table: Tensor | None = None,
+    query_start_loc: Tensor | None = None,
 ) -> Tensor:
     """Attention of each tile over its selected keys plus its own diagonal tile, causally (paper, section 3.1).
 
     q [B, H, T, D]; k, v [B, G, S, D]; indices int32 [B, G2, NT, K] of slots before the tile; counts int32 [B, NT];
-    head_map int32 [G]: KV head g reads indices[:, head_map[g]]. Returns [B, H, T, D]; zeros for padding.
+    head_map int32 [G]: KV head g reads indices[:, head_map[g]]. Returns [B, H, T, D]; zeros for padding. Ragged:
+    indices [G2, NT, K], counts [NT], [N, H, D] (see `kernels.ragged`).
     """
+    if is_ragged("prefill_sparse", block_table, query_start_loc):
+        chosen, lengths = (indices, counts, head_map), (query_start, kv_start, kv_len)
+        where = {"block_table": block_table, "query_start_loc": query_start_loc}
+        return ragged.sparse("prefill_sparse", prefill_sparse, q, k, v, chosen, lengths, scale, tile, **where)
     batch, heads, queries, _ = q.shape
     out = q.new_zeros(batch, heads, queries, v.shape[-1])
     lengths = (query_start, kv_start, kv_len)
@@ -218,11 +243,19 @@ def prefill_sparse_lse(
     *,
     scale: float,
     tile: int,
+    block_table: Tensor | None = None,
+    query_start_loc: Tensor | None = None,
 ) -> Tensor:
     """Log-sum-exp over the keys that `prefill_sparse` attends to: never above that of `prefill_dense`.
 
-    Arguments as there. Returns float32 [B, H, T] in natural log, -inf for padding.
+    Arguments as there. Returns float32 [B, H, T] (ragged: [H, N]) in natural log, -inf for padding.
     """
+    if is_ragged("prefill_sparse_lse", block_table, query_start_loc):
+        chosen, lengths = (indices, counts, head_map), (query_start, kv_start, kv_len)
+        where = {"block_table": block_table, "query_start_loc": query_start_loc}
+        return ragged.sparse(
+            "prefill_sparse_lse", prefill_sparse_lse, q, k, None, chosen, lengths, scale, tile, **where
+        )
     out = torch.full(q.shape[:3], float("-inf"), dtype=wide(q).dtype, device=q.device)
     lengths = (query_start, kv_start, kv_len)
     for row, real, _, logits in _sparse_blocks(q, k, indices, counts, head_map, *lengths, scale, tile):

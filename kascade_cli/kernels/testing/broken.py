@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kascade_cli.kernels import reference
-from kascade_cli.kernels.testing import decode, prefill
+from kascade_cli.kernels.testing import decode, prefill, ragged
 from kascade_cli.kernels.testing.poison import poisoned
 
 ROW, HEAD, DIM = 1, 1, 3  # where the fault is: row of the batch, KV head, element of the key or query
@@ -27,6 +27,8 @@ PREFILL_CASES = (
     prefill.PrefillCase(torch.bfloat16, 4, 128, 300, 450, (0, 101, 20), (45, 7, 360), (255, 394, 1)),
     prefill.PrefillCase(torch.bfloat16, 16, 64, 200, 260, (0, 0), (0, 33), (180, 167)),
 )
+# Neighbours within a block of queries and within a tile; the last has padding behind it.
+RAGGED_CASES = (ragged.RaggedCase(torch.bfloat16, 4, 128, 32, ((40, 300), (1, 33), (200, 200), (70, 900)), padding=3),)
 
 
 def check_decode(ops: Any, device: torch.device, cases: tuple[decode.DecodeCase, ...] = DECODE_CASES) -> list[Row]:
@@ -52,6 +54,33 @@ def check_prefill(ops: Any, device: torch.device, cases: tuple[prefill.PrefillCa
         slots = (begin, begin + length // 3, begin + length - 1)
         for name, given in _faults(healthy, slots, query, case.group * case.kv_heads):
             rows += _judge(f"{case} {name}", lambda at: _prefill(ops, at), _prefill_truth, healthy, given)
+    return rows
+
+
+def check_ragged(ops: Any, device: torch.device, cases: tuple[ragged.RaggedCase, ...] = RAGGED_CASES) -> list[Row]:
+    """Rows of nothing but NaN, one after the other: the others', bit for bit, are as without."""
+    rows = []
+    for number, case in enumerate(cases):
+        made = ragged.make_inputs(case, 300 + number, str(device))
+        picked = {row: prefill.exact(case.alone(row), alone)[1:] for row, alone in made.alone.items()}
+        chosen = ragged.pack(case, made, picked)
+        healthy = ragged.rows_of(case, made, ragged.run_ops(ops, case, made, *chosen))
+        for bad in made.alone:
+            given = ragged.without(case, made, bad)
+            try:
+                with poisoned():
+                    found = ragged.rows_of(case, given, ragged.run_ops(ops, case, given, *chosen))
+            except Exception as error:  # one broken case must not hide the others
+                line = " ".join(str(error).split())[:300]
+                rows.append(decode._row("ragged rows", f"{case} row {bad}", note=line, ok=False))
+                continue
+            reached = [
+                f"{op} of row {row}"
+                for op in prefill.NAMES
+                for row in made.alone
+                if row != bad and not ragged.same(op, case, row, healthy[row][op], found[row][op])
+            ]
+            rows.append(decode._row("ragged rows", f"{case} row {bad}", note=", ".join(reached[:4]), ok=not reached))
     return rows
 
 

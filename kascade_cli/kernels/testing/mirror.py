@@ -15,6 +15,7 @@ from torch import Tensor
 from kascade_cli.kernels import reference
 from kascade_cli.kernels.backend import register_backend
 from kascade_cli.kernels.contract import OPS, first_tile
+from kascade_cli.kernels.ragged import ragged_tiles
 
 
 def register_mirror(name: str = "mirror", seen: list[str] | None = None) -> None:
@@ -49,7 +50,8 @@ def _check_selection(op: str, given: dict[str, Any]) -> None:
 
 def _check_attention(op: str, given: dict[str, Any]) -> None:
     q, k, table = given["q"], given["k"], given.get("block_table")
-    batch, slots = q.shape[0], k.shape[2] if table is None else table.shape[1] * k.shape[1]
+    batch = q.shape[0] if table is None else len(table)
+    slots = k.shape[2] if table is None else table.shape[1] * k.shape[1]
     lengths = {name: given[name] for name in ("query_start", "kv_start", "kv_len") if name in given}
     for name, value in lengths.items():
         _int32(op, name, value, (batch,))
@@ -63,15 +65,21 @@ def _check_attention(op: str, given: dict[str, Any]) -> None:
         _check_indices(op, given, batch, slots)
     if given.get("lse") is not None:
         _check_lse(op, given, lengths)
+    if given.get("query_start_loc") is not None:
+        queries = given["query_start_loc"].diff()
+        good = (lengths["query_start"] + queries <= lengths["kv_len"]) | (queries == 0)
+        _require(good.all(), f"{op}: rows of {queries.tolist()} queries are not the last of their keys")
 
 
 def _check_indices(op: str, given: dict[str, Any], batch: int, slots: int) -> None:
     """Used entries are different keys of the row: any slot in decode, slots before the tile in prefill."""
     indices, counts, head_map = given["indices"], given["counts"], given["head_map"]
-    prefill = "tile" in given
+    prefill, ragged = "tile" in given, given.get("query_start_loc") is not None
+    if ragged:  # as one row of all tiles
+        indices, counts = indices[None], counts[None]
     tiles = indices.shape[2:-1]
-    _int32(op, "indices", indices, (batch, *indices.shape[1:]))
-    _int32(op, "counts", counts, (batch, *tiles))
+    _int32(op, "indices", indices, (1 if ragged else batch, *indices.shape[1:]))
+    _int32(op, "counts", counts, (1 if ragged else batch, *tiles))
     _int32(op, "head_map", head_map, (given["k"].shape[1 if given.get("block_table") is None else 2],))
     sources = indices.shape[1]
     _require(((head_map >= 0) & (head_map < sources)).all(), f"{op}: head_map {head_map.tolist()} of {sources} heads")
@@ -79,7 +87,12 @@ def _check_indices(op: str, given: dict[str, Any], batch: int, slots: int) -> No
     used = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
     low = torch.zeros_like(counts)
     high = torch.full_like(counts, slots)
-    if prefill:
+    if ragged:
+        where = (given["query_start_loc"], given["query_start"], given["kv_len"])
+        row, high = (x[None] for x in ragged_tiles(*where, given["tile"], given["q"].shape[0]))
+        nobody = row == batch
+        _require(not (counts > 0)[nobody].any(), f"{op}: tiles that are nobody's have counts")
+    elif prefill:
         start, query, tile = given["kv_start"][:, None], given["query_start"][:, None], given["tile"]
         local = torch.arange(*tiles, device=counts.device)
         high = start + (first_tile(given["query_start"], given["kv_start"], tile)[:, None] + local) * tile
@@ -97,8 +110,10 @@ def _check_indices(op: str, given: dict[str, Any], batch: int, slots: int) -> No
 def _check_lse(op: str, given: dict[str, Any], lengths: dict[str, Tensor]) -> None:
     """Of the same queries: finite (or NaN) where they are real, and never above that of all keys that they see."""
     q, lse = given["q"], given["lse"]
-    _require(lse.shape == q.shape[:3], f"{op}: lse is {list(lse.shape)}, not {list(q.shape[:3])}")
-    exact = reference.prefill_dense(q, given["k"], None, *lengths.values(), scale=given["scale"])[1]
+    pages = {name: given[name] for name in ("block_table", "query_start_loc")}
+    shape = q.shape[:3] if pages["block_table"] is None else (q.shape[1], q.shape[0])
+    _require(lse.shape == shape, f"{op}: lse is {list(lse.shape)}, not {list(shape)}")
+    exact = reference.prefill_dense(q, given["k"], None, *lengths.values(), scale=given["scale"], **pages)[1]
     _require(
         torch.equal(lse == float("-inf"), exact == float("-inf")), f"{op}: lse has other padding than the queries"
     )

@@ -19,6 +19,7 @@ import torch
 from kascade_cli.kernels.contract import HEAD_DIMS, MAX_GROUP, TILES, Progress
 from kascade_cli.kernels.tilelang.arguments import DTYPES
 from kascade_cli.kernels.tilelang.compile import Spec, cache_dir, prebuild
+from kascade_cli.kernels.tilelang.prefill_common import PAGES
 from kascade_cli.kernels.tilelang.prefill_specs import prefill_specs
 from kascade_cli.kernels.tilelang.specs import decode_specs, select_specs
 
@@ -27,12 +28,14 @@ _tried: set[str] = set()  # once a process: the call that needs one that failed 
 _lock = threading.Lock()  # a second thread waits for the kernels of the first
 
 
-def shape_specs(group: int, head_dim: int, dtype: torch.dtype, tile: int) -> list[Spec]:
-    """Kernels of a contiguous cache, decode and prefill; empty for a shape that these kernels do not take."""
-    if dtype not in DTYPES or head_dim not in HEAD_DIMS or not 1 <= group <= MAX_GROUP:
+def shape_specs(group: int, head_dim: int, dtype: torch.dtype, tile: int, page: int = 0) -> list[Spec]:
+    """Kernels of a cache, decode and prefill, in pages of `page` slots or contiguous (0); empty for a shape that these
+    kernels do not take."""
+    fits = dtype in DTYPES and head_dim in HEAD_DIMS and 1 <= group <= MAX_GROUP
+    if not fits or page not in (0, *PAGES):
         return []
-    found = [*select_specs(), *decode_specs(group, head_dim, DTYPES[dtype])]
-    return found + (prefill_specs(group, head_dim, DTYPES[dtype], tile) if tile in TILES else [])
+    found = [*select_specs(), *decode_specs(group, head_dim, DTYPES[dtype], page)]
+    return found + (prefill_specs(group, head_dim, DTYPES[dtype], tile, page) if tile in TILES else [])
 
 
 def missing(found: Iterable[Spec]) -> list[Spec]:

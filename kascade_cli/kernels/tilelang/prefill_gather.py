@@ -5,11 +5,11 @@ from typing import Any
 import tilelang.language as T
 
 
-def tile_macros(head_dim: int, group: int, heads: int, tile: int, keys: int) -> tuple[Any, Any, Any]:
+def tile_macros(head_dim: int, group: int, heads: int, tile: int, keys: int, page: int = 0) -> tuple[Any, Any, Any]:
     """(load_queries, list_slots, gather) for tiles of `tile` queries x `heads` heads and blocks of `keys` keys.
 
     `t` is the thread within the producer warpgroup. All copies are cp.async of 16 bytes; `row` holds the slots of the
-    keys that a thread copies.
+    keys that a thread copies: of the row or, with `page`, of the pages one after the other, row `source` of the table.
     """
     lanes = head_dim // 8  # threads that copy one row
     step = 128 // lanes  # rows copied at once
@@ -36,7 +36,19 @@ def tile_macros(head_dim: int, group: int, heads: int, tile: int, keys: int) -> 
 
     @T.macro
     def list_slots(
-        indices, row, b, hm: T.Ref, tile_index: T.Ref, k, used: T.Ref, edge: T.Ref, lo: T.Ref, last: T.Ref, t
+        indices,
+        table,
+        row,
+        b,
+        hm: T.Ref,
+        tile_index: T.Ref,
+        k,
+        used: T.Ref,
+        edge: T.Ref,
+        lo: T.Ref,
+        last: T.Ref,
+        source,
+        t,
     ):
         # The tile's own slots come first, then its selection. Slots outside of [lo, last] are no row's and may hold
         # NaN; an entry of -1 is read where nothing is selected.
@@ -52,14 +64,24 @@ def tile_macros(head_dim: int, group: int, heads: int, tile: int, keys: int) -> 
                 ),
                 lo,
             )
+        if page:
+            for i in T.unroll(passes):
+                row[i] = table[source, row[i] // page] * page + row[i] % page
 
     @T.macro
     def gather(Cache, ring, stage, row, b, g, t):
         for i in T.unroll(passes):
-            T.ptx_cp_async(
-                T.access_ptr(ring[stage, i * step + t // lanes, t % lanes * 8], "w", 8),
-                T.access_ptr(Cache[b, g, row[i], t % lanes * 8], "r", 8),
-                8,
-            )
+            if page:
+                T.ptx_cp_async(
+                    T.access_ptr(ring[stage, i * step + t // lanes, t % lanes * 8], "w", 8),
+                    T.access_ptr(Cache[row[i], g, t % lanes * 8], "r", 8),
+                    8,
+                )
+            else:
+                T.ptx_cp_async(
+                    T.access_ptr(ring[stage, i * step + t // lanes, t % lanes * 8], "w", 8),
+                    T.access_ptr(Cache[b, g, row[i], t % lanes * 8], "r", 8),
+                    8,
+                )
 
     return load_queries, list_slots, gather

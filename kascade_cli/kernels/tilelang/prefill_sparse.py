@@ -5,27 +5,35 @@ from torch import Tensor
 
 from kascade_cli.kernels.contract import LOG2E
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
-from kascade_cli.kernels.tilelang.prefill_common import allocate, cache_view, check, check_selection, queries_view
+from kascade_cli.kernels.tilelang.prefill_common import allocate, check, check_selection, views
 from kascade_cli.kernels.tilelang.prefill_gather import tile_macros
+from kascade_cli.kernels.tilelang.prefill_paged import tile_finder
 
 LOWEST = -(2.0**30)
 
 
 @kernel(tl__disable_safe_memory_legalize=True)
-def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, keys: int = 128, stages: int = 2):
+def sparse_kernel(
+    dtype: str, head_dim: int, group: int, heads: int, tile: int, page: int = 0, keys: int = 128, stages: int = 2
+):
     """One tile of `tile` queries x `heads` heads (64 or 128 rows) per CTA; heads past the group are dropped.
 
     A producer warpgroup gathers keys and values with cp.async, its row indices read before it waits for a free slot.
     The list of keys is the tile itself followed by the selection, so a padded last block is all that is wasted. QK of
     the next block and PV of the last one are issued together; the softmax runs while PV does.
+    page: keys in pages of so many slots under ragged rows, the caches then [slots of all pages, G, D] (0: contiguous).
     """
     f32, rows = "float32", tile * heads
     consumers = rows * 2
     policy = T.GemmWarpPolicy.FullRow
     chunks = -(-group // heads)  # CTAs that share a tile
-    load_queries, list_slots, gather = tile_macros(head_dim, group, heads, tile, keys)
+    load_queries, list_slots, gather = tile_macros(head_dim, group, heads, tile, keys, page)
     passes = keys * head_dim // (8 * 128)  # rows of a block that a producer thread copies a part of
     B, G, G2, S, H, NQ, NT, W = (T.dynamic(x) for x in ("B", "G", "G2", "S", "H", "NQ", "NT", "W"))
+    L, R, MP = (T.dynamic(x) for x in ("L", "R", "MP"))
+    batch, cache = (1, (S, G, head_dim)) if page else (B, (B, G, S, head_dim))
+    HQ = T.dynamic("HQ") if page else H  # ragged queries may be the front of longer rows
+    place = tile_finder(tile) if page else None
 
     @T.macro
     def update(logits, peak, old, decay, part, total, scale):
@@ -41,20 +49,22 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
 
     @T.prim_func
     def main(
-        Q: T.Tensor((B, NQ, H, head_dim), dtype),
-        K: T.Tensor((B, G, S, head_dim), dtype),
-        V: T.Tensor((B, G, S, head_dim), dtype),
-        indices: T.Tensor((B, G2, NT, W), "int32"),
-        counts: T.Tensor((B, NT), "int32"),
+        Q: T.Tensor((batch, NQ, HQ, head_dim), dtype),
+        K: T.Tensor(cache, dtype),
+        V: T.Tensor(cache, dtype),
+        indices: T.Tensor((batch, G2, NT, W), "int32"),
+        counts: T.Tensor((batch, NT), "int32"),
         head_map: T.Tensor((G,), "int32"),
+        table: T.Tensor((R, MP), "int32"),
+        loc: T.Tensor((L,), "int32"),
         query_start: T.Tensor((B,), "int32"),
         kv_start: T.Tensor((B,), "int32"),
         kv_len: T.Tensor((B,), "int32"),
-        Out: T.Tensor((B, NQ, H, head_dim), dtype),
+        Out: T.Tensor((batch, NQ, H, head_dim), dtype),
         scale: T.float32,
     ):
         # Tiles of one KV head run side by side, the heaviest first: its keys stay in L2.
-        with T.Kernel(NT * chunks, G, B, threads=consumers + 128) as (x, g, b):
+        with T.Kernel(NT * chunks, G, batch, threads=consumers + 128) as (x, g, b):
             Qs = T.alloc_shared((rows, head_dim), dtype)
             Ks = T.alloc_shared((stages, keys, head_dim), dtype)
             Vs = T.alloc_shared((stages, keys, head_dim), dtype)
@@ -72,6 +82,9 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
             vfree = T.alloc_barrier([consumers] * stages)
             ready = T.alloc_barrier(128)
             row = T.alloc_local((passes,), "int32")
+            if page:
+                source = T.alloc_var("int32")  # row of the lengths and the table
+                behind = T.alloc_var("int32")  # like end, but of the padding behind the rows too
             tx = T.get_thread_binding()
             t = T.alloc_var("int32")
             h0 = T.alloc_var("int32")  # first head, within the group
@@ -87,14 +100,21 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
             hm = T.alloc_var("int32")
             t = NT - 1 - x // chunks
             h0 = x % chunks * heads
-            lo = kv_start[b]
-            edge = lo + (T.max(query_start[b] - lo, 0) // tile + t) * tile
-            q0 = edge - query_start[b]
-            begin = T.max(lo - query_start[b], 0)
-            end = T.min(lo + kv_len[b] - query_start[b], NQ)
-            last = lo + kv_len[b] - 1
-            hm = head_map[g]
-            covered = T.min(end, q0 + (NT - t) * tile)
+            if page:
+                lo = 0
+                place(
+                    loc, query_start, kv_len, B, NQ, t, tx % 32, source, edge, q0, begin, end, behind, last
+                )  # fmt: skip
+                hm = head_map[g]
+            else:
+                lo = kv_start[b]
+                edge = lo + (T.max(query_start[b] - lo, 0) // tile + t) * tile
+                q0 = edge - query_start[b]
+                begin = T.max(lo - query_start[b], 0)
+                end = T.min(lo + kv_len[b] - query_start[b], NQ)
+                last = lo + kv_len[b] - 1
+                hm = head_map[g]
+                covered = T.min(end, q0 + (NT - t) * tile)
             used = T.max(T.min(counts[b, t], W), 0) + tile
             n = T.ceildiv(used, keys)
             if q0 >= end:
@@ -106,7 +126,21 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
                     load_queries(Q, Qs, b, g, q0, end, h0, tx - consumers)
                     T.cp_async_barrier_noinc(ready)
                     for k in T.serial(n):
-                        list_slots(indices, row, b, hm, t, k, used, edge, lo, last, tx - consumers)
+                        list_slots(
+                            indices,
+                            table,
+                            row,
+                            b,
+                            hm,
+                            t,
+                            k,
+                            used,
+                            edge,
+                            lo,
+                            last,
+                            source if page else b,
+                            tx - consumers,
+                        )
                         T.barrier_wait(kfree[k % stages], ((k // stages) & 1) ^ 1)
                         gather(K, Ks, k % stages, row, b, g, tx - consumers)
                         T.cp_async_barrier_noinc(kfull[k % stages])
@@ -160,12 +194,17 @@ def sparse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, 
                         out[i, j] /= total[i]
                     T.copy(out, Qs)
                     for i, h, j in T.Parallel(tile, heads, head_dim):
-                        if q0 + i >= 0 and q0 + i < end and h0 + h < group:
+                        if q0 + i >= (begin if page else 0) and q0 + i < end and h0 + h < group:
                             Out[b, q0 + i, g * group + h0 + h, j] = Qs[i * heads + h, j]
-                # Other queries belong to no tile: the CTA that shares their position zeroes them.
-                for i, h, j in T.Parallel(tile, heads, head_dim):
-                    if t * tile + i < NQ and (t * tile + i < begin or t * tile + i >= covered) and h0 + h < group:
-                        Out[b, t * tile + i, g * group + h0 + h, j] = 0
+                if page:
+                    for i, h, j in T.Parallel(tile, heads, head_dim):
+                        if q0 + i >= T.max(begin, end) and q0 + i < behind and h0 + h < group:
+                            Out[b, q0 + i, g * group + h0 + h, j] = 0
+                else:
+                    # Other queries belong to no tile: the CTA that shares their position zeroes them.
+                    for i, h, j in T.Parallel(tile, heads, head_dim):
+                        if t * tile + i < NQ and (t * tile + i < begin or t * tile + i >= covered) and h0 + h < group:
+                            Out[b, t * tile + i, g * group + h0 + h, j] = 0
 
     return main
 
@@ -189,33 +228,27 @@ def prefill_sparse(
     *,
     scale: float,
     tile: int,
+    block_table: Tensor | None = None,
+    query_start_loc: Tensor | None = None,
 ) -> Tensor:
     """Attention over selected keys plus the diagonal tile; see `kascade_cli.kernels.reference.prefill_sparse`.
 
     q [B, H, T, D] (memory [B, T, H, D]); k, v [B, G, S, D]; indices int32 [B, G2, NT, K] of slots; counts int32
     [B, NT]; head_map int32 [G] into G2. Returns [B, H, T, D] as a view of [B, T, H, D]; zeros for padding and for
-    queries past tile NT.
+    queries past tile NT. With pages: indices [G2, NT, K], counts [NT], [N, H, D].
     Raises KascadeError for what the kernels do not take.
     """
-    shape = check("prefill_sparse", q, k, v, (query_start, kv_start, kv_len), tile)
+    lengths, pages = (query_start, kv_start, kv_len), (block_table, query_start_loc)
+    shape = check("prefill_sparse", q, k, v, lengths, tile, *pages)
     indices, counts = check_selection("prefill_sparse", shape, tile, indices, counts, head_map, q.device)
     require_hopper(q.device)
     sizes = (shape.batch, shape.queries, shape.heads, shape.head_dim)
     out = allocate("prefill_sparse", sizes, q.dtype, q.device, "prefill in smaller chunks")
-    if out.numel():
-        heads = sparse_heads(shape.group, tile)
-        run = sparse_kernel(dtype=shape.dtype, head_dim=shape.head_dim, group=shape.group, heads=heads, tile=tile)
-        run(
-            queries_view(q),
-            cache_view(k),
-            cache_view(v),
-            indices.contiguous(),
-            counts.contiguous(),
-            head_map.contiguous(),
-            query_start.contiguous(),
-            kv_start.contiguous(),
-            kv_len.contiguous(),
-            out,
-            scale * LOG2E,
-        )
-    return out.transpose(1, 2)
+    if not shape.rows:  # padding alone
+        out.zero_()
+    elif out.numel():
+        made, selection = views(q, k, v, lengths, *pages), (indices, counts, head_map)
+        run = sparse_kernel(**shape.config(), group=shape.group, heads=sparse_heads(shape.group, tile), tile=tile)
+        caches = (x.flatten(0, 1) if shape.page else x for x in (made.k, made.v))
+        run(made.q, *caches, *(x.contiguous() for x in selection), *made.where, out, scale * LOG2E)
+    return out[0] if shape.page else out.transpose(1, 2)

@@ -8,13 +8,16 @@ from torch import Tensor
 
 from kascade_cli.kernels.contract import LOG2E
 from kascade_cli.kernels.tilelang.compile import kernel, require_hopper
-from kascade_cli.kernels.tilelang.prefill_common import cache_view, check, check_selection, queries_view
+from kascade_cli.kernels.tilelang.prefill_common import check, check_selection, views
 from kascade_cli.kernels.tilelang.prefill_gather import tile_macros
+from kascade_cli.kernels.tilelang.prefill_paged import tile_finder
 from kascade_cli.kernels.tilelang.prefill_sparse import LOWEST, sparse_heads
 
 
 @kernel(tl__disable_safe_memory_legalize=True)
-def sparse_lse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: int, keys: int = 64, stages: int = 4):
+def sparse_lse_kernel(
+    dtype: str, head_dim: int, group: int, heads: int, tile: int, page: int = 0, keys: int = 64, stages: int = 4
+):
     """One tile of `tile` queries x `heads` heads (64 or 128 rows) per CTA, as in `prefill_sparse`, without values.
 
     Without them two CTAs fit on an SM: while one waits for its keys or the tensor cores, the other takes exponentials.
@@ -24,24 +27,30 @@ def sparse_lse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: i
     consumers = rows * 2
     policy = T.GemmWarpPolicy.FullRow
     chunks = -(-group // heads)  # CTAs that share a tile
-    load_queries, list_slots, gather = tile_macros(head_dim, group, heads, tile, keys)
+    load_queries, list_slots, gather = tile_macros(head_dim, group, heads, tile, keys, page)
     passes = keys * head_dim // (8 * 128)  # rows of a block that a producer thread copies a part of
     B, G, G2, S, H, NQ, NT, W = (T.dynamic(x) for x in ("B", "G", "G2", "S", "H", "NQ", "NT", "W"))
+    L, R, MP = (T.dynamic(x) for x in ("L", "R", "MP"))
+    batch, cache = (1, (S, G, head_dim)) if page else (B, (B, G, S, head_dim))
+    HQ = T.dynamic("HQ") if page else H  # ragged queries may be the front of longer rows
+    place = tile_finder(tile) if page else None
 
     @T.prim_func
     def main(
-        Q: T.Tensor((B, NQ, H, head_dim), dtype),
-        K: T.Tensor((B, G, S, head_dim), dtype),
-        indices: T.Tensor((B, G2, NT, W), "int32"),
-        counts: T.Tensor((B, NT), "int32"),
+        Q: T.Tensor((batch, NQ, HQ, head_dim), dtype),
+        K: T.Tensor(cache, dtype),
+        indices: T.Tensor((batch, G2, NT, W), "int32"),
+        counts: T.Tensor((batch, NT), "int32"),
         head_map: T.Tensor((G,), "int32"),
+        table: T.Tensor((R, MP), "int32"),
+        loc: T.Tensor((L,), "int32"),
         query_start: T.Tensor((B,), "int32"),
         kv_start: T.Tensor((B,), "int32"),
         kv_len: T.Tensor((B,), "int32"),
-        lse: T.Tensor((B, H, NQ), f32),
+        lse: T.Tensor((batch, H, NQ), f32),
         scale: T.float32,
     ):
-        with T.Kernel(NT * chunks, G, B, threads=consumers + 128) as (x, g, b):
+        with T.Kernel(NT * chunks, G, batch, threads=consumers + 128) as (x, g, b):
             T.annotate_min_blocks_per_sm(2)
             Qs = T.alloc_shared((rows, head_dim), dtype)
             Ks = T.alloc_shared((stages, keys, head_dim), dtype)
@@ -54,6 +63,9 @@ def sparse_lse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: i
             free = T.alloc_barrier([consumers] * stages)
             ready = T.alloc_barrier(128)
             row = T.alloc_local((passes,), "int32")
+            if page:
+                source = T.alloc_var("int32")  # row of the lengths and the table
+                behind = T.alloc_var("int32")  # like end, but of the padding behind the rows too
             tx = T.get_thread_binding()
             t = T.alloc_var("int32")
             h0 = T.alloc_var("int32")  # first head, within the group
@@ -69,14 +81,21 @@ def sparse_lse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: i
             hm = T.alloc_var("int32")
             t = NT - 1 - x // chunks
             h0 = x % chunks * heads
-            lo = kv_start[b]
-            edge = lo + (T.max(query_start[b] - lo, 0) // tile + t) * tile
-            q0 = edge - query_start[b]
-            begin = T.max(lo - query_start[b], 0)
-            end = T.min(lo + kv_len[b] - query_start[b], NQ)
-            last = lo + kv_len[b] - 1
-            hm = head_map[g]
-            covered = T.min(end, q0 + (NT - t) * tile)
+            if page:
+                lo = 0
+                place(
+                    loc, query_start, kv_len, B, NQ, t, tx % 32, source, edge, q0, begin, end, behind, last
+                )  # fmt: skip
+                hm = head_map[g]
+            else:
+                lo = kv_start[b]
+                edge = lo + (T.max(query_start[b] - lo, 0) // tile + t) * tile
+                q0 = edge - query_start[b]
+                begin = T.max(lo - query_start[b], 0)
+                end = T.min(lo + kv_len[b] - query_start[b], NQ)
+                last = lo + kv_len[b] - 1
+                hm = head_map[g]
+                covered = T.min(end, q0 + (NT - t) * tile)
             used = T.max(T.min(counts[b, t], W), 0) + tile
             n = T.ceildiv(used, keys)
             if q0 >= end:
@@ -88,7 +107,21 @@ def sparse_lse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: i
                     load_queries(Q, Qs, b, g, q0, end, h0, tx - consumers)
                     T.cp_async_barrier_noinc(ready)
                     for k in T.serial(n):
-                        list_slots(indices, row, b, hm, t, k, used, edge, lo, last, tx - consumers)
+                        list_slots(
+                            indices,
+                            table,
+                            row,
+                            b,
+                            hm,
+                            t,
+                            k,
+                            used,
+                            edge,
+                            lo,
+                            last,
+                            source if page else b,
+                            tx - consumers,
+                        )
                         T.barrier_wait(free[k % stages], ((k // stages) & 1) ^ 1)
                         gather(K, Ks, k % stages, row, b, g, tx - consumers)
                         T.cp_async_barrier_noinc(full[k % stages])
@@ -120,18 +153,31 @@ def sparse_lse_kernel(dtype: str, head_dim: int, group: int, heads: int, tile: i
                         for i in T.Parallel(rows):
                             total[i] = total[i] * T.exp2((old[i] - peak[i]) * scale) + part[i]
                     for i in T.Parallel(rows):
-                        if q0 + i // heads >= 0 and q0 + i // heads < end and h0 + i % heads < group:
+                        if (
+                            q0 + i // heads >= (begin if page else 0)
+                            and q0 + i // heads < end
+                            and h0 + i % heads < group
+                        ):
                             lse[b, g * group + h0 + i % heads, q0 + i // heads] = (
                                 T.log2(total[i]) + peak[i] * scale
                             ) * math.log(2)
-                # Other queries belong to no tile: the CTA that shares their position writes them.
-                for i in T.Parallel(rows):
-                    if (
-                        t * tile + i // heads < NQ
-                        and (t * tile + i // heads < begin or t * tile + i // heads >= covered)
-                        and h0 + i % heads < group
-                    ):
-                        lse[b, g * group + h0 + i % heads, t * tile + i // heads] = -T.infinity(f32)
+                if page:
+                    for i in T.Parallel(rows):
+                        if (
+                            q0 + i // heads >= T.max(begin, end)
+                            and q0 + i // heads < behind
+                            and h0 + i % heads < group
+                        ):
+                            lse[b, g * group + h0 + i % heads, q0 + i // heads] = -T.infinity(f32)
+                else:
+                    # Other queries belong to no tile: the CTA that shares their position writes them.
+                    for i in T.Parallel(rows):
+                        if (
+                            t * tile + i // heads < NQ
+                            and (t * tile + i // heads < begin or t * tile + i // heads >= covered)
+                            and h0 + i % heads < group
+                        ):
+                            lse[b, g * group + h0 + i % heads, t * tile + i // heads] = -T.infinity(f32)
 
     return main
 
@@ -148,30 +194,25 @@ def prefill_sparse_lse(
     *,
     scale: float,
     tile: int,
+    block_table: Tensor | None = None,
+    query_start_loc: Tensor | None = None,
 ) -> Tensor:
     """Log-sum-exp over selected keys and the diagonal tile; see `kascade_cli.kernels.reference.prefill_sparse_lse`.
 
     q [B, H, T, D] (memory [B, T, H, D]); k [B, G, S, D]; indices int32 [B, G2, NT, K] of slots; counts int32 [B, NT];
-    head_map int32 [G] into G2. Returns float32 [B, H, T], -inf for padding and for queries past tile NT.
-    Raises KascadeError for what the kernels do not take.
+    head_map int32 [G] into G2. Returns float32 [B, H, T], -inf for padding and for queries past tile NT. With pages:
+    indices [G2, NT, K], counts [NT], [H, N]. Raises KascadeError for what the kernels do not take.
     """
-    shape = check("prefill_sparse_lse", q, k, None, (query_start, kv_start, kv_len), tile)
+    lengths, pages = (query_start, kv_start, kv_len), (block_table, query_start_loc)
+    shape = check("prefill_sparse_lse", q, k, None, lengths, tile, *pages)
     indices, counts = check_selection("prefill_sparse_lse", shape, tile, indices, counts, head_map, q.device)
     require_hopper(q.device)
     lse = torch.empty(shape.batch, shape.heads, shape.queries, dtype=torch.float32, device=q.device)
-    if lse.numel():
-        config = {"dtype": shape.dtype, "head_dim": shape.head_dim, "group": shape.group, "tile": tile}
-        run = sparse_lse_kernel(**config, heads=sparse_heads(shape.group, tile))
-        run(
-            queries_view(q),
-            cache_view(k),
-            indices.contiguous(),
-            counts.contiguous(),
-            head_map.contiguous(),
-            query_start.contiguous(),
-            kv_start.contiguous(),
-            kv_len.contiguous(),
-            lse,
-            scale * LOG2E,
-        )
-    return lse
+    if not shape.rows:  # padding alone
+        lse.fill_(float("-inf"))
+    elif lse.numel():
+        made, selection = views(q, k, None, lengths, *pages), (indices, counts, head_map)
+        run = sparse_lse_kernel(**shape.config(), group=shape.group, heads=sparse_heads(shape.group, tile), tile=tile)
+        keys = made.k.flatten(0, 1) if shape.page else made.k
+        run(made.q, keys, *(x.contiguous() for x in selection), *made.where, lse, scale * LOG2E)
+    return lse[0] if shape.page else lse

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kascade_cli.schema import PHASES, Phase
-from kascade_cli.sparse.layer import Keys, Layer
+from kascade_cli.sparse.layer import Keys, Layer, numbers
 from kascade_cli.sparse.strategy import Strategy
 
 
@@ -106,7 +106,7 @@ class Kascade(Strategy):
 
     def identity(self, layer: Layer) -> Tensor:
         """Every KV head of this process its own set, int32 [G]."""
-        return torch.arange(layer.groups, dtype=torch.int32, device=layer.query.device)
+        return numbers(0, layer.groups, 1, layer.query.device)
 
 
 class Pooled(Kascade):

@@ -88,6 +88,23 @@ class Memory:
         self._complete, self._age, self._slots = False, 0, 0
         self._written: set[int] = set()
 
+    def kinds(self) -> list[str]:
+        """The kinds of decode steps that there are, in the order in which they first come."""
+        return list(KINDS[: min(self.every, 2)])
+
+    def kind(self, step: int) -> str:
+        """The kind of the decode step with this number, counted from 0 behind a prefill."""
+        return KINDS[0] if step % self.every == 0 else KINDS[1]
+
+    def buffers(self) -> list[Tensor]:
+        """What steps share: graphs of them hold as long as these are the same tensors."""
+        return [tensor for tensor in (self._sets, self.counts, self._lengths) if tensor is not None]
+
+    @property
+    def counted(self) -> Tensor | None:
+        """The counts of `report`, on the device."""
+        return self._tally
+
     @contextlib.contextmanager
     def only(self, kind: str) -> Iterator[None]:
         """Decode steps inside are all of one kind, `refresh` or `between`: for capturing each in a CUDA graph.

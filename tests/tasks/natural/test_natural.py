@@ -7,7 +7,17 @@ import pytest
 
 from kascade_cli.devset import default_devset, load_devset
 from kascade_cli.errors import KascadeError, UsageError
-from kascade_cli.tasks.natural import MIX, MIX_TASKS, NATURAL, Draw, dialogue, natural_names, open_corpus, questions
+from kascade_cli.tasks.natural import (
+    MIX,
+    MIX_TASKS,
+    MIXED,
+    NATURAL,
+    Draw,
+    dialogue,
+    natural_names,
+    open_corpus,
+    questions,
+)
 from kascade_cli.tasks.natural.splits import OWNERS, owner
 from kascade_cli.tasks.scoring import score_answer
 from tests.toy_tokenizers import TEMPLATE, trained
@@ -190,3 +200,17 @@ def test_scores():
     assert score_answer("PARIS, of course", ["london", "paris"], "any") == 1
     assert score_answer("v3  v90", ["v3 v90"], "exact") == 1
     assert score_answer("v3 v90 v1", ["v3 v90"], "exact") == 0
+
+
+def test_lengths_in_turn_and_every_task_in_every_length(tokenizer):
+    lengths, turn, task = [500, 300, 400], len(MIXED), "niah_single_1"
+
+    def devset(length, **options):
+        return load_devset(task, tokenizer, num_prompts=3 * turn, max_length=length, seed=4, **options)
+
+    found, alike = devset(500, lengths=lengths), {length: devset(length) for length in lengths}
+    seen = {index: set() for index in range(turn)}
+    for index, ids in enumerate(found.prompts):
+        (length,) = [length for length in lengths if alike[length].prompts[index] == ids]
+        seen[index % turn].add(length)
+    assert all(each == set(lengths) for each in seen.values())

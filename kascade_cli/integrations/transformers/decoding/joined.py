@@ -1,0 +1,72 @@
+"""One product in place of three: q, k and v of a decode step are projections of the same vectors."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from kascade_cli.models import attention_modules
+
+NAMES = ("q_proj", "k_proj", "v_proj")
+_SHARE = 0.25  # of the free memory that the joined weights, which are copies, may take
+
+
+class Joined(nn.Module):
+    """In place of the first of several linear layers; the others take their parts of what it has computed."""
+
+    def __init__(self, parts: Sequence[nn.Linear]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
+        biases = [part.bias for part in parts]
+        self.bias = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
+        self.sizes = [part.out_features for part in parts]
+        self.parts: tuple[Tensor, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.parts = linear(x, self.weight, self.bias).split(self.sizes, -1)
+        return self.parts[0]
+
+
+class Part(nn.Module):
+    """In place of another of them; it runs after the first, on the same input."""
+
+    def __init__(self, joined: Joined, index: int):
+        super().__init__()
+        self.joined, self.index = joined, index
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.joined.parts[self.index]
+
+
+def joinable(attention: nn.Module) -> list[nn.Linear]:
+    """The projections of an attention module, in the order in which they run; none where they cannot be joined."""
+    found = [getattr(attention, name, None) for name in NAMES]
+    if not all(type(part) is nn.Linear for part in found):  # not adapters, quantised layers, or a joined one
+        return []
+    alike = {(p.in_features, p.weight.dtype, p.weight.device, p.bias is None, len(p._forward_hooks)) for p in found}
+    return found if len(alike) == 1 and not found[0]._forward_hooks else []
+
+
+@contextlib.contextmanager
+def joined_projections(model: nn.Module) -> Iterator[list[Joined]]:
+    """Inside, attention modules project once; left, they are what they were. The joined ones, which graphs read on."""
+    made: list[Joined] = []
+    with contextlib.ExitStack() as undo, torch.no_grad():
+        found = {module: parts for module in attention_modules(model).values() if (parts := joinable(module))}
+        needed = sum(part.weight.nbytes for parts in found.values() for part in parts)
+        for module, parts in found.items() if _fits(needed, model) else ():
+            made.append(Joined(parts))
+            replacements = [made[-1], *(Part(made[-1], index) for index in range(1, len(parts)))]
+            for name, part, replacement in zip(NAMES, parts, replacements, strict=True):
+                setattr(module, name, replacement)
+                undo.callback(setattr, module, name, part)
+        yield made
+        for joined in made:
+            joined.parts = ()
+
+
+def _fits(size: int, model: nn.Module) -> bool:
+    device = next(model.parameters()).device
+    return device.type != "cuda" or size <= _SHARE * torch.cuda.mem_get_info(device)[0]

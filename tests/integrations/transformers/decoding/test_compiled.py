@@ -1,0 +1,143 @@
+"""Compiled decoder layers: the same logits, one layer's code for all of them, nothing left behind."""
+
+import pytest
+import torch
+
+from kascade_cli import attach
+from kascade_cli.errors import KascadeError
+from kascade_cli.integrations.transformers.decoding import Runner, Slots, decode
+from kascade_cli.integrations.transformers.decoding.compiled import compiled_layers
+from kascade_cli.models import describe
+from tests.conftest import tiny_model
+
+from ..naive import some_profile
+from .test_static_loop import padded, prefilled
+
+
+def logits_of(runner, prompt, steps):
+    """Logits of each step, [steps, B, V]."""
+    found = []
+
+    def choose(scores, _):
+        found.append(scores.clone())
+        return scores.argmax(-1)
+
+    runner.load(*prompt)
+    decode(runner, steps + 1, choose=choose)
+    return torch.stack(found)
+
+
+def test_one_code_for_all_layers_and_strategies():
+    """The compiler's own backend for this: a graph per layer, run as it is, so that float64 tells."""
+    model = tiny_model("qwen2", layers=6, seed=4)
+    profile = some_profile(describe(model))
+    ids, mask = padded((40, 23))
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    for strategy in ("dense", "kascade", "kascade-refresh"):
+        with torch.no_grad(), attach(model, profile, strategy=strategy) as run:
+            cache, token, lengths = prefilled(model, ids, mask)
+            prompt = [(layer.keys, layer.values) for layer in cache.layers], token, lengths
+            run.reset()
+            runner = Runner(model, Slots(prompt[0], 2, 64), run, capture=False)
+            want, counted = logits_of(runner, prompt, 11), run.report()
+            run.reset()
+            with compiled_layers(model, runner.slots, backend=backend):
+                got = logits_of(runner, prompt, 11)
+            torch.testing.assert_close(got, want)
+            assert run.report() == counted
+        assert not any("forward" in vars(module) for module in model.modules())
+    assert len(graphs) <= 2  # the first layer has a hook that the others have not
+    nodes = [node for graph in graphs for node in graph.graph.nodes if "kascade.attend" in str(node.target)]
+    assert len(nodes) == len(graphs)  # attention is one node each
+    torch.compiler.reset()
+
+
+def test_a_layer_that_cannot_be_compiled_leaves_no_trace():
+    model = tiny_model("llama", layers=2)
+    ids, mask = padded((20,))
+
+    def backend(graph, _):
+        raise NotImplementedError("not this layer")
+
+    torch.compiler.reset()
+    with torch.no_grad(), attach(model, strategy="dense") as run:
+        cache, token, lengths = prefilled(model, ids, mask)
+        prompt = [(layer.keys, layer.values) for layer in cache.layers], token, lengths
+        runner = Runner(model, Slots(prompt[0], 1, 64), run, capture=False)
+        want = logits_of(runner, prompt, 3)
+        with pytest.raises(Exception, match="not this layer"), compiled_layers(model, runner.slots, backend=backend):
+            logits_of(runner, prompt, 3)
+        assert torch.equal(logits_of(runner, prompt, 3), want)
+    torch.compiler.reset()
+
+
+def test_code_that_was_compiled_under_an_attachment_does_not_run_after_it():
+    query = torch.zeros(1, 2, 1, 8)
+    with pytest.raises(KascadeError, match="compile the model anew"):
+        torch.ops.kascade.attend(query, query, query, None, 1.0, torch.tensor([10**9, 0]))
+
+
+def test_graphs_of_torch_compile_are_refused(monkeypatch):
+    """What one layer keeps for the next lies in their pool, where they know nothing of it. Whole steps are another
+    thing: Runner says so while it records one."""
+    from kascade_cli.integrations.transformers.interface import _refuse_captured, capturing
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(KascadeError, match="torch.compile captures CUDA graphs in this mode"):
+        _refuse_captured(True)
+    _refuse_captured(False)
+    token = capturing.set(True)
+    _refuse_captured(True)
+    capturing.reset(token)
+
+
+def test_a_model_compiled_as_a_whole_decodes_as_it_does_eagerly():
+    """Attention is one node and no break, so that `fullgraph` holds. Kept keys need a proof, which compiled code does
+    not give, so every step chooses."""
+    from transformers import StaticCache
+
+    model = tiny_model("llama", layers=3, seed=5)
+    profile = some_profile(describe(model))
+    ids, _ = padded((45,))
+    torch.compiler.reset()
+    logits = []
+    compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for forward, strategy in ((model.forward, "kascade"), (compiled, "kascade-refresh")):
+            with attach(model, profile, strategy=strategy) as run:
+                cache, found = StaticCache(model.config, 52), []
+                model(ids, past_key_values=cache, use_cache=True)
+                for step in range(3):
+                    # As `generate` makes it ahead of a compiled model.
+                    rows = torch.tensor([[45 + step, 0, 46 + step]], dtype=torch.int32)
+                    options = {"attention_mask": rows[:, None, None].expand(-1, -1, 52, -1), "use_cache": True}
+                    options["position_ids"] = torch.tensor([[45 + step]])
+                    found.append(forward(ids[:, step : step + 1], past_key_values=cache, **options).logits)
+                logits.append(torch.cat(found))
+                report = run.report()
+    assert report["refresh"] == {"every": 8, "refreshes": 3, "between": 0}
+    torch.compiler.reset()
+    torch.testing.assert_close(logits[1], logits[0])
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "phi3"])
+def test_joined_projections_give_the_same_and_leave_no_trace(kind):
+    from kascade_cli.integrations.transformers.decoding.joined import joined_projections
+
+    model = tiny_model(kind, layers=2)
+    ids, _ = padded((9, 9))
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        want = model(ids).logits
+        with joined_projections(model) as made:
+            got = model(ids).logits
+            assert len(made) == (0 if kind == "phi3" else 2)  # which has one product already
+    torch.testing.assert_close(got, want)
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(model(ids).logits, want)

@@ -1,0 +1,46 @@
+"""What is reserved on a GPU, counted in tensors that do not exist."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kascade_cli.integrations.vllm.gpu import compile_kernels, room
+from kascade_cli.integrations.vllm.served import Most
+from kascade_cli.kernels import Backend
+from kascade_cli.schema import Budget
+from kascade_cli.sparse import make_strategy
+
+
+def size(shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta").nbytes
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("rows", "scores"), [(2, 1 << 40), (64, 1 << 40), (64, 1 << 30)])
+def test_room(world, rows, scores):
+    """Of a strategy that gathers keys, and of one that does not."""
+    tokens, keys, heads, groups, dim = 8192, 65536, 32 // world, 8 // world, 128
+    budget = Budget(ratio=0.1, min_keys=128)
+    served = SimpleNamespace(
+        info=SimpleNamespace(query_heads=32, kv_heads=8, head_dim=dim),
+        heads=SimpleNamespace(world=world), budget=budget, most=Most(rows, tokens, keys, torch.bfloat16),
+        strategy=make_strategy("oracle", range(4), None, pool="logits"),
+    )  # fmt: skip
+    tiles = tokens // 32 + 1
+    prefill = min(scores, size((groups, tiles, keys), torch.float32))
+    prefill += 2 * size((1, 8, tiles, budget.count(keys)), torch.int32)  # of all processes' heads
+    prefill += 2 * size((1, groups, keys, dim), torch.bfloat16)
+    decode = size((rows, groups, keys), torch.float32) + size((rows, keys, heads), torch.bfloat16)
+    assert room(served, scores) == max(prefill, min(scores, decode))
+    served.strategy = make_strategy("oracle", range(4), None)
+    prefill -= 2 * size((1, groups, keys, dim), torch.bfloat16)
+    assert room(served, scores) == max(prefill, min(scores, decode))
+
+
+def test_nothing_is_compiled_for_pytorch():
+    served = SimpleNamespace(
+        info=SimpleNamespace(query_heads=32, kv_heads=8, head_dim=128), ops=Backend("torch"), budget=Budget(),
+        most=Most(1, 1, 1, torch.bfloat16), strategy=make_strategy("dense", range(4), None),
+    )  # fmt: skip
+    compile_kernels(served, 32)
