@@ -215,7 +215,7 @@ def open_session(meta: dict[str, Any], phases: Sequence[str], options: Verificat
 
 
 def load_session(meta: dict[str, Any], phases: Sequence[str], options: Verification) -> Session:
-    """The model without prompts. Raises KascadeError if it cannot be loaded or is not the capture's."""
+    """The model without prompts. Raises as `open_session` does but for prompts that are too short."""
     from kascade_cli.models import describe, load_model
 
     name = options.model or meta["model_name"]

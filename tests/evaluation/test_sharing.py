@@ -36,7 +36,7 @@ def make(make_tiny_model):
 
 def session_of(model):
     info = describe(model, "tiny")
-    return Session(model, None, info, "tiny", DEVSET, ["prefill"], Verification(backend="torch"), {})
+    return Session(model, None, info, "tiny", DEVSET, ["prefill"], Verification(backend="torch"), {}, 100)
 
 
 def profiles_of(model):
@@ -87,7 +87,7 @@ def test_a_verification_measures_what_one_process_measures(make, tmp_path, monke
 
 
 def test_prompts_that_dense_answers_are_found_together(make, monkeypatch):
-    monkeypatch.setattr(Session, "held_out", lambda self, length, count: DEVSET.take(range(min(count, 5))))
+    monkeypatch.setattr(Session, "held_out", lambda self, length, count, lengths: DEVSET.take(range(min(count, 5))))
 
     def work(team=None):
         session = session_of(make())
