@@ -2,7 +2,7 @@
 
     python scripts/overview_picture.py [-o docs/images/overview.png]
 
-Left: benchmarks/results/evaluate-demo-*.json (their command is in the README). Right: the newest GPU suite.
+Left: benchmarks/results/real-qwen2.5-coder-1.5b.json (benchmarks/real_models.py). Right: the newest GPU suite.
 """
 
 import argparse
@@ -13,26 +13,43 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-COLOURS = {"dense": "#444444", "kascade": "#d55e00", "streaming-llm": "#0072b2"}
+TASKS = ("niah_multikey_1, 8k", "niah_multiquery, 8k", "vt, 8k")
+COLOURS = {"dense": "#444444", "kascade": "#d55e00", "oracle": "#009e73", "streaming-llm": "#0072b2"}
+LEFT_OUT = ("kascade-pooled", "kascade-decode-only")  # they lie upon kascade
+LABELS = {
+    "streaming-llm:ratio=0.3": ("streaming-llm 30 %", False),
+    "dense": ("dense", True),
+    "oracle": ("oracle", True),
+    "kascade": ("kascade", True),
+}
+PLACES = {"oracle": 5, "kascade": -7}  # points
 SPEED_COLOURS = ("#d55e00", "#e69f00", "#56b4e9")
 
 
-def answers(axes: Any, results: list[dict[str, Any]]) -> None:
-    """Mean exact match with its 95 % limits by the length of the text, a line per strategy."""
-    rows = [row for result in results for row in result["rows"]]
-    lengths = sorted({row["length"] for row in rows})
-    for name, style in COLOURS.items():
-        line = sorted((row for row in rows if row["strategy"] == name), key=lambda row: row["length"])
-        scores = [row["mean"]["score"] for row in line]
-        reach = [[abs(row["mean"]["score"] - row["mean"][end]) for row in line] for end in ("low", "high")]
-        share = 100 * sum(row["density"]["all"] for row in line) / len(line)
-        where = [lengths.index(row["length"]) for row in line]
-        label = f"{name} ({share:.0f} % of the keys)"
-        axes.errorbar(where, scores, reach, fmt="o-", markersize=4, capsize=3, color=style, label=label)
-    axes.set_xticks(range(len(lengths)), [f"{length // 1024}k" for length in lengths])
-    axes.set(ylim=(0, 105), xlabel="tokens of the text", ylabel="exact match, points")
-    axes.legend(fontsize=8, loc="center right", frameon=False)
-    axes.set_title("Answers: 16-layer demo model, mean of 4 tasks", fontsize=10)
+def answers(axes: Any, result: dict[str, Any]) -> None:
+    """Mean score over TASKS by the share of keys that decoding reads; hollow where the prompt is read densely."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["profile"] == "defaults" and row["what"] in TASKS:
+            found.setdefault(row["strategy"], []).append(row)
+    for name, rows in found.items():
+        if len(rows) < len(TASKS) or name in LEFT_OUT:
+            continue
+        score = sum(row["score"] for row in rows) / len(rows)
+        share = {
+            phase: 100 * sum(row["density"][phase] for row in rows) / len(rows) for phase in ("prefill", "decode")
+        }
+        colour = COLOURS.get(name.partition(":")[0], "#999999")
+        face = "none" if share["prefill"] > 99 and name != "dense" else colour
+        axes.plot(share["decode"], score, "o", markersize=7, markeredgecolor=colour, markerfacecolor=face)
+        label, left, down = *LABELS.get(name, (name, False)), PLACES.get(name, 0)
+        place = {"xytext": (-7 if left else 7, down), "ha": "right" if left else "left"}
+        axes.annotate(label, (share["decode"], score), textcoords="offset points", va="center", fontsize=8, **place)
+    axes.set(xscale="log", xlim=(7, 140), ylim=(0, 95), ylabel="score, mean of 3 tasks at 8k")
+    axes.set_xlabel("% of the keys that decoding reads (hollow: dense prefill)")
+    axes.set_xticks([10, 20, 30, 50, 100], ["10", "20", "30", "50", "100"])
+    axes.minorticks_off()
+    axes.set_title("Answers: Qwen2.5-Coder-1.5B, profile by the defaults", fontsize=10)
 
 
 def speed(axes: Any, result: dict[str, Any]) -> None:
@@ -77,7 +94,7 @@ def main() -> int:
     from benchmarks.performance_table import newest
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
-    answers(left, [json.loads(path.read_text()) for path in RESULTS.glob("evaluate-demo-[0-9]*k.json")])
+    answers(left, json.loads((RESULTS / "real-qwen2.5-coder-1.5b.json").read_text()))
     speed(right, json.loads(newest(RESULTS).read_text()))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
