@@ -25,13 +25,24 @@ def tiles(content: Content) -> Safe:
     )  # fmt: skip
 
 
+def _keys_read(budget: Any) -> tuple[str, str]:
+    """The share, or where it depends on the length, from the most to the fewest; the rest of it in small."""
+    least = f"at least {budget.min_keys}"
+    if not budget.ratios:
+        return f"{100 * budget.ratio:.4g} %", least
+    shares = [f"{100 * share:g}" for share in (max(budget.ratios.values()), min(budget.ratios.values()))]
+    return (
+        f"{shares[0]} to {shares[1]} %" if shares[0] != shares[1] else f"{shares[0]} %"
+    ), f"{budget.describe()}; {least}"
+
+
 def _profile(source: Source) -> list[tuple[str, str, str]]:
     profile = source.document
     anchors, layers = profile.anchors, profile.attention_layers
     named = " ".join(map(str, anchors))
     found = [
         ("anchor layers", f"{len(anchors)} of {len(layers)}", named if len(named) < 30 else ""),
-        ("keys read", f"{100 * profile.budget.ratio:.4g} %", f"at least {profile.budget.min_keys}"),
+        ("keys read", *_keys_read(profile.budget)),
     ]
     verify = profile.selection.get("verify")
     candidates = verify.get("candidates") if isinstance(verify, dict) else None

@@ -397,3 +397,13 @@ def test_series_differ_and_known_ones_keep_their_colour():
     assert looks["dense"] == ("dense", "circle")
     assert looks["kascade"] == ("s1", "circle")
     assert len(set(looks.values())) == 22
+
+
+def test_the_tile_says_what_a_table_of_ratios_reads():
+    from kascade_cli.report.glance import _keys_read
+    from kascade_cli.schema import Budget
+
+    assert _keys_read(Budget(ratio=0.15, min_keys=64)) == ("15 %", "at least 64")
+    table = Budget(ratios={1024: 0.5, 4096: 0.1, 16384: 0.07}, min_keys=64)
+    assert _keys_read(table) == ("50 to 7 %", "50%, from 4096 keys 10%, from 16384 keys 7%; at least 64")
+    assert _keys_read(Budget(ratios={1024: 0.5, 4096: 0.5}))[0] == "50 %"
