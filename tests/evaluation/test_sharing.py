@@ -36,7 +36,8 @@ def make(make_tiny_model):
 
 def session_of(model):
     info = describe(model, "tiny")
-    return Session(model, None, info, "tiny", DEVSET, ["prefill"], Verification(backend="torch"), {}, 100)
+    meta = {"max_length": 100}
+    return Session(model, None, info, "tiny", DEVSET, ["prefill"], Verification(backend="torch"), meta)
 
 
 def profiles_of(model):
