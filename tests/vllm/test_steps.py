@@ -25,8 +25,8 @@ def test_chunks(budget):
     asked.append(asked[-1][: 2 * budget + 1])
     run = generate(asked, max_num_batched_tokens=budget, max_num_seqs=4)
     steps = run.report["steps"]
-    assert steps["mixed_steps"] > 5
-    assert steps["chunks_inside_a_tile"] > 3
+    assert steps["mixed_steps"] > 2
+    assert steps["chunks_inside_a_tile"] > 2
     same_as_transformers(asked, run)
 
 
