@@ -6,10 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kascade_cli.benchmarking import e2e, timing
-from kascade_cli.benchmarking.roles import Bench
-from kascade_cli.kernels import get_backend
-from kascade_cli.schema import Budget
+from kascade_cli.benchmarking import timing
 
 CUDA = torch.device("cuda")
 
@@ -124,13 +121,3 @@ def test_input_sets_outgrow_the_cache_and_leave_memory(cuda):
     assert timing.set_count(50e6, 500e6, CUDA) == 16
     assert timing.set_count(400e6, 500e6, CUDA) == 2
     assert timing.set_count(50e6, 10e9, CUDA) == 3  # 40 % of 80 GB
-
-
-@pytest.mark.parametrize("refuse", [False, True])
-def test_a_decode_step_is_one_graph_or_says_why_not(cuda, refuse):
-    cuda.refuse = refuse
-    setting = Bench(get_backend("torch", "cpu"), CUDA, torch.bfloat16, Budget(), 0.1)
-    row = e2e._time_step(cuda.call(20.0), setting)
-    assert row["ms_p50"] == pytest.approx(20.0)
-    assert row["method"] == ("events" if refuse else "graph")
-    assert ("note" in row) == refuse
