@@ -1,4 +1,4 @@
-"""A few dozen damaged files of each kind, as benchmarks/fuzz.py makes thousands; and that the fuzzer can see."""
+"""Two dozen damaged files of each kind, as benchmarks/fuzz.py makes thousands; and that the fuzzer can see."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ import fuzz  # noqa: E402
 
 def test_nothing_crashes_hangs_or_lies(tmp_path):
     output = tmp_path / "fuzz.json"
-    arguments = ["--captures", "60", "--profiles", "60", "--seed", "11", "--offenders", tmp_path / "offenders"]
+    arguments = ["--captures", "24", "--profiles", "24", "--seed", "11", "--offenders", tmp_path / "offenders"]
     run = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "fuzz.py", *arguments, "--output", output],
         capture_output=True, text=True, cwd=ROOT,
@@ -22,8 +22,8 @@ def test_nothing_crashes_hangs_or_lies(tmp_path):
     assert run.returncode == 0, run.stderr
     found = json.loads(output.read_text())
     for kind in ("capture", "profile"):
-        assert found[kind]["cases"] == sum(found[kind]["outcomes"].values()) == 60
-        assert found[kind]["outcomes"]["refused"] > 30
+        assert found[kind]["cases"] == sum(found[kind]["outcomes"].values()) == 24
+        assert found[kind]["outcomes"]["refused"] >= 12
     assert found["capture"]["offenders"] == []
     hard = [row for row in found["profile"]["offenders"] if row["outcome"] in ("crash", "hang", "changed")]
     assert hard == []
