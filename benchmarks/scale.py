@@ -1,7 +1,7 @@
 """Captures, verifications and evaluations shared out over the GPUs of one host, against one GPU; under five minutes.
 
     python benchmarks/scale.py [MODEL] -o benchmarks/results/scale.json [--num-prompts 32] [--max-length 16k]
-    python benchmarks/scale.py --dry -o /tmp/scale.json        # on the CPU with the small demo model
+    python benchmarks/scale.py --dry -o scale.json        # on the CPU with the small demo model
 
 Runs the commands as a user would: one process on the first GPU, then `torchrun --nproc-per-node N`. Each pair is
 checked for equality (the capture array by array and byte by byte; the profile and the table of answers entry by
