@@ -5,15 +5,35 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from kascade_cli.analysis import anchors as search
 from kascade_cli.analysis.problem import Problem
 from kascade_cli.analysis.rows import any_set
 
 
+class Figures:
+    """What is measured over prompts. Of whoever has them: kl (phase -> mean), prompts, asked, given and kept."""
+
+    @property
+    def score(self) -> float:
+        """Mean over the phases measured; infinity before that."""
+        return sum(self.kl.values()) / len(self.kl) if self.kl else float("inf")
+
+    @property
+    def lost(self) -> int:
+        return self.given - self.kept
+
+    def add(self, result: Any) -> None:
+        """One more prompt (`forced.PromptKL`)."""
+        for phase, value in result.kl.items():
+            self.kl[phase] = (self.kl.get(phase, 0.0) * self.prompts + value) / (self.prompts + 1)
+        self.prompts += 1
+        self.asked += result.asked
+        self.given += result.given
+        self.kept += result.kept
+
+
 @dataclass
-class Candidate:
+class Candidate(Figures):
     """An anchor set to be verified. objectives: weighting -> objective, for the weightings that propose it (both for a
     neighbour: a set with one anchor of another one swapped, added or left out).
 
@@ -29,26 +49,6 @@ class Candidate:
     given: int = 0
     kept: int = 0
     neighbour: bool = False
-
-    @property
-    def score(self) -> float:
-        """Mean over the phases measured; infinity before that."""
-        return float(np.mean(list(self.kl.values()))) if self.kl else float("inf")
-
-    @property
-    def lost(self) -> int:
-        return self.given - self.kept
-
-    def add(self, result: Any) -> None:
-        """One more prompt (`forced.PromptKL`)."""
-        for phase, value in result.kl.items():
-            self.kl[phase] = (self.kl.get(phase, 0.0) * self.prompts + value) / (self.prompts + 1)
-        self.prompts += 1
-        self.asked, self.given, self.kept = (
-            self.asked + result.asked,
-            self.given + result.given,
-            self.kept + result.kept,
-        )
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def select_anchors(
             metavar="N",
             min=1,
             max=shared.MOST_PROMPTS,
-            help="Held-out prompts to verify on. Default: 16 on a GPU, 8 on a CPU.",
+            help="Held-out prompts to verify on. Default: 24 on a GPU, 24 more for the best sets; 8 on a CPU.",
             rich_help_panel=_VERIFY,
         ),
     ] = None,
@@ -93,7 +93,8 @@ def select_anchors(
         str | None,
         typer.Option(
             metavar="N",
-            help="Longest held-out prompt, such as 2k. Default: the capture's longest.",
+            help="Length of held-out prompts, such as 2k. Default: 16k, 8k and 4k on a GPU, 2k on a CPU; never more than "
+            "the capture's longest.",
             rich_help_panel=_VERIFY,
         ),
     ] = None,

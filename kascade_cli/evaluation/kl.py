@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from kascade_cli.analysis.candidates import Figures
 from kascade_cli.evaluation.forced import (
     DECODE_TOKENS,
     DensePrompt,
-    PromptKL,
     Span,
     kl_divergence,
     log_probabilities,
@@ -25,7 +25,7 @@ __all__ = ["DECODE_TOKENS", "MeanKL", "kl_divergence", "log_probabilities", "mea
 
 
 @dataclass
-class MeanKL:
+class MeanKL(Figures):
     """Mean KL per phase over the prompts measured so far, how many those are, and their answers in sum."""
 
     kl: dict[str, float] = field(default_factory=dict)
@@ -33,22 +33,6 @@ class MeanKL:
     asked: int = 0
     given: int = 0
     kept: int = 0
-
-    @property
-    def score(self) -> float:
-        return sum(self.kl.values()) / len(self.kl) if self.kl else float("inf")
-
-    @property
-    def lost(self) -> int:
-        return self.given - self.kept
-
-    def add(self, result: PromptKL) -> None:
-        for phase, value in result.kl.items():
-            self.kl[phase] = (self.kl.get(phase, 0.0) * self.prompts + value) / (self.prompts + 1)
-        self.prompts += 1
-        self.asked += result.asked
-        self.given += result.given
-        self.kept += result.kept
 
 
 def measure_kl(

@@ -7,7 +7,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
-from kascade_cli.analysis.candidates import Candidate
+from kascade_cli.analysis.candidates import Candidate, Figures
+from kascade_cli.analysis.verdict import finalists
 from kascade_cli.evaluation.forced import PromptKL
 from kascade_cli.evaluation.kl import MeanKL
 
@@ -61,9 +62,7 @@ def race(
 
 def final(measured: Sequence[Candidate], count: int) -> list[Candidate]:
     """The `count` best of those that ran on all prompts, as `survivors` orders them."""
-    most = max(entry.prompts for entry in measured)
-    full = [entry for entry in measured if entry.prompts == most]
-    return sorted(full, key=lambda entry: (entry.lost, entry.score, entry.anchors))[:count]
+    return sorted(finalists(measured), key=lambda entry: _order((entry, entry)))[:count]
 
 
 def survivors(
@@ -94,12 +93,11 @@ def _not_behind(
     group: Sequence[tuple[Candidate, MeanKL]], ahead: list[Candidate], incumbent: Candidate | None
 ) -> list[Candidate]:
     """Of `ahead` (in order) those that may still beat the incumbent: one answer over part of the prompts is chance."""
-    means = {id(entry): mean for entry, mean in group}
-    if id(incumbent) not in means or incumbent not in ahead:
+    if incumbent not in ahead:
         return ahead
-    mine = means[id(incumbent)]
+    lost = {id(entry): mean.lost for entry, mean in group}
     place = ahead.index(incumbent)
-    near = [entry for entry in ahead[place + 1 :] if 0 < means[id(entry)].lost <= mine.lost + CHANCE]
+    near = [entry for entry in ahead[place + 1 :] if 0 < lost[id(entry)] <= lost[id(incumbent)] + CHANCE]
     return [*ahead[: place + 1], *near]
 
 
@@ -111,7 +109,7 @@ def _useless(entry: Candidate, mean: MeanKL, measured: Sequence[tuple[Candidate,
     )
 
 
-def _order(pair: tuple[Candidate, MeanKL]) -> tuple:
+def _order(pair: tuple[Candidate, Figures]) -> tuple:
     entry, mean = pair
     return mean.lost, mean.score, entry.anchors
 

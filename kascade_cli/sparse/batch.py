@@ -30,9 +30,9 @@ class Batch:
 
     phase: what the engine says that the rows do; one query alone does not make a row a decode row.
     queries, slots: the widths T and S. plain: no row is padded and the queries are the last slots.
-    pages: block table int32 [B, MP] of a paged cache; KascadeError in prefill, whose ops take none. continues: the
-    engine has proved that these are the last pass's sequences, one token longer. partition: which KV heads this
-    process holds (None: all).
+    pages: block table int32 [B, MP] of a paged cache; KascadeError in prefill, where only ragged rows are read from
+    one (kernels.ragged). continues: the engine has proved that these are the last pass's sequences, one token longer.
+    partition: which KV heads this process holds (None: all).
     """
 
     lengths: Lengths
@@ -48,7 +48,9 @@ class Batch:
 
     def __post_init__(self) -> None:
         if self.pages is not None and self.phase == "prefill":
-            raise KascadeError("prefill does not read a paged cache: gather its pages first")
+            raise KascadeError(
+                "padded rows of prefill read no paged cache: gather its pages first, or see kernels.ragged"
+            )
 
     @property
     def rows(self) -> int:

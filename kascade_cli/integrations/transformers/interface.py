@@ -55,12 +55,16 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, T, D], key, value [B, G, S, D] -> ([B, T, H, D], None)."""
     key_of = getattr(module, KEY, None)
-    refused = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
-    if torch.compiler.is_compiling() and key_of is not None and not (refused or module.training):
+    if torch.compiler.is_compiling() and key_of is not None and not (_refused(kwargs) or module.training):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         # One node of the compiled graph; whatever is behind it runs as it is.
         return _attend(query, key, value, attention_mask, scaling, key_of), None
     return _attention_now(module, query, key, value, attention_mask, scaling, **kwargs)
+
+
+def _refused(options: dict[str, Any]) -> bool:
+    """Whether the layer wants soft-capping, sinks or a position bias."""
+    return any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
 
 
 @torch.library.custom_op("kascade::attend", mutates_args=())
@@ -102,7 +106,7 @@ def _attention_now(
     attachment: Attachment | None = getattr(module, HANDLE, None)
     if attachment is None:
         raise KascadeError("attention implementation 'kascade' is used through kascade_cli.attach(model, profile)")
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+    if _refused(kwargs):
         raise KascadeError(
             f"layer {module.layer_idx}: soft-capping, attention sinks and position biases are not supported"
         )

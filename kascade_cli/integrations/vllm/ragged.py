@@ -93,15 +93,11 @@ class RowOps:
         )
         return None if out is None else _row(out), norm[None] if self.ops.fused else None
 
-    def prefill_score(
-        self, query: Tensor, key: Tensor, lse: Tensor | None, *_: Tensor, first: int, tiles: int, **more: Any
-    ) -> Tensor:
-        odd, norm = first % 2, None if lse is None else lse[0]  # tiles begin at an even number
-        scores = self.ops.prefill_score(
-            _tokens(query), self.cache.key, norm, *self.batch.real, first=first - odd, tiles=tiles + odd,
-            **more, **self.where,
-        )  # fmt: skip
-        return scores[:, odd:].contiguous()[None]
+    def prefill_score(self, query: Tensor, key: Tensor, lse: Tensor | None, *_: Tensor, **more: Any) -> Tensor:
+        norm = None if lse is None else lse[0]
+        return self.ops.prefill_score(_tokens(query), self.cache.key, norm, *self.batch.real, **more, **self.where)[
+            None
+        ]
 
     def prefill_sparse(
         self, query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, heads: Tensor, *_: Tensor,
