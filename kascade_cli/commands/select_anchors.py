@@ -93,8 +93,8 @@ def select_anchors(
         str | None,
         typer.Option(
             metavar="N",
-            help="Length of held-out prompts, such as 2k. Default: 16k, 8k and 4k on a GPU, 2k on a CPU; never more than "
-            "the capture's longest.",
+            help="Length of held-out prompts, such as 2k. Default: 16k, 8k and 4k on a GPU, 2k on a CPU; never "
+            "more than the capture's longest.",
             rich_help_panel=_VERIFY,
         ),
     ] = None,
