@@ -258,7 +258,10 @@ def _as_before(output: Path, dev_set: str | None, length: int | None) -> tuple[s
 
 @contextlib.contextmanager
 def _interruptible(output: Path, *, begun: bool) -> Iterator[None]:
-    """After Ctrl-C, says what is kept and how to go on. `begun`: an output that is there is this capture's."""
+    """After Ctrl-C, or another process' end, says what is kept and how to go on.
+
+    begun: an output that is there is this capture's.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -267,6 +270,14 @@ def _interruptible(output: Path, *, begun: bool) -> Iterator[None]:
         elif begun:
             note("stopped before the first prompt was finished: nothing was written")
         raise
+    except processes.Ended as error:  # before this process took part; afterwards the capture says it
+        from kascade_cli.capture.parts import parts_folder
+
+        kept = len(list(parts_folder(output).glob("*.h5")))
+        if not kept:
+            raise
+        told = f"{kept} prompts are finished and kept: run again with --resume"
+        raise KascadeError(f"{output}: {error}; {told}") from error
 
 
 def _check_target(output: Path, resume: bool, overwrite: bool) -> None:

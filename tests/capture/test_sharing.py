@@ -1,6 +1,7 @@
 """One capture by several processes holds what one process captures; a process that dies loses only what it was at."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -166,8 +167,10 @@ def test_a_killed_process_loses_only_the_prompt_it_was_at(tmp_path, monkeypatch,
     lines = [line for line in outputs[other][1].splitlines() if line.startswith("error: ")]
     kept = len(list(parts.glob("*.h5")))
     assert 1 <= kept < 6
-    told = f"{kept} of 6 prompts are finished and kept: run again with --resume"
-    assert lines == [f"error: c.h5: process {killed} ended; {told}"]
+    # Without the `of 6` where the first part was there before the other process had its prompts.
+    told = rf"{kept} (of 6 )?prompts are finished and kept: run again with --resume"
+    assert len(lines) == 1
+    assert re.fullmatch(rf"error: c\.h5: process {killed} ended; {told}", lines[0])
     assert [outputs[rank][0] for rank in (0, 1)] == ["", ""]
     assert in_place("-o", "c.h5", "--num-prompts", "6", "--resume", "--json") == 0
     with open_capture("c.h5") as found:
@@ -227,3 +230,18 @@ def test_torchrun_with_more_processes_than_prompts(tmp_path, monkeypatch):
     assert run.stdout.count("c.h5: 2 prompts, ") == 1
     assert in_place("-o", "one.h5", "--num-prompts", "2") == 0
     assert same("c.h5", "one.h5")
+
+
+def test_a_process_that_had_not_begun_says_what_is_kept_too(tmp_path):
+    from kascade_cli.commands.profile import _interruptible
+    from kascade_cli.errors import KascadeError
+    from kascade_cli.processes import Ended
+
+    output = tmp_path / "c.h5"
+    for kept, wanted in ((0, "process 0 ended"), (2, f"{output}: process 0 ended; 2 prompts are finished and kept: ")):
+        for part in range(kept):
+            (tmp_path / "c.h5.parts").mkdir(exist_ok=True)
+            (tmp_path / "c.h5.parts" / f"{part:06}.h5").touch()
+        with pytest.raises(KascadeError) as raised, _interruptible(output, begun=False):
+            raise Ended("process 0 ended")
+        assert str(raised.value) == wanted + ("run again with --resume" if kept else "")
