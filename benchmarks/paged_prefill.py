@@ -70,7 +70,7 @@ class Step:
         caches = []
         for cache in (self.k, self.v):
             cut = cache.transpose(1, 2).reshape(self.rows * pages, size, KV_HEADS, DIM)
-            caches.append(torch.empty_like(cut))
+            caches.append(torch.empty_like(cut, memory_format=torch.contiguous_format))
             caches[-1][order] = cut
         self.pages = {"block_table": order.view(self.rows, pages).int(), "query_start_loc": self.loc}
         self.paged = (self.q.flatten(0, 1), *caches)
