@@ -84,13 +84,19 @@ def by_vllm(options: argparse.Namespace, folder: Path, prompts: list[list[int]])
         max_num_batched_tokens=max(8192, max(map(len, prompts))),  # a chunk is never cut inside a tile by itself
     )  # fmt: skip
     wanted = SamplingParams(temperature=0, max_tokens=options.new, ignore_eos=True, detokenize=False)
-    wrote = []
+    reporter, wrote = served._current[1].reporter, []
+    before = sums(reporter.report())  # vLLM has warmed up
     for prompt in prompts:  # alone, so that no step is shared and every prompt is one chunk
         out = llm.generate([{"prompt_token_ids": prompt}], wanted, use_tqdm=False)
         wrote.append(list(out[0].outputs[0].token_ids))
-    report = served._current[1].reporter.report()
+    report = reporter.report()
+    report |= {name: value - before[name] for name, value in sums(report).items()}
     together = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], wanted, use_tqdm=False)
     return wrote, report | {"together": [list(out.outputs[0].token_ids) for out in together]}
+
+
+def sums(report: dict[str, Any]) -> dict[str, float]:
+    return {name: report.get(name, 0) for name in ("keys_read", "keys_visible")}
 
 
 def same(left: list[list[int]], right: list[list[int]], needed: list[int]) -> dict[str, int]:
@@ -112,15 +118,14 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
         served, second = by_vllm(options, Path(name), prompts)
-    keys = ("keys_read", "keys_visible")
     document = {
         "schema": "kascade-serving-equal/v1", "model": provenance.portable_name(options.model),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "dtype": options.dtype,
         "versions": provenance.versions(PACKAGES), "commit": provenance.commit(), "created": provenance.now(),
-        "prompts": [len(prompt) for prompt in prompts], "alone": same(wrote, served, needed),
-        "together": same(wrote, second["together"], needed),
-        "attach": {key: first[key] for key in keys}, "vllm": {key: second[key] for key in keys},
-        "same_keys": all(first[key] == second[key] for key in keys), "fallbacks": second["fallbacks"],
+        "graphs": options.graphs, "strategy": options.strategy, "prompts": [len(prompt) for prompt in prompts],
+        "alone": same(wrote, served, needed), "together": same(wrote, second["together"], needed),
+        "attach": sums(first), "vllm": sums(second), "same_keys": sums(first) == sums(second),
+        "fallbacks": second["fallbacks"],
     }  # fmt: skip
     options.output.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps({name: document[name] for name in ("alone", "together", "same_keys")}, indent=1))

@@ -41,7 +41,10 @@ def compiled_layers(model: nn.Module, slots: Slots, backend: Any = "inductor") -
         for index, layer in decoder_layers(model).items():
             kind = type(layer)
             if kind not in made:
-                made[kind] = torch.compile(kind.forward, fullgraph=True, dynamic=False, backend=backend)
+                made[kind] = torch.compile(
+                    kind.forward, fullgraph=True, dynamic=False, backend=backend,
+                    options={"combo_kernels": True} if backend == "inductor" else None,  # q's and k's in one kernel
+                )  # fmt: skip
             own = vars(layer).get("forward")
             layer.forward = _one(made[kind], layer, OneLayer(slots.cache.layers[index]))
             undo.callback(_restore, layer, own)

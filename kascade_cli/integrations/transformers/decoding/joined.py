@@ -1,4 +1,4 @@
-"""One product in place of three: q, k and v of a decode step are projections of the same vectors."""
+"""One product in place of several: q, k and v of a decode step project the same vectors, a gated MLP's two also."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from kascade_cli.models import attention_modules
+from kascade_cli.models import decoder_layers
 
-NAMES = ("q_proj", "k_proj", "v_proj")
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as transformers' models run them
 _SHARE = 0.25  # of the free memory that the joined weights, which are copies, may take
 
 
@@ -40,9 +40,9 @@ class Part(nn.Module):
         return self.joined.parts[self.index]
 
 
-def joinable(attention: nn.Module) -> list[nn.Linear]:
-    """The projections of an attention module, in the order in which they run; none where they cannot be joined."""
-    found = [getattr(attention, name, None) for name in NAMES]
+def joinable(module: nn.Module, names: Sequence[str]) -> list[nn.Linear]:
+    """The module's projections of these names, in the order in which they run; none where they cannot be joined."""
+    found = [getattr(module, name, None) for name in names]
     if not all(type(part) is nn.Linear for part in found):  # not adapters, quantised layers, or a joined one
         return []
     alike = {(p.in_features, p.weight.dtype, p.weight.device, p.bias is None, len(p._forward_hooks)) for p in found}
@@ -51,17 +51,21 @@ def joinable(attention: nn.Module) -> list[nn.Linear]:
 
 @contextlib.contextmanager
 def joined_projections(model: nn.Module) -> Iterator[list[Joined]]:
-    """Inside, attention modules project once; left, they are what they were. The joined ones, which graphs read on."""
+    """Inside, decoder layers project once where they can; left, they are what they were. The joined ones, which graphs
+    read on: copies, so that attention goes first where memory is short.
+    """
     made: list[Joined] = []
     with contextlib.ExitStack() as undo, torch.no_grad():
-        found = {module: parts for module in attention_modules(model).values() if (parts := joinable(module))}
-        needed = sum(part.weight.nbytes for parts in found.values() for part in parts)
-        for module, parts in found.items() if _fits(needed, model) else ():
-            made.append(Joined(parts))
-            replacements = [made[-1], *(Part(made[-1], index) for index in range(1, len(parts)))]
-            for name, part, replacement in zip(NAMES, parts, replacements, strict=True):
-                setattr(module, name, replacement)
-                undo.callback(setattr, module, name, part)
+        for names in GROUPS:
+            inside = [module for layer in decoder_layers(model).values() for module in layer.modules()]
+            found = {module: parts for module in inside if (parts := joinable(module, names))}
+            needed = sum(part.weight.nbytes for parts in found.values() for part in parts)
+            for module, parts in found.items() if _fits(needed, model) else ():
+                made.append(Joined(parts))
+                replacements = [made[-1], *(Part(made[-1], index) for index in range(1, len(parts)))]
+                for name, part, replacement in zip(names, parts, replacements, strict=True):
+                    setattr(module, name, replacement)
+                    undo.callback(setattr, module, name, part)
         yield made
         for joined in made:
             joined.parts = ()

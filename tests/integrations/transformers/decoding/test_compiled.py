@@ -137,7 +137,20 @@ def test_joined_projections_give_the_same_and_leave_no_trace(kind):
         want = model(ids).logits
         with joined_projections(model) as made:
             got = model(ids).logits
-            assert len(made) == (0 if kind == "phi3" else 2)  # which has one product already
+            # Two layers: q, k, v of one and gate, up of one; phi3 has one product of each already.
+            assert [len(joined.sizes) for joined in made] == ([] if kind == "phi3" else [3, 3, 2, 2])
     torch.testing.assert_close(got, want)
     assert dict(model.named_modules()) == modules
     assert torch.equal(model(ids).logits, want)
+
+
+def test_where_memory_is_short_attention_goes_first(monkeypatch):
+    from kascade_cli.integrations.transformers.decoding import joined
+
+    model = tiny_model("llama", layers=2)
+    attention = sum(
+        getattr(layer.self_attn, name).weight.nbytes for layer in model.model.layers for name in joined.GROUPS[0]
+    )
+    monkeypatch.setattr(joined, "_fits", lambda size, _: size <= attention)
+    with joined.joined_projections(model) as made:
+        assert [len(one.sizes) for one in made] == [3, 3]
