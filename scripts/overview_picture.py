@@ -2,7 +2,8 @@
 
     python scripts/overview_picture.py [-o docs/images/overview.png]
 
-Left: benchmarks/results/real-qwen2.5-coder-1.5b.json (benchmarks/real_models.py). Right: the newest GPU suite.
+Left: benchmarks/results/real-qwen2.5-coder-1.5b.json (benchmarks/real_models.py). Right: serving-h200.json
+(benchmarks/serving.py).
 """
 
 import argparse
@@ -23,7 +24,7 @@ LABELS = {
     "kascade": ("kascade", True),
 }
 PLACES = {"oracle": 5, "kascade": -7}  # points
-SPEED_COLOURS = ("#d55e00", "#e69f00", "#56b4e9")
+SPEED_COLOURS = {"decode": "#d55e00", "first token": "#56b4e9"}
 
 
 def answers(axes: Any, result: dict[str, Any]) -> None:
@@ -53,31 +54,20 @@ def answers(axes: Any, result: dict[str, Any]) -> None:
 
 
 def speed(axes: Any, result: dict[str, Any]) -> None:
-    """Speed-up of the whole model's attention over the best dense attention, by context."""
-    rows = [
-        row
-        for row in result["rows"]
-        if row["kind"] == "model" and "speedup" in row and row.get("strategy", "kascade") == "kascade"
-    ]
-    groups: dict[str, dict[int, tuple[str, float]]] = {}
-    for row in rows:
-        tokens = row["batch"] * row["context"]
-        cached = f"{tokens >> 20}M" if tokens >= 1 << 20 else f"{tokens >> 10}k"
-        name = "prefill" if row["phase"] == "prefill" else f"decode, {cached} tokens in the cache"
-        groups.setdefault(name, {})[row["context"]] = row["size"], row["speedup"]
-    contexts = sorted({row["context"] for row in rows})
-    width = 0.8 / len(groups)
-    for place, (name, found) in enumerate(groups.items()):
-        where = [contexts.index(context) + (place - (len(groups) - 1) / 2) * width for context in found]
-        bars = axes.bar(where, [up for _, up in found.values()], 0.92 * width, color=SPEED_COLOURS[place], label=name)
-        axes.bar_label(bars, [f"{up:.1f}x\n{size}" for size, up in found.values()], fontsize=7, padding=1)
+    """Times vLLM's own attention, of every size: tokens per second, and time to the first token."""
+    rows = sorted(result["ratios"], key=lambda row: (row["case"], row["requests"] * row["tokens"]))
+    for case, colour in SPEED_COLOURS.items():
+        found = [(place, row["times_dense"]) for place, row in enumerate(rows) if row["case"] == case]
+        name = {"decode": "tokens per second in decoding", "first token": "time to the first token"}[case]
+        bars = axes.bar([place for place, _ in found], [up for _, up in found], 0.7, color=colour, label=name)
+        axes.bar_label(bars, [f"{up:.2f}x" for _, up in found], fontsize=8, padding=1)
     axes.axhline(1, color=COLOURS["dense"], linestyle="--", linewidth=1)
-    axes.set_xticks(range(len(contexts)), [f"{context // 1024}k" for context in contexts])
-    axes.set(xlabel="context (bars: batch x context)", ylabel="times the best dense", ylim=(0, 7.4))
-    axes.legend(fontsize=7, loc="upper right", frameon=False)
-    axes.set_title(
-        f"Speed: attention of 32 layers, 10 % of the keys, {' '.join(result['gpu'].split()[:2])}", fontsize=10
-    )
+    labels = [f"{row['requests']} x {round(row['tokens'] / 1024)}k" for row in rows]
+    axes.set_xticks(range(len(rows)), labels)
+    axes.set(xlabel="requests x tokens", ylabel="times FlashAttention-3 in vLLM", ylim=(0, 3.2))
+    axes.legend(fontsize=8, loc="upper right", frameon=False)
+    gpu = result["machine"]["gpu"].removeprefix("NVIDIA ")
+    axes.set_title(f"Speed: vLLM on an {gpu}, Llama-3.1-8B shape, 10 % of the keys", fontsize=10)
 
 
 def main() -> int:
@@ -90,12 +80,9 @@ def main() -> int:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sys.path.insert(0, str(ROOT))
-    from benchmarks.performance_table import newest
-
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
     answers(left, json.loads((RESULTS / "real-qwen2.5-coder-1.5b.json").read_text()))
-    speed(right, json.loads(newest(RESULTS).read_text()))
+    speed(right, json.loads((RESULTS / "serving-h200.json").read_text()))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
