@@ -6,7 +6,9 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -57,6 +59,15 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+" if changed else "")
+
+
+def command_line(name: str) -> str:
+    """The command line as it was typed, absolute paths cut to their last part (they mean nothing elsewhere).
+
+    `kascade NAME` where the command `name` runs in another program.
+    """
+    words = [portable_name(word) for word in sys.argv[1:]]
+    return shlex.join(["kascade", *words]) if name in words else f"kascade {name}"
 
 
 def file_sha256(*paths: str | Path) -> str:

@@ -76,7 +76,7 @@ class Effort:
         return [max(min(1024, self.length), int(self.length * share)) for share in self.shares]
 
 
-ON_CPU = Effort(prompts=8, length=2048, shares=(1,), again=0, rounds=2, promising=4, moved=8, one=4)
+ON_CPU = Effort(prompts=8, length=2048, shares=(1,), again=0, rounds=2, promising=2, moved=4, one=2)
 # A layer that can be spared at 4k need not be one at 16k.
 ON_GPU = Effort(prompts=24, length=16384, shares=(1, 1 / 4, 1 / 2), again=24, rounds=4, promising=8, moved=24, one=12)
 

@@ -103,7 +103,7 @@ def candidate_document(problem: "Problem", entry: "Candidate") -> dict[str, Any]
         "kl_mean": number(entry.score),
         "answers": {"asked": entry.asked, "given": entry.given, "kept": entry.kept},
         "prompts": entry.prompts,
-    }
+    } | ({"neighbour": True} if entry.neighbour else {})
 
 
 def stability_document(problem: "Problem", stable: "Stability") -> dict[str, Any]:

@@ -15,8 +15,9 @@ class Settings:
 
     phase: decode, prefill or both; weights: importance or uniform; assignment: nearest or free. The rules:
     `anchors` (how many, or which absolute layers), `min_recovered`, `target_speedup`; None of them: the default.
-    max_anchors: the largest number to look at. kl_tolerance (nats), lost_tolerance (share of the answers): what is as
-    good as the best, where candidates were measured. tensor_parallel: ranks that head maps stay within.
+    max_anchors: the largest number to look at. What is as good as the best, where candidates were measured:
+    kl_tolerance (nats), lost_tolerance (share of the answers; None: 0.01 of anchor sets, 0.03 of ratios).
+    tensor_parallel: ranks that head maps stay within.
     """
 
     phase: str = "both"
@@ -27,14 +28,14 @@ class Settings:
     target_speedup: float | None = None
     max_anchors: int | None = None
     kl_tolerance: float = verdict.KL_TOLERANCE
-    lost_tolerance: float = verdict.LOST_TOLERANCE
+    lost_tolerance: float | None = None
     tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         rules.check_rules(self.anchors, self.min_recovered, self.target_speedup)
         if not (math.isfinite(self.kl_tolerance) and self.kl_tolerance >= 0):
             raise UsageError(f"--kl-tolerance {self.kl_tolerance} must be a number, 0 or more")
-        if not 0 <= self.lost_tolerance <= 1:
+        if self.lost_tolerance is not None and not 0 <= self.lost_tolerance <= 1:
             raise UsageError(f"--lost-tolerance {self.lost_tolerance} is outside [0, 1]")
         if isinstance(self.anchors, tuple):
             selection.check_set(self.anchors)
@@ -45,7 +46,9 @@ class Settings:
 
     @property
     def tolerance(self) -> verdict.Tolerance:
-        return verdict.Tolerance(self.kl_tolerance, self.lost_tolerance)
+        if self.lost_tolerance is None:
+            return verdict.Tolerance(self.kl_tolerance)
+        return verdict.Tolerance(self.kl_tolerance, self.lost_tolerance, self.lost_tolerance)
 
     @property
     def has_rule(self) -> bool:

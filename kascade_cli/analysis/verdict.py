@@ -7,14 +7,17 @@ from kascade_cli.analysis.candidates import Candidate
 
 KL_TOLERANCE = 0.02  # nats above the best
 LOST_TOLERANCE = 0.01  # share of the answers, above what the best set loses
+RATIO_TOLERANCE = 0.03  # the same of ratios: fewer keys always lose something, and the user asked for few
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What is as good as the best. kl: nats; lost: share of the answers that dense gives."""
+    """What is as good as the best. kl: nats; lost: share of the answers that dense gives; ratio: the same where ratios
+    are compared."""
 
     kl: float = KL_TOLERANCE
     lost: float = LOST_TOLERANCE
+    ratio: float = RATIO_TOLERANCE
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kascade_cli import processes
+from kascade_cli import processes, provenance
 from kascade_cli.commands import options as shared
 from kascade_cli.console import compiling, format_size, note, out, parse_floats, parse_sizes, print_json, progress
 from kascade_cli.errors import KascadeError, TargetMissed, UsageError, require_extra
@@ -15,6 +15,7 @@ from kascade_cli.help import BUDGET, OUTPUT, PROMPTS, examples
 DEFAULT_LENGTH, NATURAL_LENGTH = 1024, 4096
 COMPARED = "How attention runs"
 _WIDTH = 120
+_PACKAGES = ("torch", "transformers", "tilelang")
 
 
 @shared.shared_out
@@ -172,7 +173,7 @@ def evaluate(
     from kascade_cli.evaluation.require import parse_requirement
     from kascade_cli.evaluation.run import run_table
     from kascade_cli.integrations.transformers import compile_ahead
-    from kascade_cli.models import describe
+    from kascade_cli.models import describe, gpu_name
     from kascade_cli.sparse import Setting
 
     shared.check_haystack(haystack)
@@ -218,6 +219,11 @@ def evaluate(
         rows = run_table(loaded, tokenizer, cases, runs, show, note, None if split else team)
     verdicts = [verdict for target in targets for verdict in target.check(rows)]
     document = {
+        "command": provenance.command_line("evaluate"),
+        "date": provenance.now(),
+        "commit": provenance.commit(),
+        "versions": provenance.versions(_PACKAGES),
+        "gpu": gpu_name(loaded.device),
         "model": model,
         "fingerprint": info.fingerprint,
         "profile": str(profile) if profile else None,

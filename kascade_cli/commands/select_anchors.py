@@ -113,15 +113,16 @@ def select_anchors(
         ),
     ] = 0.02,
     lost_tolerance: Annotated[
-        float,
+        float | None,
         typer.Option(
             metavar="SHARE",
             min=0,
             max=1,
-            help="Answers lost, above what the best set loses, that are as good.",
+            help="Answers lost, above what the best set (or ratio) loses, that are as good. Default: 0.01 for sets, "
+            "0.03 for ratios.",
             rich_help_panel=_VERIFY,
         ),
-    ] = 0.01,
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(

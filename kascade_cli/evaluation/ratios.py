@@ -72,9 +72,9 @@ def find_ratio(
 ) -> tuple[float, dict[float, MeanKL]]:
     """(the smallest ratio that does as well as the last, what each measured one does).
 
-    `measure(ratio, prompt)` runs one prompt. A ratio does as well if it keeps the answers (no more of them lost than
-    with the last ratio, plus `tolerance.lost`) at a KL within `tolerance.kl` of the last's. A ratio that cannot any
-    more is measured on no further prompt.
+    `measure(ratio, prompt)` runs one prompt. A ratio does as well if it keeps the answers: no more of them lost than
+    with the last ratio, plus `tolerance.ratio` of those that dense gives. Where it gives none, KL is within
+    `tolerance.kl` of the last's. A ratio that cannot any more is measured on no further prompt.
     """
     tried: dict[float, MeanKL] = {}
     best = tried[ratios[-1]] = MeanKL()
@@ -82,7 +82,7 @@ def find_ratio(
     for prompt in range(prompts):
         best.add(measure(ratios[-1], prompt))
         partial.append(best.score)
-    allowed = best.given - best.kept + tolerance.lost * best.given
+    allowed = best.given - best.kept + tolerance.ratio * best.given
 
     def enough(ratio: float) -> bool:
         mean = tried[ratio] = MeanKL()
@@ -90,7 +90,7 @@ def find_ratio(
             mean.add(measure(ratio, prompt))
             if mean.given - mean.kept > allowed or mean.score > partial[prompt] + HOPELESS_KL:
                 return False
-        return mean.score <= best.score + tolerance.kl
+        return bool(best.given) or mean.score <= best.score + tolerance.kl
 
     return smallest(ratios, enough), dict(sorted(tried.items()))
 
@@ -157,6 +157,6 @@ def notes(found: Sequence[AtLength], tolerance: Tolerance) -> list[str]:
         lost = most.given - most.kept
         if most.asked and not most.given:
             lines.append(f"at {entry.length} tokens dense answers 0 of {most.asked}: the ratio is chosen by KL alone")
-        elif lost > tolerance.lost * most.given:
+        elif lost > tolerance.ratio * most.given:
             lines.append(f"at {entry.length} tokens ratio {ratio:g} too loses {lost} of {most.given} answers")
     return lines

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from kascade_cli.models import ModelInfo
 
 
+_SECONDS, _RUNS, _FEWEST = 600.0, 9, 4  # of a verification on a CPU: time, runs for each prompt, prompts
+
+
 @dataclass(frozen=True)
 class Verification:
     """On what candidates are measured. None: as the capture was made.
@@ -163,7 +166,7 @@ class Session:
     @property
     def effort(self) -> Effort:
         """What this kind of machine affords, with what the options say."""
-        known = ON_CPU if self.model.device.type == "cpu" else ON_GPU
+        known = affordable(self.model) if self.model.device.type == "cpu" else ON_GPU
         if self.options.prompts:
             known = replace(known, prompts=self.options.prompts, again=0)
         if self.options.max_length:
@@ -201,6 +204,17 @@ class Session:
         else:
             given = {index: self.dense(devset, index).given for index in asking}
         return [index for index in prompts if index not in given or given[index]]
+
+
+def affordable(model: Any) -> Effort:
+    """ON_CPU, on fewer prompts (4 at least) where those would take more than about ten minutes.
+
+    A race over n prompts, what is raced beside its winner and the dense runs come to about nine runs a prompt.
+    """
+    from kascade_cli.capture.afford import forward_seconds
+
+    prompts = int(_SECONDS / (_RUNS * forward_seconds(model, ON_CPU.length)))
+    return replace(ON_CPU, prompts=min(ON_CPU.prompts, max(_FEWEST, prompts)))
 
 
 def open_session(meta: dict[str, Any], phases: Sequence[str], options: Verification) -> Session:

@@ -6,7 +6,7 @@ from kascade_cli.models.info import ModelInfo, describe
 from kascade_cli.models.loading import is_gguf, load_config, load_model, load_tokenizer
 from kascade_cli.models.logits import logits_at
 from kascade_cli.models.names import check_revision, resolve_name
-from kascade_cli.models.placement import resolve_device, resolve_dtype
+from kascade_cli.models.placement import gpu_name, resolve_device, resolve_dtype
 from kascade_cli.models.tree import attention_modules, decoder_layers, full_attention_layers, text_config, unwrap
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "fingerprint",
     "fingerprint_problem",
     "full_attention_layers",
+    "gpu_name",
     "is_gguf",
     "load_config",
     "load_model",

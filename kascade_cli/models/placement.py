@@ -95,3 +95,8 @@ def placement(device: str, device_map: str | None) -> tuple[Any, torch.device | 
     if not accelerate:
         raise KascadeError("--device-map needs accelerate: pip install 'kascade-cli[accelerate]'")
     return "auto", None
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """`NVIDIA H100 80GB HBM3`; None for another kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None

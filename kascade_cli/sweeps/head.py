@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +40,7 @@ def head(
         "settings": settings | made,
         "split": "test",
         "profile": None if profile is None else profile.name,
-        "command": command(),
+        "command": provenance.command_line("sweep"),
         "tool": provenance.tool(),
         "date": provenance.now(),
         "commit": provenance.commit(),
@@ -54,9 +52,3 @@ def _sha256(cases: Sequence[Case]) -> str:
     """Of every token id asked: another tokenizer or task makes other questions."""
     asked = [[case.context, [[question.ids, question.new_tokens] for question in case.questions]] for case in cases]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-
-
-def command() -> str:
-    """The command line as it was typed, absolute paths cut to their last part (they mean nothing elsewhere)."""
-    words = [provenance.portable_name(word) for word in sys.argv[1:]]
-    return shlex.join(["kascade", *words]) if "sweep" in words else "kascade sweep"
