@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=4, help="texts of each task")
     parser.add_argument("--questions", type=int, default=2, help="about each text")
     parser.add_argument("--new", type=int, default=32, help="tokens of an answer")
-    parser.add_argument("--graphs", default="piecewise", choices=("piecewise", "full"))
+    parser.add_argument("--graphs", default="auto", choices=("auto", "piecewise", "full"))
     return parser.parse_args()
 
 

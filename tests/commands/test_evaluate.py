@@ -25,7 +25,8 @@ def test_json(run_kascade, profile, small):
         ("streaming-llm", 0.2),
     ]
     assert document["tasks"] == ["single-hop", "two-hop"]  # what demo-small was trained on
-    assert document["command"].startswith("kascade evaluate") and document["gpu"] is None
+    assert document["command"].startswith("kascade evaluate")
+    assert document["gpu"] is None
     assert {"date", "commit", "versions"} < set(document)
     assert rows[0]["density"]["all"] == 1
     assert rows[1]["density"]["all"] < rows[3]["density"]["all"] < 0.5

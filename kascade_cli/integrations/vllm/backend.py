@@ -127,7 +127,7 @@ class KascadeBuilder(AttentionMetadataBuilder[Step]):
             page=kv_cache_spec.block_size,
             tile=self.served.budget.tile,
             drafts=0 if drafts is None else drafts.num_speculative_tokens,
-            wide=self.served.settings.graphs == "full",
+            wide=self.served.settings.whole_steps(device.type),
             ragged=through_ops(strategy),
         )
         if self.how.drafts:
@@ -135,7 +135,7 @@ class KascadeBuilder(AttentionMetadataBuilder[Step]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        full = read_settings().graphs == "full"
+        full = read_settings().whole_steps(current_platform.device_type)
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if full else AttentionCGSupport.NEVER
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:

@@ -32,7 +32,8 @@ def room(served: "Served", scores: int) -> int:
     """Bytes. scores: what a block of prefill scores may take, and, as an estimate, all that decode scores shall.
 
     Prefill: scores of a block of tiles, indices of two anchors, one request's keys and values where they are gathered.
-    Decode: scores, and logits of all heads in the cache's dtype, of every row as wide as the longest.
+    Decode: scores, and logits of all heads in the cache's dtype, of every row as wide as the longest; in CUDA graphs
+    as wide as a row may be, which is no estimate.
     """
     most, info, world = served.most, served.info, served.heads.world
     heads, item = info.kv_heads // world, most.dtype.itemsize
@@ -40,5 +41,5 @@ def room(served: "Served", scores: int) -> int:
     indices = 2 * 4 * tiles * info.kv_heads * served.budget.most(most.keys)
     gathered = 0 if through_ops(served.strategy) else 2 * heads * most.keys * info.head_dim * item
     prefill = min(scores, 4 * tiles * heads * most.keys) + indices + gathered
-    decode = min(scores, most.rows * most.keys * (4 * heads + item * info.query_heads // world))
-    return max(prefill, decode)
+    row = most.keys * (4 * heads + item * info.query_heads // world)
+    return max(prefill, min(scores, most.rows * row), most.graphs * row)

@@ -27,12 +27,16 @@ log = logging.getLogger("kascade")
 
 @dataclass(frozen=True)
 class Most:
-    """The largest step: rows, tokens in all, keys of a row; dtype of keys and queries."""
+    """The largest step: rows, tokens in all, keys of a row; dtype of keys and queries.
+
+    graphs: rows of the largest decode step that a CUDA graph holds whole, 0 for none.
+    """
 
     rows: int
     tokens: int
     keys: int
     dtype: torch.dtype
+    graphs: int = 0
 
 
 class Served:
@@ -98,7 +102,10 @@ def _make(vllm_config: Any) -> Served:
     heads = share_heads(setting, info)
     ops = _ops(setting.backend, current_platform.device_type)
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
-    most = Most(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len, model.dtype)
+    rows, graphs = scheduler.max_num_seqs, 0
+    if settings.whole_steps(current_platform.device_type):
+        graphs = min(rows, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+    most = Most(rows, scheduler.max_num_batched_tokens, model.max_model_len, model.dtype, graphs)
     return Served(settings, info, heads, setting.budget(), ops, most)
 
 

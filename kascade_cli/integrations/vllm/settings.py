@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kascade_cli.sparse import Setting
 
 PROFILE, OPTIONS = "KASCADE_PROFILE", "KASCADE_VLLM"
-GRAPHS = ("piecewise", "full")
+GRAPHS = ("auto", "piecewise", "full")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Settings:
     strategy: a name, with options as on the command line (`streaming-llm:ratio=0.3`). ratio, min_keys, tile: in place
     of the profile's. log: seconds between two reports in the log, 0 for one at the exit only. report: file that the
     report is written to as JSON at the same times. graphs: what of a step CUDA graphs may hold: `piecewise` (all but
-    attention) or `full` (decode steps whole).
+    attention), `full` (decode steps whole), or `auto` (`whole_steps`).
     """
 
     profile: str | None = None
@@ -35,7 +35,20 @@ class Settings:
     allow_other_weights: bool = False
     log: float = 0.0
     report: str | None = None
-    graphs: str = "piecewise"
+    graphs: str = "auto"
+
+    def whole_steps(self, device: str) -> bool:
+        """Whether CUDA graphs hold decode steps whole: left to us, on a GPU, where kascade or dense runs.
+
+        Those were measured so inside vLLM. Raises UsageError for a strategy that is not known.
+        """
+        if self.graphs != "auto":
+            return self.graphs == "full"
+        from kascade_cli.sparse.strategies.dense import Dense
+        from kascade_cli.sparse.strategies.kascade import Kascade
+        from kascade_cli.sparse.strategy import strategy_class
+
+        return device == "cuda" and issubclass(strategy_class(self.strategy.partition(":")[0]), Dense | Kascade)
 
     def setting(self) -> "Setting":
         """As the rest of kascade takes it, with the profile read and everything checked that needs no model.
@@ -86,7 +99,7 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "allow_other_weights": (lambda value: isinstance(value, bool), "true or false"),
     "log": (_number, "seconds, 0 or more"),
     "report": (_text, "a file's path"),
-    "graphs": (lambda value: value in GRAPHS, " or ".join(GRAPHS)),
+    "graphs": (lambda value: value in GRAPHS, ", ".join(GRAPHS[:-1]) + " or " + GRAPHS[-1]),
 }
 
 

@@ -36,6 +36,8 @@ def test_room(world, rows, scores):
     served.strategy = make_strategy("oracle", range(4), None)
     prefill -= 2 * size((1, groups, keys, dim), torch.bfloat16)
     assert room(served, scores) == max(prefill, min(scores, decode))
+    served.most = Most(rows, tokens, keys, torch.bfloat16, graphs=rows)  # as wide as a row may be, whatever it holds
+    assert room(served, scores) == max(prefill, decode)
 
 
 def test_nothing_is_compiled_for_pytorch():

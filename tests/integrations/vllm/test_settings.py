@@ -53,7 +53,7 @@ def test_defaults_and_all_keys():
         ('{"min_keys": true}', "whole number"),
         ('{"tile": 0}', "whole number"),
         ('{"log": -1}', "seconds, 0 or more"),
-        ('{"graphs": "all"}', "piecewise or full"),
+        ('{"graphs": "all"}', "auto, piecewise or full"),
         ('{"allow_other_weights": 1}', "true or false"),
         ('{"strategy": "' + "x" * 500 + '\\u001b[31m", "ratio": 2}', "ratio is 2"),
     ],
@@ -98,3 +98,21 @@ def test_a_refusal_is_one_line_of_a_process_and_an_exception_of_a_program():
     assert (done.returncode, done.stderr) == (1, "kascade: no profile\n")
     assert isinstance(Refusal("x"), KascadeError)
     assert isinstance(Refusal("x"), Exception)
+
+
+@pytest.mark.parametrize(
+    ("text", "device", "whole"),
+    [
+        (None, "cuda", True),
+        (None, "cpu", False),
+        ('{"strategy": "dense"}', "cuda", True),
+        ('{"strategy": "kascade-pooled"}', "cuda", True),
+        ('{"strategy": "streaming-llm:ratio=0.3"}', "cuda", False),
+        ('{"strategy": "quest"}', "cuda", False),
+        ('{"strategy": "quest", "graphs": "full"}', "cuda", True),
+        ('{"graphs": "full"}', "cpu", True),
+        ('{"graphs": "piecewise"}', "cuda", False),
+    ],
+)
+def test_what_cuda_graphs_hold(text, device, whole):
+    assert read(text).whole_steps(device) is whole
