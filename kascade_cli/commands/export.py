@@ -13,7 +13,8 @@ from kascade_cli.help import OUTPUT, examples
 
 _NOTE = (
     "note: no serving engine runs this for a model with KV heads of its own (GQA, MHA): vLLM and SGLang read the "
-    "pattern for models with an indexer, such as DeepSeek-V3.2; `kascade generate` and `attach` run the profile"
+    "pattern for models with an indexer, such as DeepSeek-V3.2; the vLLM plugin, `kascade generate` and `attach` run "
+    "the profile itself"
 )
 _LETTERS = {"dense": "F", "anchor": "F", "reuse": "S", "passthrough": "F"}
 
@@ -42,7 +43,8 @@ def export(
 
     No engine runs it for a model with KV heads of its own (GQA, MHA) today. vLLM and SGLang read index_topk_pattern
     for models with an indexer (DeepSeek-V3.2, GLM-5), which have neither head maps nor a budget like a profile's.
-    It is a description to compare with and to build on; `kascade generate` and `attach` run the profile itself.
+    It is a description to compare with and to build on. The vLLM plugin, `kascade generate` and `attach` run the
+    profile itself.
     """
     if output:
         check_output(output, overwrite)
