@@ -16,14 +16,14 @@ from vllm.v1.attention.backend import (
 )
 
 from kascade_cli.integrations.vllm.checks import block_problem
-from kascade_cli.integrations.vllm.compat import Layouts
+from kascade_cli.integrations.vllm.compat import Layouts, after_warm_up
 from kascade_cli.integrations.vllm.errors import Refusal
 from kascade_cli.integrations.vllm.gpu import PAGES, compile_kernels, reserve
 from kascade_cli.integrations.vllm.ragged import through_ops
 from kascade_cli.integrations.vllm.served import served, stage_here
 from kascade_cli.integrations.vllm.settings import read_settings
 from kascade_cli.integrations.vllm.step import Reading, Step, captured_step, read_step
-from kascade_cli.integrations.vllm.views import Pages, pages_of, write
+from kascade_cli.integrations.vllm.views import pages_of, write
 
 
 class KascadeImpl(AttentionImpl):
@@ -60,7 +60,6 @@ class KascadeImpl(AttentionImpl):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.served = served(get_current_vllm_config())
-        self._pages: tuple[Tensor, Pages] | None = None
         self._index: int | None = None
 
     def forward(
@@ -84,7 +83,7 @@ class KascadeImpl(AttentionImpl):
         if self._index is None:
             self._index = extract_layer_index(layer.layer_name)
         served = attn_metadata.served  # the builder's: a model in parts may be made with a copy of the configuration
-        served.attend(attn_metadata, self._index, query, self.pages(kv_cache), output, self.scale)
+        served.attend(attn_metadata, self._index, query, pages_of(kv_cache), output, self.scale)
         return output
 
     def do_kv_cache_update(
@@ -93,7 +92,7 @@ class KascadeImpl(AttentionImpl):
         """key, value [N, G, D] to the slots int64 [N]."""
         if kv_cache.numel() == 0:
             return
-        pages = self.pages(kv_cache)
+        pages = pages_of(kv_cache)
         if key.is_cuda:
             from vllm import _custom_ops as ops
 
@@ -102,11 +101,6 @@ class KascadeImpl(AttentionImpl):
             ops.reshape_and_cache_flash(key, value, *places, slot_mapping, "auto", layer._k_scale, layer._v_scale)
         else:
             write(pages, key, value, slot_mapping)
-
-    def pages(self, kv_cache: Tensor) -> Pages:
-        if self._pages is None or self._pages[0] is not kv_cache:
-            self._pages = kv_cache, pages_of(kv_cache)
-        return self._pages[1]
 
 
 class KascadeBuilder(AttentionMetadataBuilder[Step]):
@@ -122,12 +116,13 @@ class KascadeBuilder(AttentionMetadataBuilder[Step]):
         layers = [extract_layer_index(name) for name in layer_names]
         self.served.settle(layers, stage_here(vllm_config, layers))
         compile_kernels(self.served, kv_cache_spec.block_size)
+        after_warm_up(self.served.reporter.reset)
         drafts, strategy = vllm_config.speculative_config, self.served.strategy
         self.how = Reading(
             page=kv_cache_spec.block_size,
             tile=self.served.budget.tile,
             drafts=0 if drafts is None else drafts.num_speculative_tokens,
-            wide=self.served.settings.whole_steps(device.type),
+            graphs=self.served.most.graphs,
             ragged=through_ops(strategy),
         )
         if self.how.drafts:
@@ -135,7 +130,7 @@ class KascadeBuilder(AttentionMetadataBuilder[Step]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        full = read_settings().whole_steps(current_platform.device_type)
+        full = served(vllm_config).most.graphs > 0
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if full else AttentionCGSupport.NEVER
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:

@@ -5,7 +5,10 @@ backend [B, H, N, 2 D] and ask which orders in memory it takes. `Layouts` answer
 bytes in one piece, of which the backend owns the inside (views.py).
 """
 
+import functools
 import re
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from kascade_cli.integrations.vllm.errors import Refusal
@@ -15,8 +18,13 @@ OLDEST, NEWEST = (0, 26), (0, 32)
 
 def supported(version: str) -> bool:
     """Whether `version`, such as 0.32.0 or 0.26.0+cu130, is one that the plugin is written for."""
+    found = _numbers(version)
+    return found is not None and OLDEST <= found <= NEWEST
+
+
+def _numbers(version: str) -> tuple[int, int] | None:
     found = re.match(r"(\d+)\.(\d+)", version)
-    return found is not None and OLDEST <= (int(found[1]), int(found[2])) <= NEWEST
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def check_version() -> None:
@@ -71,6 +79,38 @@ class Layouts:
         from vllm.v1.kv_cache_interface import KVCacheLayout
 
         return (KVCacheLayout.LBHNC,)
+
+
+_WRAPPED = "_kascade_resets"
+
+
+def after_warm_up(reset: Callable[[], None]) -> None:
+    """Calls `reset` once this process's GPU worker has warmed up, which takes steps like any other."""
+    module = sys.modules.get("vllm.v1.worker.gpu_worker")
+    if module is None:  # no GPU's
+        return
+    original = module.Worker.compile_or_warm_up_model
+    if hasattr(original, _WRAPPED):
+        getattr(original, _WRAPPED)[:] = [reset]
+        return
+    resets = [reset]
+
+    @functools.wraps(original)
+    def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, *args, **kwargs)
+        for call in resets:
+            call()
+        return found
+
+    setattr(compile_or_warm_up_model, _WRAPPED, resets)
+    module.Worker.compile_or_warm_up_model = compile_or_warm_up_model
+
+
+def estimates_graphs() -> bool:
+    """Whether vLLM sets memory aside for the CUDA graphs that it will record: with its second runner not in 0.26."""
+    from vllm import __version__
+
+    return supported(__version__) and _numbers(__version__) >= NEWEST
 
 
 def longest(common: Any) -> list[int]:

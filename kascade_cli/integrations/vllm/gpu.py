@@ -4,7 +4,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kascade_cli.integrations.vllm.compat import estimates_graphs
 from kascade_cli.integrations.vllm.ragged import through_ops
+from kascade_cli.models import ModelInfo
+from kascade_cli.schema import Budget
 from kascade_cli.sparse import layer
 
 if TYPE_CHECKING:
@@ -23,17 +26,22 @@ def compile_kernels(served: "Served", page: int) -> None:
 
 
 def reserve(served: "Served", device: torch.device) -> None:
-    """Takes and gives back, while vLLM measures, what the largest step needs beside the cache."""
+    """Takes and gives back, while vLLM measures, what the largest step needs beside the cache.
+
+    Graphs keep what they have, so that it comes on top where vLLM does not set memory aside for them itself.
+    """
     if device.type == "cuda":
-        torch.empty(room(served, layer._score_bytes(device)), dtype=torch.int8, device=device)
+        size = room(served, layer._score_bytes(device))
+        if not estimates_graphs():
+            size += served.most.graphs * row_bytes(served)
+        torch.empty(size, dtype=torch.int8, device=device)
 
 
 def room(served: "Served", scores: int) -> int:
     """Bytes. scores: what a block of prefill scores may take, and, as an estimate, all that decode scores shall.
 
     Prefill: scores of a block of tiles, indices of two anchors, one request's keys and values where they are gathered.
-    Decode: scores, and logits of all heads in the cache's dtype, of every row as wide as the longest; in CUDA graphs
-    as wide as a row may be, which is no estimate.
+    Decode: `decode_bytes` of every row as long as the longest; in CUDA graphs that is no estimate.
     """
     most, info, world = served.most, served.info, served.heads.world
     heads, item = info.kv_heads // world, most.dtype.itemsize
@@ -41,5 +49,20 @@ def room(served: "Served", scores: int) -> int:
     indices = 2 * 4 * tiles * info.kv_heads * served.budget.most(most.keys)
     gathered = 0 if through_ops(served.strategy) else 2 * heads * most.keys * info.head_dim * item
     prefill = min(scores, 4 * tiles * heads * most.keys) + indices + gathered
-    row = most.keys * (4 * heads + item * info.query_heads // world)
+    row = row_bytes(served)
     return max(prefill, min(scores, most.rows * row), most.graphs * row)
+
+
+def row_bytes(served: "Served") -> int:
+    most = served.most
+    return decode_bytes(served.info, served.heads.world, served.budget, most.keys, most.dtype)
+
+
+def decode_bytes(info: ModelInfo, world: int, budget: Budget, keys: int, dtype: torch.dtype) -> int:
+    """Bytes that a decode row of `keys` keys takes on one of `world` processes: scores and logits of its heads, as the
+    kernels store them, and indices of two anchors for all heads.
+    """
+    heads, group = info.kv_heads // world, info.query_heads // info.kv_heads
+    item = 2 if dtype == torch.bfloat16 else 4  # of a logit
+    slot = max(4, item << (group - 1).bit_length())  # of a group's logits: a power of two of them
+    return keys * heads * (4 + slot) + 2 * 4 * info.kv_heads * budget.most(keys)

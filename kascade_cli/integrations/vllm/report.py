@@ -60,12 +60,16 @@ class Reporter:
         """vLLM captures CUDA graphs: what ran so far was to warm up."""
         self._warm = True
 
+    def reset(self) -> None:
+        """Counting begins anew."""
+        self._warm = False
+        self.tally.reset()
+        self.counts.clear()
+
     def step(self, counts: dict[str, int]) -> None:
         """A step begins. Reports if it is time."""
         if self._warm:
-            self._warm = False
-            self.tally.reset()
-            self.counts.clear()
+            self.reset()
         self.counts.update(counts)
         every = self.served.settings.log
         if every and time.monotonic() - self._last >= every:
@@ -74,6 +78,7 @@ class Reporter:
     def report(self) -> dict[str, Any]:
         """As `Attachment.report`, with what is vLLM's own."""
         served, counted = self.served, self.tally.report()
+        del counted["forward_passes"]  # of a graph that is replayed the host knows nothing; `steps` has them
         if not counted["keys_visible"]:
             counted["density"] = None  # JSON has no NaN
         return {

@@ -12,6 +12,8 @@ from torch import Tensor
 from kascade_cli.errors import KascadeError
 from kascade_cli.integrations.vllm.errors import Refusal
 from kascade_cli.integrations.vllm.geometry import model_info, stage_of, stages
+from kascade_cli.integrations.vllm.gpu import decode_bytes
+from kascade_cli.integrations.vllm.graphs import rows_of_graphs
 from kascade_cli.integrations.vllm.heads import Heads, share_heads
 from kascade_cli.integrations.vllm.report import Reporter
 from kascade_cli.integrations.vllm.settings import Settings, read_settings
@@ -27,7 +29,7 @@ log = logging.getLogger("kascade")
 
 @dataclass(frozen=True)
 class Most:
-    """The largest step: rows, tokens in all, keys of a row; dtype of keys and queries.
+    """The largest step: rows (every draft is one), tokens in all, keys of a row; dtype of keys and queries.
 
     graphs: rows of the largest decode step that a CUDA graph holds whole, 0 for none.
     """
@@ -102,11 +104,18 @@ def _make(vllm_config: Any) -> Served:
     heads = share_heads(setting, info)
     ops = _ops(setting.backend, current_platform.device_type)
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
-    rows, graphs = scheduler.max_num_seqs, 0
-    if settings.whole_steps(current_platform.device_type):
-        graphs = min(rows, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
-    most = Most(rows, scheduler.max_num_batched_tokens, model.max_model_len, model.dtype, graphs)
-    return Served(settings, info, heads, setting.budget(), ops, most)
+    device, budget = current_platform.device_type, setting.budget()
+    row = decode_bytes(info, heads.world, budget, model.max_model_len, model.dtype)
+    memory = current_platform.get_device_total_memory() if device == "cuda" else 0
+    drafts = vllm_config.speculative_config
+    most = Most(
+        scheduler.max_num_seqs * (1 if drafts is None else 1 + drafts.num_speculative_tokens),
+        scheduler.max_num_batched_tokens,
+        model.max_model_len,
+        model.dtype,
+        rows_of_graphs(settings, vllm_config, heads, row, device, memory),
+    )
+    return Served(settings, info, heads, budget, ops, most)
 
 
 def _ops(name: str, device: str) -> Backend:

@@ -35,15 +35,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Reading:
-    """How steps are read. page: tokens of a block. drafts: most speculative tokens of a row. wide: steps of decode
-    rows alone are made as a CUDA graph is (to warm it up), of any length. ragged: prefill rows go together; else each
-    alone, its keys gathered.
+    """How steps are read. page: tokens of a block. drafts: most speculative tokens of a row. graphs: steps of so many
+    decode rows alone, or fewer, are made as a CUDA graph is (to warm it up), of any length. ragged: prefill rows go
+    together; else each alone, its keys gathered.
     """
 
     page: int
     tile: int
     drafts: int = 0
-    wide: bool = False
+    graphs: int = 0
     ragged: bool = True
 
 
@@ -66,7 +66,8 @@ def read_step(common: Any, how: Reading) -> Step:
     else:
         parts = [_chunk(common, row, starts, ends) for row in prefills]
     if decodes:
-        blocks = None if how.wide and not parts else -(-max(ends[row] for row in decodes) // how.page)
+        whole = len(decodes) <= how.graphs and not parts
+        blocks = None if whole else -(-max(ends[row] for row in decodes) // how.page)
         parts.insert(0, _decode_rows(common, decodes, starts, blocks))
     return _step(common, parts, _counts(decodes, prefills, starts, ends, how.tile))
 

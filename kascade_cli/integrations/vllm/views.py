@@ -4,6 +4,7 @@ vLLM gives a backend [B, H, N, 2 D], each block in one piece, and never looks in
 and V are both contiguous [P, N, H, D]: the pages of V begin one page on, and block b is page `step * b` of both.
 """
 
+import functools
 from typing import NamedTuple
 
 from torch import Tensor
@@ -25,23 +26,31 @@ class Pages(NamedTuple):
 
 
 def pages_of(cache: Tensor) -> Pages:
-    """cache [B, G, page, 2 D], a layer's. Raises KascadeError if a block is not one piece of memory."""
-    blocks, heads, page, width = cache.shape
+    """cache [B, G, page, 2 D], a layer's. Raises KascadeError if a block is not one piece of memory.
+
+    Views are made anew each time: one that is kept would hold memory that vLLM has given up.
+    """
+    shape, strides, one, step = _layout(tuple(cache.shape), cache.stride())
+    begin = cache.storage_offset()
+    return Pages(cache.as_strided(shape, strides, begin), cache.as_strided(shape, strides, begin + one), step)
+
+
+@functools.lru_cache(16)
+def _layout(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
+    """(shape and strides of K and of V, elements of a page, pages of a block) of a cache of this size and stride."""
+    blocks, heads, page, width = size
     dim = width // 2
     one = page * heads * dim
     inside = (page * width, width, 1)
-    have = cache.stride()[1:]
-    fits = all(size == 1 or a == b for size, a, b in zip(cache.shape[1:], have, inside, strict=True))
-    between = cache.stride(0) if blocks > 1 else 2 * one
+    fits = all(count == 1 or a == b for count, a, b in zip(size[1:], stride[1:], inside, strict=True))
+    between = stride[0] if blocks > 1 else 2 * one
     if width % 2 or not fits or between % one or between < 2 * one:
         raise KascadeError(
-            f"the KV cache has shape {list(cache.shape)} and strides {list(cache.stride())}: its blocks are not in "
+            f"the KV cache has shape {list(size)} and strides {list(stride)}: its blocks are not in "
             "one piece each, which this backend needs (unset VLLM_KV_CACHE_LAYOUT)"
         )
     step = between // one
-    shape, strides = ((blocks - 1) * step + 1, page, heads, dim), (one, heads * dim, dim, 1)
-    begin = cache.storage_offset()
-    return Pages(cache.as_strided(shape, strides, begin), cache.as_strided(shape, strides, begin + one), step)
+    return ((blocks - 1) * step + 1, page, heads, dim), (one, heads * dim, dim, 1), one, step
 
 
 def write(pages: Pages, key: Tensor, value: Tensor, slots: Tensor) -> None:

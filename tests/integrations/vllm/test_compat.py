@@ -1,11 +1,12 @@
 """Where the supported versions of vLLM differ, without one of them."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kascade_cli.integrations.vllm.compat import Layouts, longest, supported
+from kascade_cli.integrations.vllm.compat import Layouts, after_warm_up, longest, supported
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.26.0+cu130", "0.27.1rc2", "0.30.0", "0.32.0", "0.32.5.dev1+g0"])
@@ -32,3 +33,24 @@ def test_how_long_rows_are_by_what_the_host_knows():
     assert longest(old) == [4, 6]
     none = SimpleNamespace(seq_lens_cpu_upper_bound=None, num_reqs=2, max_seq_len=9)
     assert longest(none) == [9, 9]
+
+
+def test_what_warmed_up_is_forgotten_when_the_worker_says_so(monkeypatch):
+    """The worker warms up by steps like any other; the newest reset counts, and the worker is wrapped once."""
+
+    class Worker:
+        def compile_or_warm_up_model(self, *seconds):
+            done.append("warm")
+            return seconds
+
+    done = []
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_worker", SimpleNamespace(Worker=Worker))
+    after_warm_up(lambda: done.append("first"))
+    after_warm_up(lambda: done.append("second"))
+    assert Worker().compile_or_warm_up_model(1.5) == (1.5,)
+    assert done == ["warm", "second"]
+
+
+def test_without_a_gpu_worker_nothing_is_wrapped(monkeypatch):
+    monkeypatch.delitem(sys.modules, "vllm.v1.worker.gpu_worker", raising=False)
+    after_warm_up(lambda: None)

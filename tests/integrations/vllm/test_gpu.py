@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kascade_cli.integrations.vllm.gpu import compile_kernels, room
+from kascade_cli.integrations.vllm.gpu import compile_kernels, decode_bytes, room
 from kascade_cli.integrations.vllm.served import Most
 from kascade_cli.kernels import Backend
 from kascade_cli.schema import Budget
@@ -32,6 +32,7 @@ def test_room(world, rows, scores):
     prefill += 2 * size((1, 8, tiles, budget.count(keys)), torch.int32)  # of all processes' heads
     prefill += 2 * size((1, groups, keys, dim), torch.bfloat16)
     decode = size((rows, groups, keys), torch.float32) + size((rows, keys, heads), torch.bfloat16)
+    decode += 2 * size((rows, 8, budget.count(keys)), torch.int32)
     assert room(served, scores) == max(prefill, min(scores, decode))
     served.strategy = make_strategy("oracle", range(4), None)
     prefill -= 2 * size((1, groups, keys, dim), torch.bfloat16)
@@ -46,3 +47,17 @@ def test_nothing_is_compiled_for_pytorch():
         most=Most(1, 1, 1, torch.bfloat16), strategy=make_strategy("dense", range(4), None),
     )  # fmt: skip
     compile_kernels(served, 32)
+
+
+@pytest.mark.parametrize(
+    ("group", "dtype"), [(4, torch.bfloat16), (5, torch.bfloat16), (6, torch.float16), (1, torch.bfloat16)]
+)
+def test_a_row_is_what_the_kernels_allocate(group, dtype):
+    """Groups that are no power of two are stored as the next one, logits of float16 models in float32."""
+    pool = pytest.importorskip("kascade_cli.kernels.tilelang.pool")
+    keys, groups = 3 * pool.WIDTH, 2  # whole allocations
+    logits, _ = pool.workspace(1, groups, group, keys, 1, str(dtype)[6:], torch.device("meta"), packed=True)
+    info = SimpleNamespace(query_heads=groups * group, kv_heads=groups)
+    budget = Budget(ratio=0.1)
+    scores, indices = size((groups, keys), torch.float32), 2 * size((groups, budget.count(keys)), torch.int32)
+    assert decode_bytes(info, 1, budget, keys, dtype) == logits.nbytes + scores + indices

@@ -215,3 +215,13 @@ def test_reports_by_the_clock_and_after_graphs_are_captured():
     assert said[-1] == {"steps": 1}  # what warmed up is forgotten
     served.reporter.step({"steps": 1})
     assert served.reporter.counts["steps"] == 2
+
+
+@pytest.mark.parametrize(("graphs", "whole"), [(0, False), (1, False), (2, True), (9, True)])
+def test_only_steps_that_may_be_graphs_are_as_wide_as_a_row_may_be(graphs, whole):
+    engine = Engine(LAYERS, LENGTHS)
+    rows = [(0, 20, 1, False), (1, 9, 1, False)]
+    (part,) = read_step(engine.common(rows), Reading(engine.page, TILE, graphs=graphs)).parts
+    assert (part.blocks is None) is whole
+    mixed = read_step(engine.common([*rows, (2, 0, 5, True)]), Reading(engine.page, TILE, graphs=graphs))
+    assert all(getattr(part, "blocks", 1) is not None for part in mixed.parts)
