@@ -74,12 +74,12 @@ def test_what_is_made_by_a_script_is_current(script, monkeypatch):
 
 def test_the_evidence_of_decisions_exists():
     files = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
-    files += (ROOT / "benchmarks" / "results").glob("*.json")
+    files += (ROOT / "benchmarks" / "results").glob("*.json*")
     page = (DOCS / "decisions.md").read_text()
     sections = re.split(r"^## ", page, flags=re.MULTILINE)[1:]
     assert all("**Status: " in text and "**Evidence:** " in text for text in sections)
     previous = []
-    for name, inside in re.findall(r"`([\w./-]+\.(?:py|json))?(?:::)?([\w.]+)?`", page):
+    for name, inside in re.findall(r"`([\w./-]+\.(?:py|jsonl?))?(?:::)?([\w.]+)?`", page):
         if name:
             previous = [path for path in files if f"/{path.relative_to(ROOT)}".endswith(f"/{name}")]
             assert previous, name
