@@ -47,7 +47,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Capture to take the head maps of --anchors from. Default: identity maps.",
+            help="Capture to take the head maps of --anchors from. Default: none, all heads share one key set.",
             rich_help_panel=COMPARED,
         ),
     ] = None,

@@ -33,7 +33,7 @@ def random_sets(info: ModelInfo, chosen: Sequence[int], draws: int, seed: int) -
 
 
 class HeadMaps:
-    """Head maps for any anchor set: measured from a capture, or the identity where there is none."""
+    """Head maps for any anchor set, measured from a capture; where there is none, reuse layers run pooled."""
 
     def __init__(self, info: ModelInfo, capture: Path | None = None):
         self.info = info
@@ -50,8 +50,6 @@ class HeadMaps:
 
     def of(self, anchors: Sequence[int], layer: int) -> dict[str, list[int]]:
         """Per phase, the anchor head that each KV head of `layer` reads. A phase not captured takes the other's."""
-        if not self.sims:
-            return {phase: list(range(self.info.kv_heads)) for phase in PHASES}
         from kascade_cli.analysis.anchors import head_map
 
         nearest = max(anchor for anchor in anchors if anchor < layer)
@@ -74,7 +72,7 @@ def with_anchors(profile: Profile, info: ModelInfo, anchors: Sequence[int], maps
         model=profile.model,
         anchors=chosen,
         profiled_layers=info.profiled_layers,
-        head_maps={layer: maps.of(chosen, layer) for layer in reuse},
+        head_maps={layer: maps.of(chosen, layer) for layer in reuse} if maps.sims else None,
         budget=profile.budget,
     )
 

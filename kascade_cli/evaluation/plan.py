@@ -42,7 +42,7 @@ def plan_runs(
     base: Setting,
     seed: int,
 ) -> tuple[list[Run], str]:
-    """(what to run for each length, how the head maps of other anchors were made: capture or identity).
+    """(what to run for each length, where the head maps of other anchors come from: capture, or none: pooled).
 
     dense has no budget: one row is enough, and comes first, as the others are compared with it. So does a strategy
     that brings a ratio of its own.
@@ -63,4 +63,4 @@ def plan_runs(
                 for profile in profiles
             )
             runs.append(Run(anchors_label(chosen), settings, draws=many))
-    return runs, "capture" if maps.sims else "identity"
+    return runs, "capture" if maps.sims else "no"

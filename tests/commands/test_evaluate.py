@@ -72,7 +72,7 @@ def test_table_anchors_and_targets(run_kascade, profile, tmp_path):
     assert code == 3
     assert "kascade[0,1]" in out
     assert "single hop" in out
-    assert "random, ratio 0.1 at 256: 2 sets of 4 anchors (identity head maps)" in out
+    assert "random, ratio 0.1 at 256: 2 sets of 4 anchors (no head maps)" in out
     assert err.splitlines()[-1].startswith("error: missed: kascade >= 150 (at 256 tokens, ratio 0.1: ")
     assert "met: dense >= kascade - 100" in err
     assert figure.read_bytes().startswith(b"\x89PNG")
