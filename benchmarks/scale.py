@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MUST = 0.9  # of the number of processes
-VOLATILE = ("created", "seconds", "output", "profile")  # when and where, not what
+VOLATILE = ("created", "date", "command", "seconds", "output", "profile")  # when and where, not what
 
 
 class Job:

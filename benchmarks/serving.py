@@ -60,6 +60,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=0.92, help="gpu_memory_utilization of both engines")
     parser.add_argument("--graphs", choices=("piecewise", "full"), default="full", help="of the sparse engine")
     parser.add_argument("--ratio", type=float, default=0.1)
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=1, help="GPUs of both engines; needs the package installed"
+    )
     parser.add_argument("--model", help="a folder with weights, instead of random ones; needs --profile")
     parser.add_argument("--profile", type=Path, help="instead of the one made here")
     parser.add_argument("--profile-steps", action="store_true", help="kernels by time of one decode window, as well")
@@ -79,15 +82,19 @@ def machine(device: str) -> dict[str, Any]:
     return {"gpu": properties.name, "gpu_gib": round(properties.total_memory / 2**30, 1)} | found
 
 
-def make_profile(ratio: float) -> Profile:
-    """Head maps at random: which heads are read changes no time."""
+def make_profile(ratio: float, ranks: int = 1) -> Profile:
+    """Head maps at random, within each of `ranks` parts of the heads: which heads are read changes no time."""
     rng, layers, heads = random.Random(0), LLAMA["num_hidden_layers"], LLAMA["num_key_value_heads"]
     card = ModelCard(
         name="Llama-3.1-8B shape", layers=layers, query_heads=LLAMA["num_attention_heads"], kv_heads=heads,
         head_dim=LLAMA["head_dim"],
     )  # fmt: skip
+    part = heads // ranks
     maps = {
-        layer: {phase: rng.choices(range(heads), k=heads) for phase in ("decode", "prefill")}
+        layer: {
+            phase: [head // part * part + rng.randrange(part) for head in range(heads)]
+            for phase in ("decode", "prefill")
+        }
         for layer in range(layers)
         if layer not in ANCHORS
     }
@@ -117,7 +124,7 @@ def jobs(options: argparse.Namespace, folder: Path, gib: float) -> dict[str, Any
         model.mkdir()
         (model / "config.json").write_text(json.dumps(LLAMA))
         if options.profile is None:
-            make_profile(options.ratio).save(profile)
+            make_profile(options.ratio, options.tensor_parallel).save(profile)
     else:
         vocabulary = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
     if profile is None:
@@ -127,14 +134,14 @@ def jobs(options: argparse.Namespace, folder: Path, gib: float) -> dict[str, Any
         "device": options.device, "model": str(model), "profile": str(profile), "decode": decode, "first": first,
         "room": longest + 1, "budget": options.budget, "new": [new_tokens(*size, options) for size in decode],
         "block_size": options.block_size, "memory": options.memory, "runs": options.runs, "steps": options.steps,
-        "vocabulary": vocabulary, "profile_steps": options.profile_steps,
+        "vocabulary": vocabulary, "profile_steps": options.profile_steps, "tensor_parallel": options.tensor_parallel,
         "weights": "random" if options.model is None and options.device != "cpu" else "real",
     }  # fmt: skip
 
 
 def measure(job: dict[str, Any], engine: str, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Rows of one engine, what was written so far where it fails."""
-    out, spec = folder / f"{engine}.jsonl", folder / f"{engine}.json"
+    out, spec, report = (folder / f"{engine}{end}" for end in (".jsonl", ".json", "-report.json"))
     spec.write_text(json.dumps(job | {"engine": engine, "out": str(out)}))
     environment = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -145,13 +152,14 @@ def measure(job: dict[str, Any], engine: str, options: argparse.Namespace, folde
         environment.pop(name, None)
     if engine != "dense":
         environment["KASCADE_PROFILE"] = job["profile"]
-        environment["KASCADE_VLLM"] = json.dumps(
-            {"strategy": engine, "ratio": options.ratio, "graphs": options.graphs}
-        )
+        asked = {"strategy": engine, "ratio": options.ratio, "graphs": options.graphs, "report": str(report)}
+        environment["KASCADE_VLLM"] = json.dumps(asked)
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "serving_engine.py"), str(spec)], env=environment, check=False
     )
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    if rows and report.exists():  # what ran until the end, of all processes
+        rows[-1]["report"] = json.loads(report.read_text())
     if done.returncode:
         rows.append({"case": "failed", "engine": engine, "exit": done.returncode})
     return rows

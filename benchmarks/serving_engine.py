@@ -20,6 +20,7 @@ def measure(job: dict[str, Any]) -> None:
         "max_num_batched_tokens": job["budget"], "block_size": job["block_size"], "enable_prefix_caching": False,
         "disable_log_stats": True, "max_num_seqs": max([size[0] for size in job["decode"]] or [1]),
         "gpu_memory_utilization": job["memory"], "dtype": "float32" if dry else "bfloat16", "enforce_eager": dry,
+        "tensor_parallel_size": job["tensor_parallel"],
     }  # fmt: skip
     if job["weights"] == "random":
         options["load_format"] = "dummy"
