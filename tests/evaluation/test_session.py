@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from kascade_cli.devset import DevSet, ids_sha256
 from kascade_cli.errors import KascadeError
@@ -58,7 +59,7 @@ def test_prompts_that_dense_cannot_answer_are_passed_over(monkeypatch, given, ch
     prompts = [[number] * 5 for number in range(6)]
     spans = [[] if count is None else [(3, 5)] for count in given]
     whole = DevSet("d", "0", prompts, 0, 5, spans, spans)
-    cpu = SimpleNamespace(device=SimpleNamespace(type="cpu"))
+    cpu = sized("cpu", 1000)
     info, meta = SimpleNamespace(max_positions=None), {"max_length": 5}
     asked = session.Session(cpu, None, info, "m", None, ["prefill"], Verification(prompts=3), meta)
     monkeypatch.setattr(asked, "held_out", lambda length, prompts=None, lengths=None: whole.take(range(prompts or 3)))
@@ -68,18 +69,28 @@ def test_prompts_that_dense_cannot_answer_are_passed_over(monkeypatch, given, ch
     assert found.sha256 == ids_sha256(*found.prompts)
 
 
+def sized(device, parameters):
+    """A model of so many parameters, without their memory."""
+    numbers = torch.empty(parameters, device="meta")
+    return SimpleNamespace(device=SimpleNamespace(type=device), parameters=lambda: iter([numbers]))
+
+
 @pytest.mark.parametrize(
-    ("device", "options", "wanted"),
+    ("device", "parameters", "options", "wanted"),
     [
-        ("cpu", {}, (8, [2048], 0)),
-        ("cuda", {}, (24, [16384, 4096, 8192], 24)),
-        ("cuda", {"prompts": 5}, (5, [16384, 4096, 8192], 0)),
-        ("cuda", {"max_length": 3000}, (24, [3000], 24)),
-        ("cpu", {"max_length": 3000, "prompts": 1}, (1, [3000], 0)),
+        ("cpu", 7_600_000, {}, (8, [2048], 0)),
+        ("cpu", 494_000_000, {}, (5, [2048], 0)),  # ten minutes on two cores
+        ("cpu", 8_000_000_000, {}, (4, [2048], 0)),  # the fewest
+        ("cuda", 8_000_000_000, {}, (24, [16384, 4096, 8192], 24)),
+        ("cuda", 1, {"prompts": 5}, (5, [16384, 4096, 8192], 0)),
+        ("cuda", 1, {"max_length": 3000}, (24, [3000], 24)),
+        ("cpu", 8_000_000_000, {"max_length": 3000, "prompts": 1}, (1, [3000], 0)),
     ],
 )
-def test_what_a_kind_of_machine_affords(device, options, wanted):
-    model = SimpleNamespace(device=SimpleNamespace(type=device))
+def test_what_a_kind_of_machine_affords(device, parameters, options, wanted, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    model = sized(device, parameters)
     info, meta = SimpleNamespace(max_positions=40_000), {"max_length": 30_000}
     found = session.Session(model, None, info, "m", None, ["prefill"], Verification(**options), meta).effort
     assert (found.prompts, found.lengths, found.again) == wanted
