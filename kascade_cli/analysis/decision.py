@@ -195,7 +195,7 @@ class Search:
         """Sets with an anchor more than `best`, where it loses answers of a model that gives some; none where a rule
         gives the number, or at the limit."""
         answering = best.given > 0 and best.given >= _ANSWERING * best.asked
-        if not answering or best.lost <= self.settings.tolerance.lost * best.given:
+        if not answering or not self.settings.tolerance.loses(best.lost, best.given):
             return []
         if self.settings.has_rule or len(best.anchors) >= self.limit:
             return []

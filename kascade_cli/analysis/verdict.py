@@ -19,6 +19,10 @@ class Tolerance:
     lost: float = LOST_TOLERANCE
     ratio: float = RATIO_TOLERANCE
 
+    def loses(self, lost: int, given: int) -> bool:
+        """Whether a set that loses `lost` of `given` answers keeps too few; a single one is chance."""
+        return lost > max(self.lost * given, 1 if self.lost else 0)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -39,9 +43,9 @@ def decide(measured: Sequence[Candidate], size: int | None = None, tolerance: To
     """The fewest anchors that keep the answers and whose KL is within tolerance of the best that keeps them.
 
     A set keeps the answers if it loses no more of those that dense gives than the set that loses fewest, plus
-    `tolerance.lost` of them. If even that one loses more than the tolerance, the lowest KL decides between those that
-    lose so few, whatever their size. With `size`, only sets of so many anchors count. Ties go to the lower KL, then to
-    the lexicographically smallest set.
+    `tolerance.lost` of them. If even that one loses more than the tolerance, and more than one answer, the lowest KL
+    decides between those that lose so few, whatever their size. With `size`, only sets of so many anchors count. Ties
+    go to the lower KL, then to the lexicographically smallest set.
     """
     tolerance = tolerance or Tolerance()
     pool = [entry for entry in finalists(measured) if size is None or len(entry.anchors) == size]
@@ -49,7 +53,7 @@ def decide(measured: Sequence[Candidate], size: int | None = None, tolerance: To
     allowed = fewest_lost + tolerance.lost * pool[0].given
     keeping = [entry for entry in pool if entry.lost <= allowed]
     lowest = min(keeping, key=_by_kl)
-    losing = fewest_lost > tolerance.lost * pool[0].given  # every set
+    losing = tolerance.loses(fewest_lost, pool[0].given)  # every set
     close = [entry for entry in keeping if entry.score <= lowest.score + (0 if losing else tolerance.kl)]
     fewest = min(len(entry.anchors) for entry in close)
     best = min((entry for entry in close if len(entry.anchors) == fewest), key=_by_kl)
@@ -105,7 +109,7 @@ def _notes(pool: Sequence[Candidate], best: Candidate, tolerance: Tolerance) -> 
             "whether answers are kept"
         ]
     fewest = min(entry.lost for entry in pool)
-    if fewest > tolerance.lost * given:
+    if tolerance.loses(fewest, given):
         most = max(len(entry.anchors) for entry in pool)
         return [
             f"no set of up to {most} anchors keeps the answers: the best loses {fewest} of {given}; raise "

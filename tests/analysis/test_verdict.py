@@ -35,7 +35,7 @@ def by_definition(measured, kl, lost):
     fewest = min(entry.given - entry.kept for entry in final)
     keeping = [entry for entry in final if entry.given - entry.kept <= fewest + lost * entry.given]
     best = min(np.mean(list(entry.kl.values())) for entry in keeping)
-    if fewest > lost * final[0].given:  # nobody keeps them: the lowest KL
+    if fewest > lost * final[0].given and (fewest > 1 or not lost):  # nobody keeps them: the lowest KL
         kl = 0
     good = [entry for entry in keeping if np.mean(list(entry.kl.values())) <= best + kl]
     return min(good, key=lambda entry: (len(entry.anchors), np.mean(list(entry.kl.values())), entry.anchors)).anchors
@@ -67,6 +67,15 @@ def test_one_percent_of_the_answers_may_be_lost_beyond_the_best(given, allowed):
     found = decide([small, large])
     assert found.best is large
     assert f"; the answers decided: with 1 anchors {allowed + 1} of {given} are lost" in found.why
+
+
+def test_one_answer_alone_is_chance():
+    """Every set loses one of 57: the fewest anchors win all the same; not where none may be lost, or all lose two."""
+    small, large = (candidate(anchors, kl, kept=56, given=57) for anchors, kl in (((0, 1), 0.003), ((0, 1, 2), 0.002)))
+    assert decide([small, large]).best is small
+    assert decide([small, large], tolerance=Tolerance(lost=0.0)).best is large
+    small.kept = large.kept = 55
+    assert decide([small, large]).best is large
 
 
 def test_the_last_words_name_what_excluded_the_next_smaller_size():
