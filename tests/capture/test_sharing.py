@@ -64,9 +64,7 @@ def test_several_processes_make_the_file_that_one_makes(whole, tmp_path, monkeyp
     assert not parts_folder(path).exists()
     assert path.read_bytes() == whole.read_bytes()
     assert sorted(made) == list(range(len(LENGTHS)))  # nobody does what another one does
-    assert (
-        4 in made[:size]
-    )  # the longest is among those that begin; which of these comes first is chance
+    assert 4 in made[:size]  # the longest is among those that begin; which of these comes first is chance
     assert seen == sorted(seen)
     assert seen[-1] == (sum(LENGTHS), sum(LENGTHS))
 
