@@ -46,7 +46,8 @@ class Job:
                 str(self.options.port),
             ]
             launch.append("-m")
-        changes = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": self.options.threads, "HF_HUB_OFFLINE": "1"}
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        changes = {"PYTHONPATH": paths, "OMP_NUM_THREADS": self.options.threads, "HF_HUB_OFFLINE": "1"}
         if processes == 1 and not self.options.dry:
             changes["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         began = time.perf_counter()
@@ -219,9 +220,6 @@ def main() -> int:
             f"error: {options.processes} GPUs are needed and {found} are here (--dry runs on the CPU)", file=sys.stderr
         )
         return 2
-    from kascade_cli import provenance
-    from kascade_cli.benchmarking import report
-
     with tempfile.TemporaryDirectory() as name:
         job = Job(options, Path(name))
         made = options.model is None
@@ -229,7 +227,27 @@ def main() -> int:
             options.model = random_model(job.folder)
         for step in options.only.split(","):
             if not (step == "evaluate" and made):
-                getattr(job, step)()
+                try:
+                    getattr(job, step)()
+                except subprocess.TimeoutExpired:
+                    job.failures.append(f"{step}: the {options.minutes:g} minutes were over")
+                write(job, made)
+    for line in job.failures:
+        print("FAILED", line, file=sys.stderr)
+    missed = [row for row in job.rows if not row.get("met", True)]
+    for row in missed:
+        print(f"missed: {row['what']} {row['speedup']}x, must {row['must']}x", file=sys.stderr)
+    return 1 if job.failures else 3 if missed else 0
+
+
+def write(job: Job, made: bool) -> None:
+    """The document with what there is so far."""
+    import torch
+
+    from kascade_cli import provenance
+    from kascade_cli.benchmarking import report
+
+    options = job.options
     if not options.dry:
         wanted = MUST * options.processes
         for row in job.rows:
@@ -240,7 +258,7 @@ def main() -> int:
     document = {
         "model": model,
         "machine": report.machine(torch.device("cpu" if options.dry else "cuda")),
-        "gpus": found,
+        "gpus": torch.cuda.device_count(),
         "settings": settings,
         "created": provenance.now(),
         "commit": provenance.commit(),
@@ -249,12 +267,6 @@ def main() -> int:
         "failures": job.failures,
     }
     options.output.write_text(json.dumps(document, indent=2) + "\n")
-    for line in job.failures:
-        print("FAILED", line, file=sys.stderr)
-    missed = [row for row in job.rows if not row.get("met", True)]
-    for row in missed:
-        print(f"missed: {row['what']} {row['speedup']}x, must {row['must']}x", file=sys.stderr)
-    return 1 if job.failures else 3 if missed else 0
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=4, help="texts of each task")
     parser.add_argument("--questions", type=int, default=2, help="about each text")
     parser.add_argument("--new", type=int, default=32, help="tokens of an answer")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of vLLM; needs the package installed")
     parser.add_argument("--graphs", default="auto", choices=("auto", "piecewise", "full"))
     return parser.parse_args()
 
@@ -74,21 +75,30 @@ def by_vllm(options: argparse.Namespace, folder: Path, prompts: list[list[int]])
 
     from kascade_cli.integrations.vllm import register, served
 
-    os.environ["KASCADE_PROFILE"] = str(options.profile)
-    os.environ["KASCADE_VLLM"] = json.dumps({"strategy": options.strategy, "graphs": options.graphs})
+    apart = options.tensor_parallel > 1
+    written = folder / "report.json"
+    asked = {"strategy": options.strategy, "graphs": options.graphs} | ({"report": str(written)} if apart else {})
+    os.environ["KASCADE_PROFILE"] = str(options.profile.resolve())
+    os.environ["KASCADE_VLLM"] = json.dumps(asked)
     register()
     llm = LLM(
         model=str(folder), dtype=options.dtype, max_model_len=max(map(len, prompts)) + options.new + 1,
         enable_prefix_caching=False, disable_log_stats=True, attention_config={"backend": "CUSTOM"},
         enforce_eager=not torch.cuda.is_available(), gpu_memory_utilization=0.8, max_num_seqs=8,
+        tensor_parallel_size=options.tensor_parallel,
         max_num_batched_tokens=max(8192, max(map(len, prompts))),  # a chunk is never cut inside a tile by itself
     )  # fmt: skip
     wanted = SamplingParams(temperature=0, max_tokens=options.new, ignore_eos=True, detokenize=False)
-    reporter, wrote = served._current[1].reporter, []
-    before = sums(reporter.report())  # vLLM has warmed up
+    wrote: list[list[int]] = []
+    if not apart:
+        reporter = served._current[1].reporter
+        before = sums(reporter.report())  # vLLM has warmed up
     for prompt in prompts:  # alone, so that no step is shared and every prompt is one chunk
         out = llm.generate([{"prompt_token_ids": prompt}], wanted, use_tqdm=False)
         wrote.append(list(out[0].outputs[0].token_ids))
+    if apart:
+        llm.llm_engine.engine_core.shutdown()
+        return wrote, json.loads(written.read_text()) | {"together": None}
     report = reporter.report()
     report |= {name: value - before[name] for name, value in sums(report).items()}
     together = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], wanted, use_tqdm=False)
@@ -118,14 +128,15 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
         served, second = by_vllm(options, Path(name), prompts)
+    together = same(wrote, second["together"], needed) if second["together"] else None
     document = {
         "schema": "kascade-serving-equal/v1", "model": provenance.portable_name(options.model),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "dtype": options.dtype,
         "versions": provenance.versions(PACKAGES), "commit": provenance.commit(), "created": provenance.now(),
         "graphs": options.graphs, "strategy": options.strategy, "prompts": [len(prompt) for prompt in prompts],
-        "alone": same(wrote, served, needed), "together": same(wrote, second["together"], needed),
+        "alone": same(wrote, served, needed), "together": together,
         "attach": sums(first), "vllm": sums(second), "same_keys": sums(first) == sums(second),
-        "fallbacks": second["fallbacks"],
+        "fallbacks": second["fallbacks"], "tensor_parallel": second.get("tensor_parallel"),
     }  # fmt: skip
     options.output.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps({name: document[name] for name in ("alone", "together", "same_keys")}, indent=1))
