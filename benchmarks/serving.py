@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=8192, help="max_num_batched_tokens of both engines")
     parser.add_argument("--block-size", type=int, default=64, help="of both engines")
     parser.add_argument("--memory", type=float, default=0.92, help="gpu_memory_utilization of both engines")
-    parser.add_argument("--graphs", choices=("piecewise", "full"), default="full", help="of the sparse engine")
+    parser.add_argument("--graphs", choices=("auto", "piecewise", "full"), default="auto", help="of the sparse engine")
     parser.add_argument("--ratio", type=float, default=0.1)
     parser.add_argument(
         "--tensor-parallel", type=int, default=1, help="GPUs of both engines; needs the package installed"
