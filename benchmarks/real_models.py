@@ -11,6 +11,7 @@ records hidden in source files, worded unlike any built-in task; also with the b
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import functools
 import io
@@ -147,11 +148,11 @@ def lookups(tokenizer: Any, length: int, count: int, seed: int) -> list[dict[str
     files = sorted(file for file in root.glob("*.py") if 4_000 < file.stat().st_size < 200_000)
     places = ("fjord", "harbor", "summit", "canyon", "lagoon", "prairie", "glacier", "orchard", "meadow", "tundra")
     colours = ("amber", "cobalt", "crimson", "ivory", "jade", "saffron", "violet", "umber", "teal", "scarlet")
-    rng, rows = random.Random(seed), []
-    while len(rows) < count:
+    rng, drawn = random.Random(seed), []
+    while len(drawn) < count:
         lines: list[str] = []
         for file in rng.sample(files, len(files)):
-            lines += file.read_text(encoding="utf-8", errors="ignore").splitlines()
+            lines += _lines(file)
             if len(lines) * 14 > length * 4:
                 break
         names = [
@@ -159,23 +160,34 @@ def lookups(tokenizer: Any, length: int, count: int, seed: int) -> list[dict[str
         ]
         numbers = [str(rng.randrange(10**6, 10**7)) for _ in names]
         asked = rng.randrange(8)
-
         depths = [rng.random() for _ in names]
-        question = f"What is the secret number for {names[asked]}? Answer with the number only."
+        drawn.append((lines, sorted(zip(depths, names, numbers, strict=True), reverse=True), names[asked]))
+
+    def row(entry: tuple[list[str], list[tuple[float, str, str]], str]) -> dict[str, Any]:
+        lines, records, asked = entry
+        question = f"What is the secret number for {asked}? Answer with the number only."
 
         def prompt(used: int) -> str:
-            kept = lines[:used]  # noqa: B023 (called in this turn of the loop only)
-            for depth, name, number in sorted(zip(depths, names, numbers, strict=True), reverse=True):  # noqa: B023
+            kept = lines[:used]
+            for depth, name, number in records:
                 kept.insert(int(depth * used), f"The secret number for {name} is {number}.")
-            return "\n".join(kept) + "\n\n" + question  # noqa: B023
+            return "\n".join(kept) + "\n\n" + question
 
         low, high = 1, len(lines)
         while low < high:  # the longest that fits
             middle = (low + high + 1) // 2
             tokens = len(tokenizer(prompt(middle), verbose=False)["input_ids"])
             low, high = (middle, high) if tokens <= length - 64 else (low, middle - 1)
-        rows.append({"prompt": prompt(low), "answers": [numbers[asked]], "max_new_tokens": 24})
-    return rows
+        answer = next(number for _, name, number in records if name == asked)
+        return {"prompt": prompt(low), "answers": [answer], "max_new_tokens": 24}
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # the tokenizer lets go of the interpreter's lock
+        return list(pool.map(row, drawn))
+
+
+@functools.cache
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8", errors="ignore").splitlines()
 
 
 def summary(folder: Path) -> dict[str, Any]:

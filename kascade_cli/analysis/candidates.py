@@ -34,8 +34,9 @@ class Figures:
 
 @dataclass
 class Candidate(Figures):
-    """An anchor set to be verified. objectives: weighting -> objective, for the weightings that propose it (both for a
-    neighbour: a set with one anchor of another one swapped, added or left out).
+    """An anchor set to be verified. pooled: all heads read what an anchor's heads choose together, instead of what
+    the head maps say. objectives: weighting -> objective, for the weightings that propose it (both for a neighbour: a
+    set with one anchor of another one swapped, added or left out, or read the other way).
 
     kl: phase -> mean KL(dense || sparse) in nats; prompts: how many were measured; in these, asked: answers; given:
     those that dense gives; kept: those of them that the set gives too.
@@ -49,6 +50,16 @@ class Candidate(Figures):
     given: int = 0
     kept: int = 0
     neighbour: bool = False
+    pooled: bool = False
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], bool]:
+        """What runs: the anchors, and how they are read."""
+        return self.anchors, self.pooled
+
+    def other_way(self) -> "Candidate":
+        """The same anchors, read the other way; nothing of it is measured yet."""
+        return Candidate(self.anchors, dict(self.objectives), neighbour=True, pooled=not self.pooled)
 
 
 @dataclass(frozen=True)

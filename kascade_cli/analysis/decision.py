@@ -70,13 +70,13 @@ class Search:
         that measures recovered mass."""
         self.budget = capture_budget(measured.meta) if budget is None else budget
         self._reading = {"workers": workers, "advance": advance}
-        self._recovered: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
+        self._recovered: dict[tuple[tuple[int, ...], bool], dict[str, np.ndarray]] = {}
         self.settings = settings or Settings()
         self.ranks = self.settings.tensor_parallel
         self.measured = rank_maps.within_ranks(measured, self.ranks)
         # The same with head maps that cross ranks: what staying within them costs.
         self._free = problems.make_problem(measured, self.settings.phase) if self.ranks > 1 else None
-        self._recovered_free: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
+        self._recovered_free: dict[tuple[tuple[int, ...], bool], dict[str, np.ndarray]] = {}
         self.cost, self.context = cost or costs.published(), context
         self.problem = problems.make_problem(self.measured, self.settings.phase)
         self.limit = self.settings.limit(self.problem.layers)
@@ -84,16 +84,19 @@ class Search:
         self.given = selection.positions(asked, self.problem.layers) if isinstance(asked, tuple) else None
         weights, assignment = self.settings.weights, self.settings.assignment
         sets = selection.search_sets(self.problem, weights, self.limit, assignment)
-        self.rows = [tables.make_row(self.problem, found, assignment, self.cost, context) for found in sets]
+        self.pooled = self.settings.heads == "pooled"  # unless measuring says otherwise
+        rows = [tables.make_row(self.problem, found, assignment, self.cost, context) for found in sets]
+        self.rows = [replace(row, pooled=self.pooled) for row in rows]
         self.nearest: list[float] | None = None
         if assignment == "free":
             nearest = selection.search_sets(self.problem, weights, self.limit, "nearest")
             self.nearest = [entry.objective for entry in nearest]
 
-    def row(self, anchors: tuple[int, ...]) -> Row:
+    def row(self, anchors: tuple[int, ...], pooled: bool | None = None) -> Row:
         """The row of any set of positions, its objective under the settings' weights and assignment."""
         found = tables.any_set(self.problem, anchors, self.settings.weights, self.settings.assignment)
-        return tables.make_row(self.problem, found, self.settings.assignment, self.cost, self.context)
+        row = tables.make_row(self.problem, found, self.settings.assignment, self.cost, self.context)
+        return replace(row, pooled=self.pooled if pooled is None else pooled)
 
     def candidates(self, count: int) -> list[Candidate]:
         """Sets to measure: the `count` best under both weightings, of every size or the rule's; or the given one."""
@@ -103,9 +106,17 @@ class Search:
                 name: tables.any_set(self.problem, self.given, name, assignment).objective
                 for name in self.problem.weights
             }
-            return [Candidate(self.given, objectives)]
+            return [Candidate(self.given, objectives, pooled=self.pooled)]
         sizes = [self._by_rule().row.size] if self.settings.has_rule else range(1, self.limit + 1)
-        return propose(self.problem, sizes, count, assignment)
+        return [replace(entry, pooled=self.pooled) for entry in propose(self.problem, sizes, count, assignment)]
+
+    def other_way(self, best: Candidate, known: Sequence[Candidate]) -> Candidate | None:
+        """The anchors of `best` with head maps where they are read pooled, and the reverse; None where that is known,
+        or one way of reading was asked for."""
+        other = best.other_way()
+        if not self.settings.both_ways(self.measured.meta["kv_heads"]) or other.key in {one.key for one in known}:
+            return None
+        return other if len(other.anchors) < len(self.problem.layers) else None
 
     def decide(self, candidates: Sequence[Candidate] = (), verified: dict[str, Any] | None = None) -> Decision:
         """Applies the rule, or with measured `candidates` their KL within what the rule leaves open.
@@ -120,17 +131,18 @@ class Search:
         if self.given is not None:
             kept = f", {found.best.kept} of {found.best.given} answers kept" if found.best.given else ""
             why = f"{by_rule.why}; their measured KL is {found.best.score:.4f} nats{kept}"
-            choice = Choice(by_rule.row, by_rule.rule, why)
+            choice = Choice(self.row(self.given, found.best.pooled), by_rule.rule, why)
         else:
-            row = self.row(found.best.anchors)
+            row = self.row(found.best.anchors, found.best.pooled)
             why = f"{by_rule.why}; of these {found.why}" if by_rule else found.why
             choice = Choice(row, by_rule.rule if by_rule else "verify", why)
             notes += self._overruled(found.best, candidates)
+        notes += self._ways(found.best, candidates)
         return self._measured(Decision(choice, list(candidates), verified or {}, notes))
 
     @property
-    def _every(self) -> tuple[int, ...]:
-        return tuple(range(len(self.problem.layers)))
+    def _every(self) -> tuple[tuple[int, ...], bool]:
+        return tuple(range(len(self.problem.layers))), False
 
     @property
     def own(self) -> float:
@@ -148,12 +160,15 @@ class Search:
 
         With them goes the set of all layers, which says what there is to recover at this budget: `own`.
         """
-        wanted = [self._every, *(row.anchors for row in rows)]
-        if unknown := list(dict.fromkeys(anchors for anchors in wanted if anchors not in self._recovered)):
+        wanted = [self._every, *(row.key for row in rows)]
+        if unknown := list(dict.fromkeys(key for key in wanted if key not in self._recovered)):
             layers, heads = len(self.problem.layers), self.measured.meta["kv_heads"]
             links = []
             for problem in [self.problem] + ([self._free] if self._free else []):
-                for anchors in unknown:
+                for anchors, pooled in unknown:
+                    if pooled:
+                        links.append(recovered.pooled_links(anchors, layers, heads))
+                        continue
                     maps = selection.position_maps(problem, anchors, self.settings.assignment)
                     links.append(recovered.set_links(anchors, maps, layers, heads))
             found = recovered.measure(self.measured.path, links, self.budget, **self._reading)
@@ -162,8 +177,8 @@ class Search:
         return [
             replace(
                 row,
-                recovered=self._of_phases(self._recovered[row.anchors]),
-                recovered_free=self._of_phases(self._recovered_free.get(row.anchors, {})),
+                recovered=self._of_phases(self._recovered[row.key]),
+                recovered_free=self._of_phases(self._recovered_free.get(row.key, {})),
             )
             for row in rows
         ]
@@ -181,15 +196,16 @@ class Search:
         """Same-size sets beside `best` that are worth measuring too; none of a set that was asked for."""
         if self.given is not None:
             return []
-        sets = [entry.anchors for entry in known]
-        return neighbours(self.problem, best.anchors, sets, self.settings.assignment, effort.promising, effort.moved)
+        sets = _read_as(best, known)
+        found = neighbours(self.problem, best.anchors, sets, self.settings.assignment, effort.promising, effort.moved)
+        return [replace(entry, pooled=best.pooled) for entry in found]
 
     def fewer(self, best: Candidate, known: Sequence[Candidate], effort: Effort) -> list[Candidate]:
         """Sets with an anchor less than `best` that are worth measuring too; none where a rule gives the number."""
         if self.settings.has_rule or len(best.anchors) < 2:
             return []
-        sets = [entry.anchors for entry in known]
-        return without_one(self.problem, best.anchors, sets, self.settings.assignment, effort.one)
+        found = without_one(self.problem, best.anchors, _read_as(best, known), self.settings.assignment, effort.one)
+        return [replace(entry, pooled=best.pooled) for entry in found]
 
     def more(self, best: Candidate, known: Sequence[Candidate], effort: Effort) -> list[Candidate]:
         """Sets with an anchor more than `best`, where it loses answers of a model that gives some; none where a rule
@@ -199,15 +215,26 @@ class Search:
             return []
         if self.settings.has_rule or len(best.anchors) >= self.limit:
             return []
-        known_sets = [entry.anchors for entry in known]
-        return with_one_more(self.problem, best.anchors, known_sets, self.settings.assignment, effort.one)
+        found = with_one_more(self.problem, best.anchors, _read_as(best, known), self.settings.assignment, effort.one)
+        return [replace(entry, pooled=best.pooled) for entry in found]
+
+    def _ways(self, best: Candidate, candidates: Sequence[Candidate]) -> list[str]:
+        """A line where all heads shall read one key set because that was measured to be better."""
+        if not best.pooled or self.pooled:
+            return []
+        line = "pooled: all heads of a layer read one key set"
+        if (other := next((one for one in candidates if one.key == (best.anchors, False)), None)) and other.prompts:
+            kept = f", answers {other.kept} of {other.given}" if other.given else ""
+            given_up = f" on {other.prompts} prompts" if other.prompts < best.prompts else ""
+            line += f"; with head maps KL is {other.score:.4f}{kept}{given_up}"
+        return [line]
 
     def _overruled(self, best: Candidate, candidates: Sequence[Candidate]) -> list[str]:
         """A line where the chosen set is not the objective's best of its size."""
         first = self.rows[len(best.anchors) - 1].anchors
         if first == best.anchors:
             return []
-        other = next((entry for entry in candidates if entry.anchors == first), None)
+        other = next((entry for entry in candidates if entry.key == (first, self.pooled)), None)
         chosen, beaten = (" ".join(map(str, self.problem.absolute(entry))) for entry in (best.anchors, first))
         lost = f", answers {other.kept} of {other.given}" if other is not None and other.given else ""
         measured = f" (KL {other.score:.4f}{lost} on {other.prompts} prompts)" if other is not None else ""
@@ -244,13 +271,14 @@ class Search:
         """Raises KascadeError if the capture's description of its model makes no sense."""
         return record.model_card(self.measured.meta)
 
-    def layout(self, anchors: tuple[int, ...], budget: Budget | None = None) -> Profile:
+    def layout(self, anchors: tuple[int, ...], budget: Budget | None = None, *, pooled: bool = False) -> Profile:
         """A profile with these anchors (positions) and nothing about how they were found: to be run."""
+        maps = "pooled" if pooled else selection.head_maps(self.problem, anchors, self.settings.assignment)
         return Profile.build(
             model=self.model,
             anchors=self.problem.absolute(anchors),
             profiled_layers=self.problem.layers,
-            head_maps=selection.head_maps(self.problem, anchors, self.settings.assignment),
+            head_maps=maps,
             budget=budget or self.budget,
         )
 
@@ -262,7 +290,7 @@ class Search:
         Raises KascadeError if that is no profile.
         """
         budget = self.budget if budget is None else budget
-        return self.layout(decision.anchors, budget).model_copy(
+        return self.layout(decision.anchors, budget, pooled=decision.choice.row.pooled).model_copy(
             update={"selection": self.record(decision), "provenance": provenance or {}}
         )
 
@@ -282,6 +310,7 @@ class Search:
             "over_tiles": self.measured.reduce,
             "top_k": self.measured.top_k,
             "ratio": self.budget.ratio,
+            "heads": "pooled" if decision.choice.row.pooled else "maps",
         }
         if self._free:
             settings["tensor_parallel"] = self.ranks_document(decision)
@@ -293,6 +322,11 @@ class Search:
             return None
         maps = selection.head_maps(self._free, decision.anchors, self.settings.assignment)
         return rank_maps.ranks_document(self.ranks, decision.choice.row, maps)
+
+
+def _read_as(best: Candidate, known: Sequence[Candidate]) -> list[tuple[int, ...]]:
+    """The sets of `known` that are read as `best` is."""
+    return [entry.anchors for entry in known if entry.pooled == best.pooled]
 
 
 def capture_budget(meta: dict[str, Any], ratio: float = 0.10, min_keys: int = 128) -> Budget:

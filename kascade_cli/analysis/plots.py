@@ -105,7 +105,7 @@ def _kl_panel(axis: Any, measured: Sequence[Any], chosen: Row) -> None:
     sizes = [len(entry.anchors) for entry in measured]
     scores = [max(entry.score, 1e-6) for entry in measured]
     axis.scatter(sizes, scores, s=22, color=_BLUE, alpha=0.8, label="candidate")
-    picked = [max(entry.score, 1e-6) for entry in measured if entry.anchors == chosen.anchors]
+    picked = [max(entry.score, 1e-6) for entry in measured if entry.key == chosen.key]
     if picked:
         axis.plot(chosen.size, picked[0], marker="*", ms=13, color=_ORANGE, mec="black", ls="", label="chosen")
     axis.set_yscale("log")

@@ -86,12 +86,16 @@ def row_document(problem: "Problem", row: "Row") -> dict[str, Any]:
         figures[f"{name}_worst_layer"] = problem.layers[layer]
     if row.recovered_free:
         figures["recovered_free_mean"] = number(row.recovered_free_mean)
-    return {
-        "anchors": problem.absolute(row.anchors),
-        "objective": number(row.objective),
-        **figures,
-        "speedup": {phase: number(value, 3) for phase, value in row.speedup.items()},
-    } | ({} if row.proven else {"proven_optimal": False})
+    return (
+        {
+            "anchors": problem.absolute(row.anchors),
+            "objective": number(row.objective),
+            **figures,
+            "speedup": {phase: number(value, 3) for phase, value in row.speedup.items()},
+        }
+        | ({} if row.proven else {"proven_optimal": False})
+        | ({"pooled": True} if row.pooled else {})
+    )
 
 
 def candidate_document(problem: "Problem", entry: "Candidate") -> dict[str, Any]:
@@ -103,7 +107,7 @@ def candidate_document(problem: "Problem", entry: "Candidate") -> dict[str, Any]
         "kl_mean": number(entry.score),
         "answers": {"asked": entry.asked, "given": entry.given, "kept": entry.kept},
         "prompts": entry.prompts,
-    } | ({"neighbour": True} if entry.neighbour else {})
+    } | {name: True for name in ("neighbour", "pooled") if getattr(entry, name)}
 
 
 def stability_document(problem: "Problem", stable: "Stability") -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Recovered mass: the share of a layer's attention that a profile's keys keep at its budget, streamed from a capture.
 
 For a tile (or decode row) with N keys to choose among, k(N) is the budget's. A layer keeps what its KV heads give to
-the k(N) keys that their anchor heads choose (method: section 4), and the tile itself, which is always attended. The
+the k(N) keys that their anchor heads choose (method: section 4; pooled: those that all heads of the anchor choose
+together), and the tile itself, which is always attended. The
 first layer is dense and keeps everything, an anchor what its own Top-k holds. Means over heads, tiles, prompts.
 """
 
@@ -20,7 +21,8 @@ from kascade_cli.capture.store import CapturedPrompt, open_capture
 from kascade_cli.errors import KascadeError
 from kascade_cli.schema import Budget
 
-# (layer b, its KV head, anchor layer, anchor head): positions within the profiled layers.
+# (layer b, its KV head, anchor layer, anchor head): positions within the profiled layers. The set that an anchor's
+# heads choose together counts as that of one more head.
 Link = tuple[int, int, int, int]
 _BLOCK_BYTES = 32 << 20  # of chosen keys held at a time
 
@@ -46,6 +48,13 @@ def set_links(anchors: Sequence[int], maps: Mapping[int, Mapping[str, Sequence]]
             pairs = [entry if isinstance(entry, tuple) else (nearest, entry) for entry in row]
             links[phase].append([(layer, head, *pair) for head, pair in enumerate(pairs)])
     return SetLinks(links)
+
+
+def pooled_links(anchors: Sequence[int], layers: int, heads: int) -> SetLinks:
+    """As `set_links`, all heads reading what those of the nearest anchor choose together."""
+    nearest = [max(anchor for anchor in anchors if anchor <= layer) for layer in range(1, layers)]
+    rows = [[(layer, head, anchor, heads) for head in range(heads)] for layer, anchor in enumerate(nearest, 1)]
+    return SetLinks(dict.fromkeys(PHASES, rows))
 
 
 def measure(
@@ -100,12 +109,13 @@ def prompt_recovered(
     sums = {phase: np.zeros(len(links)) for phase, links in wanted.items()}
     plans = {phase: _plan(links) for phase, links in wanted.items()}
     anchors = {anchor for links in wanted.values() for _, _, anchor, _ in links}
+    together = {anchor for links in wanted.values() for _, _, anchor, head in links if head == heads}
     narrow, wide = (np.empty(heads * n_tokens, dtype) for dtype in (np.uint16, np.uint32))
     most = budget.count(n_tokens)
     per_block = max(1, _BLOCK_BYTES // (max(len(anchors), 1) * heads * most * 8))
     for first in range(0, len(tiles), per_block):
         block = tiles[first : first + per_block]
-        chosen: list[dict[int, np.ndarray]] = [{} for _ in block]  # of each anchor layer: int64 [G, k]
+        chosen: list[dict[int, np.ndarray]] = [{} for _ in block]  # of each anchor layer: int64 [G or G + 1, k]
         for layer in range(layers):
             for position, (start, length) in enumerate(block):
                 phase = "decode" if length == 1 else "prefill"
@@ -118,7 +128,11 @@ def prompt_recovered(
                 candidates = int(start) + 1 if length == 1 else int(start)
                 k = budget.count(candidates)
                 if layer in anchors:
-                    chosen[position][layer] = top_indices(np.ascontiguousarray(bits[:, :candidates]), k)
+                    keys = top_indices(np.ascontiguousarray(bits[:, :candidates]), k)
+                    if layer in together:
+                        pooled = to_float32(bits, wide)[:, :candidates].sum(axis=0, dtype=np.float64)
+                        keys = np.concatenate([keys, _top(pooled, keys.shape[1])[None]])
+                    chosen[position][layer] = keys
                 if reads:
                     values = to_float32(bits, wide)
                     whole = values.sum(axis=1)
@@ -130,6 +144,15 @@ def prompt_recovered(
                         sums[phase][places] += kept / whole[own]
     counts = {"decode": int((tiles[:, 1] == 1).sum()), "prefill": int((tiles[:, 1] != 1).sum())}
     return {phase: sums[phase] / count for phase, count in counts.items() if count}
+
+
+def _top(values: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the `k` largest of `values`, in no particular order; among equal ones the lowest index wins."""
+    if k == 0 or k == len(values):
+        return np.arange(k)
+    bound = np.partition(values, len(values) - k)[len(values) - k]
+    above = np.flatnonzero(values > bound)
+    return np.concatenate([above, np.flatnonzero(values == bound)[: k - len(above)]])
 
 
 def _plan(links: Sequence[Link]) -> dict[int, dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]]:

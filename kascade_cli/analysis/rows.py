@@ -13,7 +13,8 @@ from kascade_cli.analysis.similarity import PHASES
 
 @dataclass(frozen=True)
 class Row:
-    """One anchor set. Phase -> float64 [L] are
+    """One anchor set; pooled: all heads of a layer read what those of its anchor choose together. Phase -> float64 [L]
+    are
 
     similarity: what the keys of its anchor keep of each layer's own Top-k, the strict figure that is searched by;
     recovered: the share of each layer's attention that is kept at the profile's budget (recovered.py), once measured;
@@ -27,6 +28,12 @@ class Row:
     proven: bool = True
     recovered: dict[str, np.ndarray] = field(default_factory=dict)
     recovered_free: dict[str, np.ndarray] = field(default_factory=dict)
+    pooled: bool = False
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], bool]:
+        """As `Candidate.key`."""
+        return self.anchors, self.pooled
 
     @property
     def size(self) -> int:

@@ -17,7 +17,9 @@ class Settings:
     `anchors` (how many, or which absolute layers), `min_recovered`, `target_speedup`; None of them: the default.
     max_anchors: the largest number to look at. What is as good as the best, where candidates were measured:
     kl_tolerance (nats), lost_tolerance (share of the answers; None: 0.01 of anchor sets, 0.03 of ratios).
-    tensor_parallel: ranks that head maps stay within.
+    tensor_parallel: ranks that head maps stay within. heads: `maps`, every head of a reuse layer reads what its anchor
+    head chose; `pooled`, all read what those choose together; `auto`, what does better where candidates are measured
+    (else maps; so too over ranks, which pooled sets would make wait for each other).
     """
 
     phase: str = "both"
@@ -30,6 +32,7 @@ class Settings:
     kl_tolerance: float = verdict.KL_TOLERANCE
     lost_tolerance: float | None = None
     tensor_parallel: int = 1
+    heads: str = "auto"
 
     def __post_init__(self) -> None:
         rules.check_rules(self.anchors, self.min_recovered, self.target_speedup)
@@ -39,10 +42,16 @@ class Settings:
             raise UsageError(f"--lost-tolerance {self.lost_tolerance} is outside [0, 1]")
         if isinstance(self.anchors, tuple):
             selection.check_set(self.anchors)
+        if self.heads == "pooled" and self.tensor_parallel > 1:
+            raise UsageError("--heads pooled: one set for the heads of all ranks cannot stay within a rank")
 
     @property
     def phases(self) -> list[str]:
         return list(PHASES) if self.phase == "both" else [self.phase]
+
+    def both_ways(self, kv_heads: int) -> bool:
+        """Whether sets are measured with head maps and pooled."""
+        return self.heads == "auto" and self.tensor_parallel == 1 and kv_heads > 1
 
     @property
     def tolerance(self) -> verdict.Tolerance:

@@ -75,7 +75,7 @@ def decide(measured: Sequence[Candidate], size: int | None = None, tolerance: To
 
 
 def _by_kl(entry: Candidate) -> tuple:
-    return entry.score, len(entry.anchors), entry.anchors
+    return entry.score, len(entry.anchors), entry.key
 
 
 def _what_decided(

@@ -317,7 +317,9 @@ def _render(document: dict[str, Any]) -> None:
             f"{min(row['draws']):.1f} to {max(row['draws']):.1f}",
             soft_wrap=True,
         )
-    pooled = [row["strategy"] for row in document["rows"] if "head_maps" in row]
+    from kascade_cli.sparse.strategies.kascade import UNMEASURED
+
+    pooled = [row["strategy"] for row in document["rows"] if row.get("head_maps") == UNMEASURED]
     if pooled:
         note(f"note: head maps not measured: {', '.join(dict.fromkeys(pooled))} ran pooled, one key set for all heads")
     full = [row for row in document["rows"] if row["ratio"] is not None and row["density"]["all"] == 1.0]

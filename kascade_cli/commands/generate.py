@@ -203,8 +203,10 @@ def generate(
     else:
         _figures(len(ids), expected, runs[0][1])
     _note_unknown(tokenizer, ids)
+    from kascade_cli.sparse.strategies.kascade import UNMEASURED
+
     for _, run in runs:
-        if "head_maps" in run.report:
+        if run.report.get("head_maps") == UNMEASURED:
             note(f"note: head maps not measured: {run.report['strategy']} ran pooled, one key set for all heads")
         _note_density(run.report, len(ids))
 

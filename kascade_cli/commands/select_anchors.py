@@ -153,6 +153,14 @@ def select_anchors(
             rich_help_panel=_SEARCH,
         ),
     ] = "nearest",
+    heads: Annotated[
+        Literal["auto", "maps", "pooled"],
+        typer.Option(
+            help="What a head of a reuse layer reads: the keys of one anchor head (maps), or those that all of them "
+            "choose together (pooled). auto: what does better on held-out prompts; maps where nothing is measured.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = "auto",
     tensor_parallel: Annotated[
         int,
         typer.Option(
@@ -255,6 +263,7 @@ def select_anchors(
         kl_tolerance=kl_tolerance,
         lost_tolerance=lost_tolerance,
         tensor_parallel=tensor_parallel,
+        heads=heads,
     )
     verification = Verification(
         model=model,

@@ -16,9 +16,12 @@ def result_document(output: Path, search: Any, decision: Any, budget: Any, plots
     for entry, objective in zip(budgets, search.nearest or [], strict=False):
         entry["objective_nearest"] = number(objective)
     chosen = row_document(problem, row)
-    if all(entry["anchors"] != chosen["anchors"] for entry in budgets):
+    place = next((n for n, entry in enumerate(budgets) if entry["anchors"] == chosen["anchors"]), None)
+    if place is None:
         budgets.append(dict(chosen))
         budgets.sort(key=lambda entry: len(entry["anchors"]))
+    elif not _same(budgets[place], chosen):  # the row says what is kept as the chosen set is read
+        budgets[place] = chosen | {key: value for key, value in budgets[place].items() if key not in chosen}
     return {
         "profile": str(output),
         "chosen": chosen,
@@ -39,7 +42,7 @@ def result_document(output: Path, search: Any, decision: Any, budget: Any, plots
 
 def renderables(document: dict[str, Any]) -> list[Any]:
     """The result for people, ready to be printed: lines and tables, with nothing left that could fail."""
-    chosen, own = document["chosen"]["anchors"], document["recovered_own_keys"]
+    chosen, own = document["chosen"], document["recovered_own_keys"]
     parts: list[Any] = [budget_table(document["budgets"], chosen, document["cost"], own), ""]
     if document["verify"]:
         parts += [verify_table(document["verify"], chosen), ""]
@@ -52,6 +55,10 @@ def join(layers: Sequence[int]) -> str:
     return " ".join(map(str, layers))
 
 
+def _same(entry: dict[str, Any], chosen: dict[str, Any]) -> bool:
+    return (entry["anchors"], entry.get("pooled")) == (chosen["anchors"], chosen.get("pooled"))
+
+
 def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
 
@@ -60,7 +67,7 @@ def _nats(value: float | None) -> str:
     return "inf" if value is None else f"{value:.4f}"  # NaN logits: infinitely wrong
 
 
-def budget_table(budgets: Sequence[dict[str, Any]], chosen: Sequence[int], cost: dict[str, Any], own: float) -> Any:
+def budget_table(budgets: Sequence[dict[str, Any]], chosen: dict[str, Any], cost: dict[str, Any], own: float) -> Any:
     """The Pareto table; the chosen row is marked."""
     free = any("objective_nearest" in row for row in budgets)
     crossing = any("recovered_free_mean" in row for row in budgets)
@@ -68,7 +75,7 @@ def budget_table(budgets: Sequence[dict[str, Any]], chosen: Sequence[int], cost:
     numbers = ["objective", *(["nearest"] if free else []), *figures, "decode", "prefill"]
     table = plain_table(["", "M", "anchors", *numbers], title="Best anchors for every budget", right=["M", *numbers])
     for row in budgets:
-        mark = "*" if row["anchors"] == list(chosen) else ""
+        mark = "*" if row["anchors"] == chosen["anchors"] else ""
         values = [f"{row['objective']:.4f}" + ("" if row.get("proven_optimal", True) else "?")]
         if free:
             nearest = row.get("objective_nearest")
@@ -89,7 +96,7 @@ def budget_table(budgets: Sequence[dict[str, Any]], chosen: Sequence[int], cost:
     return table
 
 
-def verify_table(verified: dict[str, Any], chosen: Sequence[int]) -> Any:
+def verify_table(verified: dict[str, Any], chosen: dict[str, Any]) -> Any:
     """Candidates beside their measured KL; the chosen one is marked."""
     title = f"Measured on {verified['prompts']} held-out prompts of '{verified['dev_set']}': KL(dense || sparse), nats"
     asked, given = verified["answers"]["asked"], verified["answers"]["given"]
@@ -100,9 +107,9 @@ def verify_table(verified: dict[str, Any], chosen: Sequence[int]) -> Any:
     for entry in verified["candidates"]:
         objectives = [entry["objectives"].get(name) for name in ("importance", "uniform")]
         table.add_row(
-            "*" if entry["anchors"] == list(chosen) else "",
+            "*" if _same(entry, chosen) else "",
             str(len(entry["anchors"])),
-            join(entry["anchors"]),
+            join(entry["anchors"]) + (" pooled" if entry.get("pooled") else ""),
             *("-" if value is None else f"{value:.4f}" for value in objectives),
             *(_nats(entry["kl"][phase]) for phase in verified["phases"]),
             _nats(entry["kl_mean"]),
@@ -151,7 +158,8 @@ def closing_lines(document: dict[str, Any]) -> Iterator[str]:
     """What was chosen, why, how firmly, and where it was written."""
     speed = ", ".join(f"{phase} {_times(value)}" for phase, value in document["chosen"]["speedup"].items())
     recovered, chosen = document["chosen"]["recovered_mean"], document["chosen"]["anchors"]
-    yield f"chosen: {join(chosen)} (recovers {recovered:.1%}; predicted {speed})"
+    pooled = ", all heads reading one set" if document["chosen"].get("pooled") else ""
+    yield f"chosen: {join(chosen)}{pooled} (recovers {recovered:.1%}; predicted {speed})"
     yield f"because: {document['why']}"
     if document["budget"].get("ratios"):
         shares = ", ".join(f"{format_size(int(n))} {r:g}" for n, r in document["budget"]["ratios"].items())

@@ -52,10 +52,9 @@ def find_ratios(session: Any, search: Any, decision: Any, journal: Any) -> Any:
     from kascade_cli.evaluation import ratios
 
     tolerance = search.settings.tolerance
+    layout = search.layout(decision.anchors, pooled=decision.choice.row.pooled)
     with Steps("ratios") as shown:
-        found = ratios.find_ratios(
-            session, search.layout(decision.anchors), tolerance, journal=journal, report=shown.update
-        )
+        found = ratios.find_ratios(session, layout, tolerance, journal=journal, report=shown.update)
     decision.ratios = [entry.document() for entry in found]
     decision.notes += ratios.notes(found, tolerance)
     return search.budget.override(ratios=ratios.table(found))

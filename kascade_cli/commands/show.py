@@ -123,7 +123,9 @@ def _render_profile(path: Path, profile: Any) -> None:
             f"{' '.join(map(str, profile.anchors))} ({len(profile.anchors)} of {len(profile.attention_layers)})",
         ),
     ]
-    if not profile.heads_measured:
+    if profile.pooled:
+        facts.append(("head maps", "none: all heads of a layer read one key set (pooled)"))
+    elif not profile.heads_measured:
         facts.append(("head maps", "not measured: pooled (kascade select-anchors measures them)"))
     out.print(_facts(facts))
     out.print()

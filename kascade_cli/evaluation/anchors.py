@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,10 @@ class HeadMaps:
 
 
 def with_anchors(profile: Profile, info: ModelInfo, anchors: Sequence[int], maps: HeadMaps) -> Profile:
-    """`profile` with other anchors and its own budget. Raises UsageError for layers that cannot be anchors."""
+    """`profile` with other anchors; its budget and way of reading stay.
+
+    Raises UsageError for layers that cannot be anchors.
+    """
     first = info.profiled_layers[0]
     wrong = [layer for layer in anchors if layer not in info.profiled_layers]
     if wrong:
@@ -67,12 +71,14 @@ def with_anchors(profile: Profile, info: ModelInfo, anchors: Sequence[int], maps
     if first not in anchors:
         raise UsageError(f"--anchors: the first full-attention layer, {first}, must be an anchor")
     chosen = sorted(set(anchors))
-    reuse = [layer for layer in info.profiled_layers if layer not in chosen]
+    head_maps: Any = "pooled" if profile.pooled else None
+    if maps.sims and not profile.pooled:
+        head_maps = {layer: maps.of(chosen, layer) for layer in info.profiled_layers if layer not in chosen}
     return Profile.build(
         model=profile.model,
         anchors=chosen,
         profiled_layers=info.profiled_layers,
-        head_maps={layer: maps.of(chosen, layer) for layer in reuse} if maps.sims else None,
+        head_maps=head_maps,
         budget=profile.budget,
     )
 

@@ -35,11 +35,18 @@ class _Last:
 def layout_of(profile: Profile) -> list[Any]:
     """What each layer's prefill depends on, beside its input: comparable between profiles, and in an order."""
     budget = str(profile.budget.model_dump())
-    rows = []
-    for layer in profile.layers:
-        reads = layer.entries("prefill") if layer.role == "reuse" else []
-        rows.append((budget, layer.role, reads))
-    return rows
+    return [(budget, layer.role, reads_of(profile, index)) for index, layer in enumerate(profile.layers)]
+
+
+def reads_of(profile: Profile, layer: int) -> list[tuple[int, int]]:
+    """(anchor layer, anchor head) of every KV head of a reuse layer in prefill; -1 for the set of all heads, which
+    anchors of a pooled profile choose as well."""
+    entry = profile.layers[layer]
+    if entry.mapped:
+        return profile.head_map(layer, "prefill")
+    if entry.role == "reuse":
+        return [(entry.anchor, -1)]
+    return [] if profile.heads_measured else [(layer, -1)]
 
 
 class SharedPrefill:
@@ -78,7 +85,7 @@ class SharedPrefill:
             anchor
             for layer in range(same, len(layout))
             if profile.layers[layer].role == "reuse"
-            for anchor, _ in profile.head_map(layer, "prefill")
+            for anchor, _ in reads_of(profile, layer)
             if 0 < anchor < same and anchor not in self.last.keys
         ]:
             same = min(missing)

@@ -111,7 +111,7 @@ def _useless(entry: Candidate, mean: MeanKL, measured: Sequence[tuple[Candidate,
 
 def _order(pair: tuple[Candidate, Figures]) -> tuple:
     entry, mean = pair
-    return mean.lost, mean.score, entry.anchors
+    return mean.lost, mean.score, entry.key
 
 
 def planned(sizes: Sequence[int], prompts: int) -> int:

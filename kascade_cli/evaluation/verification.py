@@ -34,7 +34,8 @@ def verify(
     journal: "Journal | None" = None,
     report: Report | None = None,
 ) -> tuple[list["Candidate"], dict[str, Any]]:
-    """Races the candidates, then sets beside the one that would be chosen: with an anchor swapped, added, left out.
+    """Races the candidates, then sets beside the one that would be chosen: read the other way (with head maps, or one
+    set for all heads), with an anchor swapped, added, left out.
 
     Returns all of them with what they do, and what a profile records about the measurement. `journal`: what an
     interrupted verification knew and this one adds to (`Session.journal`). Raises KascadeError if the model is not the
@@ -44,17 +45,18 @@ def verify(
     from kascade_cli.integrations.transformers import compile_ahead
 
     session = session or open_session(search.measured.meta, search.settings.phases, options or Verification())
-    layouts: dict[tuple[int, ...], Profile] = {}
+    layouts: dict[Any, Profile] = {}
     progress = _Progress(report)
     runs = session.runs(journal, progress.advance)
 
     def measure(entries: Sequence["Candidate"], prompt: int) -> Sequence["PromptKL"]:
         for entry in entries:
-            layouts.setdefault(entry.anchors, search.layout(entry.anchors))
+            if entry.key not in layouts:
+                layouts[entry.key] = search.layout(entry.anchors, pooled=entry.pooled)
         # Those that race over a prompt race over the rest of its round.
         parts = [*rounds(prompts), range(prompts, len(session.devset.prompts))]
         ahead = [other for part in parts for other in part if prompt in part and other > prompt]
-        return runs.measure([(_label(entry), layouts[entry.anchors]) for entry in entries], prompt, ahead)
+        return runs.measure([(_label(entry), layouts[entry.key]) for entry in entries], prompt, ahead)
 
     compile_ahead(session.model, search.layout(candidates[0].anchors), backend=session.options.backend)
     effort = session.effort
@@ -66,6 +68,17 @@ def verify(
         progress.total = progress.done + planned([len(entries)], prompts)
         race([best, *entries], prompts, measure, incumbent=best, hopeless=hopeless)
         everyone.extend(entries)
+        return search.verdict(everyone).best
+
+    def read(best: "Candidate") -> "Candidate":
+        """The better way of reading the anchors of `best`: on all prompts, as there are only two."""
+        other = search.other_way(best, everyone)
+        if other is None:
+            return best
+        progress.total = max(progress.total, progress.done + prompts)
+        for prompt in range(prompts):
+            other.add(measure([other], prompt)[0])
+        everyone.append(other)
         return search.verdict(everyone).best
 
     def climb(best: "Candidate") -> "Candidate":
@@ -81,7 +94,7 @@ def verify(
     more = 0 if search.given is not None else effort.promising + effort.moved
     progress.total = planned([sizes.count(size) for size in set(sizes)], prompts) + planned([more], prompts)
     race(candidates, prompts, measure)
-    best = climb(search.verdict(everyone).best)
+    best = climb(read(search.verdict(everyone).best))
     # Neither weighting need know which anchor the answers lack, or which one can be left out.
     while larger := search.more(best, everyone, effort):
         before, best = best, beside(best, larger)
@@ -92,6 +105,7 @@ def verify(
         before, best = best, beside(best, smaller, hopeless=3 * search.settings.tolerance.kl)
         if len(best.anchors) == len(before.anchors):
             break
+    best = read(best)
     if len(session.devset.prompts) > prompts:  # the best of many on few prompts is so by chance too
         progress.total = progress.done + FINALISTS * (len(session.devset.prompts) - prompts)
         last = final(everyone, FINALISTS)
@@ -104,7 +118,7 @@ def verify(
 
 
 def _label(entry: "Candidate") -> str:
-    return f"{len(entry.anchors)} anchors"
+    return f"{len(entry.anchors)} anchors" + (", pooled" if entry.pooled else "")
 
 
 class _Progress:

@@ -47,7 +47,8 @@ def _profile(source: Source) -> list[tuple[str, str, str]]:
     verify = profile.selection.get("verify")
     candidates = verify.get("candidates") if isinstance(verify, dict) else None
     for entry in candidates if isinstance(candidates, list) else []:
-        if isinstance(entry, dict) and entry.get("anchors") == anchors and isinstance(entry.get("kl_mean"), float):
+        same = isinstance(entry, dict) and entry.get("anchors") == anchors
+        if same and bool(entry.get("pooled")) == profile.pooled and isinstance(entry.get("kl_mean"), float):
             found.append(("KL to dense, nats", f"{entry['kl_mean']:.2g}", "on held-out prompts"))
     return found
 

@@ -39,12 +39,18 @@ class Heads(Strict):
 class Layer(Strict):
     """One decoder layer's role. `anchor` and `heads` belong to reuse layers only.
 
-    A reuse layer without `heads`: its head map has not been measured (Profile.heads_measured).
+    `heads: pooled`: all heads read the one key set that the anchor's heads choose together. A reuse layer without
+    `heads` runs so too, as its head map has not been measured (Profile.heads_measured).
     """
 
     role: Literal["dense", "anchor", "reuse", "passthrough"]
     anchor: Index | None = None
-    heads: Heads | Annotated[list[HeadEntry], Field(max_length=MOST_HEADS)] | None = None
+    heads: Heads | Annotated[list[HeadEntry], Field(max_length=MOST_HEADS)] | Literal["pooled"] | None = None
+
+    @property
+    def mapped(self) -> bool:
+        """Whether it has a head map."""
+        return self.heads is not None and self.heads != "pooled"
 
     @model_validator(mode="after")
     def _fields_fit_role(self):
@@ -55,6 +61,7 @@ class Layer(Strict):
         return self
 
     def entries(self, phase: Phase) -> list[tuple[int, int]]:
-        """Per KV head, (anchor layer, anchor head). Only for reuse layers whose head map has been measured."""
+        """Per KV head, (anchor layer, anchor head). Only for reuse layers that have a head map."""
+        assert self.mapped
         heads = getattr(self.heads, phase) if isinstance(self.heads, Heads) else self.heads
         return [entry if isinstance(entry, tuple) else (self.anchor, entry) for entry in heads]

@@ -57,6 +57,12 @@ class Profile(Strict):
             raise ValueError(
                 f"layers.{missing[0]}: no `heads`, and layer {other} has them: either all reuse layers or none"
             )
+        pooled = [index for index, layer in reuse.items() if layer.heads == "pooled"]
+        if pooled and self.schema_ == V1:
+            raise ValueError(f"layers.{pooled[0]}.heads: pooled key sets need `schema: {V2}`")
+        if pooled and len(pooled) < len(reuse):
+            other = min(set(reuse) - set(pooled))
+            raise ValueError(f"layers.{pooled[0]}.heads: pooled, and not in layer {other}: either all or none")
         return self
 
     @model_validator(mode="after")
@@ -79,7 +85,7 @@ class Profile(Strict):
                     raise ValueError(
                         f"layers.{index}.anchor: layer {layer.anchor} is not an anchor before layer {index}"
                     )
-                if layer.heads is not None:
+                if layer.mapped:
                     self._check_heads(index, layer, writers)
         if not writers:
             raise ValueError("layers: no layer is dense or an anchor")
@@ -110,18 +116,23 @@ class Profile(Strict):
     @property
     def heads_measured(self) -> bool:
         """Whether reuse layers have head maps; without, all heads of an anchor share one key set (pooled)."""
-        return all(layer.heads is not None for layer in self.layers if layer.role == "reuse")
+        return all(layer.mapped for layer in self.layers if layer.role == "reuse")
+
+    @property
+    def pooled(self) -> bool:
+        """Whether all heads of an anchor share one key set because the profile says so, not for lack of head maps."""
+        return any(layer.heads == "pooled" for layer in self.layers)
 
     def head_map(self, layer: int, phase: Phase) -> list[tuple[int, int]]:
-        """Per KV head of reuse layer `layer`: (anchor layer, anchor head). Raises KascadeError if not measured."""
-        if self.layers[layer].heads is None:
+        """Per KV head of reuse layer `layer`: (anchor layer, anchor head). Raises KascadeError if it has none."""
+        if not self.layers[layer].mapped:
             raise KascadeError(f"layer {layer} of the profile for {self.model.name} has no measured head map")
         return self.layers[layer].entries(phase)
 
     def stays_within(self, ranks: int) -> bool:
         """Whether no head reads keys of another rank's heads, the KV heads split evenly and in order over `ranks`.
 
-        Never where head maps are not measured: all heads of an anchor share one key set then.
+        Never without head maps: all heads of an anchor share one key set then.
         """
         if ranks < 1 or self.model.kv_heads % ranks or not self.heads_measured:
             return False
@@ -196,7 +207,7 @@ class Profile(Strict):
         model: ModelCard,
         anchors: Sequence[int],
         profiled_layers: Sequence[int],
-        head_maps: Mapping[int, Mapping[str, Sequence[Any]] | Sequence[Any]] | None,
+        head_maps: Mapping[int, Mapping[str, Sequence[Any]] | Sequence[Any]] | Literal["pooled"] | None,
         budget: Budget | None = None,
         selection: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
@@ -205,7 +216,7 @@ class Profile(Strict):
 
         `head_maps[layer][phase]` gives, for each KV head of a reuse layer, an anchor head (of the nearest anchor
         before it) or a pair (anchor layer, anchor head); `head_maps[layer]` may be one such list for both phases.
-        None: they have not been measured. Layers outside
+        "pooled": all heads of an anchor share one key set; None: they do, as none have been measured. Layers outside
         `profiled_layers` pass through. Raises KascadeError where that is no profile.
         """
         try:
@@ -219,7 +230,7 @@ class Profile(Strict):
         model: ModelCard,
         anchors: Sequence[int],
         profiled_layers: Sequence[int],
-        head_maps: Mapping[int, Mapping[str, Sequence[Any]] | Sequence[Any]] | None,
+        head_maps: Mapping[int, Mapping[str, Sequence[Any]] | Sequence[Any]] | Literal["pooled"] | None,
         budget: Budget | None,
         selection: Mapping[str, Any] | None,
         provenance: Mapping[str, Any] | None,
@@ -235,7 +246,7 @@ class Profile(Strict):
                 layers.append(Layer(role="anchor"))
             else:
                 nearest = max((anchor for anchor in chosen if anchor < index), default=None)
-                heads = None if head_maps is None else _heads(head_maps[index])
+                heads = head_maps if head_maps in (None, "pooled") else _heads(head_maps[index])
                 layers.append(Layer(role="reuse", anchor=nearest, heads=heads))
         return cls(
             schema=V2,

@@ -62,8 +62,17 @@ def proposed_by(entry: dict[str, Any]) -> str:
     return "both" if {"importance", "uniform"} <= set(names) else names[0] if names else "neighbour"
 
 
+def _key(entry: dict[str, Any]) -> tuple[Any, bool]:
+    """A set and how it is read, of a candidate or a profile's selection."""
+    return entry.get("anchors"), bool(entry.get("pooled")) or entry.get("heads") == "pooled"
+
+
+def _named(entry: dict[str, Any]) -> str:
+    return " ".join(map(str, entry["anchors"])) + (", pooled" if entry.get("pooled") else "")
+
+
 def _figure(source: Source) -> Safe:
-    entries, chosen = _candidates(source), source.document.selection.get("anchors")
+    entries, chosen = _candidates(source), _key(source.document.selection)
     labels = list(dict.fromkeys(map(proposed_by, entries)))
     looks = {label: _LOOKS.get(label, _OTHER) for label in labels}
     counted = [entry for entry in entries if kept_share(entry) is not None]
@@ -107,7 +116,7 @@ def _panel(
     )  # fmt: skip
     pick = min if what == "kl" else max
     most = max(entry.get("prompts") or 0 for entry in entries)
-    ordered = sorted(entries, key=lambda entry: entry["anchors"] == chosen)
+    ordered = sorted(entries, key=lambda entry: _key(entry) == chosen)
     beside = {label: 0.0 if len(looks) == 1 else 0.16 * (n - (len(looks) - 1) / 2) for n, label in enumerate(looks)}
 
     def place(entry: dict[str, Any]) -> tuple[float, float]:
@@ -117,11 +126,11 @@ def _panel(
     plot.line(map(place, best), "dense", dashed=True)
     for entry in ordered:
         series, shape = looks[proposed_by(entry)]
-        named = " ".join(map(str, entry["anchors"]))
+        named = _named(entry)
         x, value = place(entry)
         short = (entry.get("prompts") or 0) < most
         plot.dot(x, value, series, shape, 2.8 if short else 4.6, said=f"{named}: {number(value)}")
-        if entry["anchors"] == chosen:
+        if _key(entry) == chosen:
             plot.parts.append(f'<circle class="ring" cx="{plot.x(x):.1f}" cy="{plot.y(value):.1f}" r="9"/>')
             _name_chosen(plot, x, value, f"chosen: {named}", left=what == "kl")
     said = (
@@ -148,14 +157,14 @@ def _numbers(entries: list[dict[str, Any]], chosen: Any) -> Safe:
     for entry in sorted(entries, key=lambda entry: (len(entry["anchors"]), _mean(entry))):
         kl = entry.get("kl") or {}
         cells = [
-            len(entry["anchors"]), " ".join(map(str, entry["anchors"])), proposed_by(entry), number(_mean(entry)),
+            len(entry["anchors"]), _named(entry), proposed_by(entry), number(_mean(entry)),
             number(kl.get("decode")), number(kl.get("prefill")),
         ]  # fmt: skip
         cells += [number(kept_share(entry))] if kept else []
         cells.append(entry.get("prompts", ""))
         first = tag("th", cells[0], scope="row", class_="name")
         rest = join(tag("td", cell, class_="name" if place < 2 else None) for place, cell in enumerate(cells[1:]))
-        rows.append(tag("tr", first, rest, class_="chosen" if entry["anchors"] == chosen else None))
+        rows.append(tag("tr", first, rest, class_="chosen" if _key(entry) == chosen else None))
     names = ["anchors", "layers", "proposed by", "KL, nats", "decode", "prefill"]
     names += ["answers kept", "prompts"] if kept else ["prompts"]
     return details("Numbers", table(names, rows, left=3))

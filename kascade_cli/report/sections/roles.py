@@ -63,7 +63,7 @@ def _figure(source: Source) -> Safe:
     profile: Profile = source.document
     used = list(dict.fromkeys(layer.role for layer in profile.layers))
     boxes = [tag("li", tag("span", class_=f"box {_ROLE[role]}"), _MEANING[role]) for role in used]
-    measured = all(layer.heads is not None for layer in profile.layers if layer.role == "reuse")
+    measured = profile.heads_measured
     boxes += (
         []
         if not measured
@@ -79,7 +79,8 @@ def _figure(source: Source) -> Safe:
         "Lines lead from an anchor to the layers that read its keys.",
         "A cell is a KV head; its number is the anchor's head whose keys it reads."
         if measured
-        else "The head maps have not been measured: all heads read the keys that the anchor's heads choose together.",
+        else ("" if profile.pooled else "The head maps have not been measured: ")
+        + "All heads read the keys that the anchor's heads choose together.",
         _stability(profile),
     )
     more = join([details("Numbers: every layer", _table(profile)), _recovered(profile)])
@@ -100,7 +101,7 @@ def _stability(profile: "Profile") -> str:
 def _draw(profile: "Profile") -> Safe:
     groups, count = profile.model.kv_heads, len(profile.layers)
     cell = 26 if groups <= 8 else 20 if groups <= 16 else 12
-    unmeasured = any(layer.role == "reuse" and layer.heads is None for layer in profile.layers)
+    unmeasured = not profile.heads_measured
     block = max(groups * cell + 34, 210 if unmeasured else 150)
     starts = {"decode": _MAPS, "prefill": _MAPS + block}
     parts = ['<text class="label" x="6" y="16">layer</text><text class="label" x="44" y="16">role</text>']
@@ -120,7 +121,7 @@ def _draw(profile: "Profile") -> Safe:
             f'<rect class="{_ROLE[layer.role]}" x="44" y="{top + 1}" width="84" height="{_ROW - 2}" rx="3"/>'
             f'<text class="note middle {ink}" x="86" y="{top + 13.5}">{text(layer.role)}</text>'
         )
-        if layer.role == "reuse" and layer.heads is None:
+        if layer.role == "reuse" and not layer.mapped:
             for start in starts.values():
                 parts.append(
                     f'<text class="note" x="{start + 2}" y="{top + 13.5}">pooled: one set for all heads</text>'
@@ -159,7 +160,7 @@ def _lines(profile: "Profile") -> list[str]:
 
 def _entries(profile: "Profile", layer: int, phase: Any) -> list[tuple[int, int]]:
     """A reuse layer's head map; nothing where it has not been measured."""
-    return [] if profile.layers[layer].heads is None else profile.head_map(layer, phase)
+    return profile.head_map(layer, phase) if profile.layers[layer].mapped else []
 
 
 def _cells(

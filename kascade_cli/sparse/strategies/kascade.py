@@ -11,11 +11,13 @@ from kascade_cli.schema import PHASES, Phase
 from kascade_cli.sparse.layer import Keys, Layer, numbers
 from kascade_cli.sparse.strategy import Strategy
 
+UNMEASURED = "not measured: pooled"  # what a report says of head maps that the profile should have
+
 
 class Kascade(Strategy):
     """Paper, section 3: layer 0 is dense and an anchor; anchors attend to their own Top-k; reuse layers to theirs.
 
-    A profile whose head maps have not been measured runs pooled: one key set per anchor for all heads.
+    A profile without head maps runs pooled: one key set per anchor for all heads.
     """
 
     name, summary, rank = "kascade", "anchors choose keys, reuse layers read them through the head map", 1
@@ -26,8 +28,9 @@ class Kascade(Strategy):
             self.pooled = True
 
     def facts(self) -> dict[str, Any]:
-        unmeasured = self.needs_head_maps and not self.profile.heads_measured
-        return {"head_maps": "not measured: pooled"} if unmeasured else {}
+        if not self.needs_head_maps or self.profile.heads_measured:
+            return {}
+        return {"head_maps": "pooled" if self.profile.pooled else UNMEASURED}
 
     def attend(self, layer: Layer) -> Tensor:
         role = self.role(layer.index)
