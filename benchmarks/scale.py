@@ -123,7 +123,8 @@ class Job:
 
     def evaluate(self) -> None:
         options = self.options
-        arguments = ["evaluate", options.model, "--profile", "one.yaml", "--strategies", "dense,kascade", *self.device]
+        profile = options.profile.resolve() if options.profile else "one.yaml"
+        arguments = ["evaluate", options.model, "--profile", profile, "--strategies", "dense,kascade", *self.device]
         arguments += ["--num-prompts", options.verify_prompts, "--max-length", options.verify_length]
         arguments += ["--dtype", options.dtype]
         one = self.run("evaluation", 1, *arguments)
@@ -199,6 +200,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--port", type=int, default=29617)
     parser.add_argument("--only", default="profile,verify,evaluate")
+    parser.add_argument("--profile", type=Path, help="to evaluate, instead of the one that verification leaves")
     parser.add_argument("--dry", action="store_true", help="on the CPU, small: checks equality, not speed")
     options = parser.parse_args()
     if options.model and Path(options.model).exists():

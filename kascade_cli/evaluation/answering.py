@@ -1,11 +1,11 @@
-"""Questions of many contexts answered by several processes: every process takes every N-th case."""
+"""Questions of many contexts answered by several processes: every process takes every N-th group of cases."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kascade_cli.errors import KascadeError
-from kascade_cli.evaluation.batched import answer_all
+from kascade_cli.evaluation.batched import answer_all, grouped
 from kascade_cli.evaluation.cases import Case
 from kascade_cli.integrations.transformers import attach_setting
 from kascade_cli.processes import Ended, Team
@@ -39,8 +39,10 @@ def answer_shared(
 
     Raises KascadeError where a process ends.
     """
-    numbered = list(enumerate(cases))
-    shares = [numbered[rank :: team.size] for rank in range(team.size)]
+    groups = list(grouped(cases))
+    shares = [
+        [(index, cases[index]) for group in groups[rank :: team.size] for index in group] for rank in range(team.size)
+    ]
     team.hand_out(Ask(setting, shares))
     written: Answers = [[] for _ in cases]
     counts: list[Counts] = []

@@ -1,4 +1,7 @@
-"""Greedy answers to the questions of many contexts: prefilled one by one, decoded as rows of one batch.
+"""Greedy answers to the questions of many contexts: prefilled one by one, decoded as rows of a batch.
+
+Which rows are decoded together depends on the cases alone, not on how many processes share them: in 16 bits a row's
+logits depend on the batch in their last bits, and a table of answers must not on the number of GPUs.
 
 Each row is padded on the left, so that all of them end at the same slot. Prefill is that of `answers`: a row's answer
 is the one that `model.generate` gives on its context and question alone. Models whose cache is more than keys and
@@ -29,6 +32,7 @@ from kascade_cli.integrations.transformers.decoding import decode_behind
 from kascade_cli.models import logits_at
 
 _LOOK = 8  # steps between two looks whether all answers have ended
+_TOGETHER = 16  # questions of consecutive cases that are decoded together, or more where the last case has them
 
 
 @dataclass
@@ -52,6 +56,16 @@ class _Row:
         )
 
 
+def grouped(cases: Sequence[Case]) -> Iterator[range]:
+    """Cases that are decoded together. Of several such groups in a row it makes the same groups again."""
+    first, rows = 0, 0
+    for index, case in enumerate(cases):
+        rows += len(case.questions)
+        if rows >= _TOGETHER or index == len(cases) - 1:
+            yield range(first, index + 1)
+            first, rows = index + 1, 0
+
+
 @torch.no_grad()
 def answer_all(
     model: nn.Module,
@@ -68,8 +82,24 @@ def answer_all(
     """
     answers: list[list[list[int]]] = [[[] for _ in case.questions] for case in cases]
     limit = max_bytes or cache_bytes(model.device)
+    for group in grouped(cases):
+        _answer_group(model, cases, group, answers, tile, limit, advance)
+    return answers
+
+
+def _answer_group(
+    model: nn.Module,
+    cases: Sequence[Case],
+    group: range,
+    answers: list[list[list[int]]],
+    tile: int,
+    limit: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Fills in the answers to the cases of a group, in as few batches as `limit` allows."""
     rows: list[_Row] = []
-    for index, case in enumerate(cases):
+    for index in group:
+        case = cases[index]
         asked = [question.ids for question in case.questions]
         read = read_context(model, case.context, asked, tile)
         found: Iterable[_Row] = ()
@@ -89,7 +119,6 @@ def answer_all(
         advance(index)
     if rows:
         _finish(model, rows, answers)
-    return answers
 
 
 def _stands_alone(cache: Any) -> bool:

@@ -115,6 +115,7 @@ class DensePrompt:
     log-probabilities [P, vocabulary] of positions.measured.
     """
 
+    @torch.no_grad()  # what autograd would keep of a 16k prompt is gigabytes
     def __init__(self, model: Any, ids: Sequence[int], answers: Sequence[Span], phases: Sequence[str],
                  decode_tokens: int = DECODE_TOKENS) -> None:  # fmt: skip
         """Runs the model once. Raises KascadeError if it gives NaN, or the prompt is too short."""
@@ -145,12 +146,14 @@ class DensePrompt:
         ids = self.ids[0].tolist()
         return all(likeliest[place] == ids[place + 1] for place in predicting([span]) if place in likeliest)
 
+    @torch.no_grad()
     def prefilled(self, model: Any) -> Any:
         """The cache of a dense prefill, where only decoding is measured; None otherwise."""
         if "prefill" in self.phases:
             return None
         return logits_at(model, self.ids[:, : self.positions.split], use_cache=True)[1].past_key_values
 
+    @torch.no_grad()
     def compare(self, model: Any, setting: Setting, cache: Any = None, prefill: Prefill | None = None) -> PromptKL:
         """One run under `setting`. `cache` is what `prefilled` gave; it is left as it is. prefill: what runs the first
         `split` tokens instead of `logits_at` (prefix.py)."""

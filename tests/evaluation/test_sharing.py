@@ -8,7 +8,7 @@ import pytest
 
 from kascade_cli.devset import DevSet
 from kascade_cli.errors import KascadeError
-from kascade_cli.evaluation import answering, forced
+from kascade_cli.evaluation import answering, batched, forced
 from kascade_cli.evaluation.cases import Case, EncodedQuestion
 from kascade_cli.evaluation.journal import Journal
 from kascade_cli.evaluation.run import Run, run_cases
@@ -137,10 +137,19 @@ CASES = [
 @pytest.mark.parametrize(("strategy", "size"), [("dense", 2), ("kascade", 3), ("kascade", 6)])
 def test_an_evaluation_scores_what_one_process_scores(make, monkeypatch, size, strategy):
     monkeypatch.setattr("kascade_cli.evaluation.run.score_question", lambda _, tokens, question: hash(tuple(tokens)))
+    monkeypatch.setattr("kascade_cli.evaluation.batched._TOGETHER", 2)
+    together, finish = [], batched._finish
+
+    def note(model, rows, answers):  # in 16 bits a row's logits depend on those beside it
+        together.append(tuple(row.tokens for row in rows))
+        finish(model, rows, answers)
+
+    monkeypatch.setattr(batched, "_finish", note)
     model = make()
     profile = some_profile(describe(model, "tiny"), ratio=0.1, min_keys=4)
     run = Run(strategy, (Setting(strategy, profile, backend="torch"),))
     want, read = run_cases(model, None, CASES, run), []
+    alone, together[:] = sorted(together), []
 
     def work(team):
         mine = make()
@@ -153,3 +162,10 @@ def test_an_evaluation_scores_what_one_process_scores(make, monkeypatch, size, s
     assert found.density == want.density
     assert (found.budget, found.backend, found.head_maps) == (want.budget, want.backend, want.head_maps)
     assert sorted(read) == sorted(case.tokens for case in CASES)
+    assert sorted(together) == alone
+    assert len(alone) > 2
+
+
+def test_a_process_that_has_no_gradients_switched_off_keeps_no_graph(make):
+    prompt = forced.DensePrompt(make(), DEVSET.prompts[0], DEVSET.answers[0], ["decode", "prefill"])
+    assert not prompt.logs.requires_grad
