@@ -108,6 +108,26 @@ def test_head_maps_that_are_not_measured(tmp_path):
     assert example().heads_measured
 
 
+def test_key_sets_that_all_heads_share(tmp_path):
+    profile = example(head_maps="pooled")
+    assert (profile.pooled, profile.heads_measured) == (True, False)
+    assert "- {role: reuse, anchor: 2, heads: pooled}\n" in profile.dumps()
+    profile.save(tmp_path / "p.yaml")
+    assert Profile.load(tmp_path / "p.yaml") == profile
+    assert not profile.stays_within(2)
+    assert not example().pooled
+    assert not example(head_maps=None).pooled
+    text = profile.dumps()
+    with pytest.raises(KascadeError, match=r"layers.\d.heads: pooled key sets need `schema: kascade/v2`"):
+        Profile.loads(text.replace("kascade/v2", "kascade/v1"))
+    with pytest.raises(KascadeError, match=r"layers.\d.heads: pooled, and not in layer \d: either all or none"):
+        Profile.loads(text.replace("heads: pooled", "heads: [0, 1]", 1))
+    with pytest.raises(KascadeError, match=r"layers.\d: no `heads`, and layer \d has them"):
+        Profile.loads(text.replace(", heads: pooled", "", 1))
+    with pytest.raises(KascadeError, match=r"layers.\d.heads"):
+        Profile.loads(text.replace("heads: pooled", "heads: shared", 1))
+
+
 def test_a_profile_without_a_fingerprint_is_for_a_geometry(tmp_path):
     free = example(model=CARD.model_copy(update={"fingerprint": None}))
     free.save(tmp_path / "p.yaml")

@@ -69,7 +69,7 @@ class Effort:
 
     rounds: how often the best set of a size gives way to one beside it. In each: promising, sets with an anchor
     swapped that an objective thinks best; moved, sets with an anchor moved a little, which no objective need think
-    well of. one: sets with an anchor more or less.
+    well of. one: sets with an anchor more or less. ways: how many of the best sets are read the other way.
     """
 
     prompts: int
@@ -80,6 +80,7 @@ class Effort:
     promising: int
     moved: int
     one: int
+    ways: int
 
     @property
     def lengths(self) -> list[int]:
@@ -87,9 +88,11 @@ class Effort:
         return [max(min(1024, self.length), int(self.length * share)) for share in self.shares]
 
 
-ON_CPU = Effort(prompts=8, length=2048, shares=(1,), again=0, rounds=2, promising=2, moved=4, one=2)
+ON_CPU = Effort(prompts=8, length=2048, shares=(1,), again=0, rounds=2, promising=2, moved=4, one=2, ways=1)
 # A layer that can be spared at 4k need not be one at 16k.
-ON_GPU = Effort(prompts=24, length=16384, shares=(1, 1 / 4, 1 / 2), again=24, rounds=4, promising=8, moved=24, one=12)
+ON_GPU = Effort(
+    prompts=24, length=16384, shares=(1, 1 / 4, 1 / 2), again=24, rounds=4, promising=8, moved=24, one=12, ways=3
+)
 
 
 def propose(problem: Problem, sizes: Sequence[int], count: int, assignment: str) -> list[Candidate]:

@@ -34,8 +34,8 @@ def verify(
     journal: "Journal | None" = None,
     report: Report | None = None,
 ) -> tuple[list["Candidate"], dict[str, Any]]:
-    """Races the candidates, then sets beside the one that would be chosen: read the other way (with head maps, or one
-    set for all heads), with an anchor swapped, added, left out.
+    """Races the candidates, then sets beside the one that would be chosen: with an anchor swapped, added, left out;
+    at last read the other way (one set for all heads instead of head maps), and beside that again if it is better.
 
     Returns all of them with what they do, and what a profile records about the measurement. `journal`: what an
     interrupted verification knew and this one adds to (`Session.journal`). Raises KascadeError if the model is not the
@@ -70,23 +70,39 @@ def verify(
         everyone.extend(entries)
         return search.verdict(everyone).best
 
-    def read(best: "Candidate") -> "Candidate":
-        """The better way of reading the anchors of `best`: on all prompts, as there are only two."""
-        other = search.other_way(best, everyone)
-        if other is None:
-            return best
-        progress.total = max(progress.total, progress.done + prompts)
-        for prompt in range(prompts):
-            other.add(measure([other], prompt)[0])
-        everyone.append(other)
+    def other_ways() -> "Candidate":
+        """Reads the best sets the other way, on all prompts: the best of many is so by chance too, and what it is
+        compared with should be known as well."""
+        found = [search.other_way(entry, everyone) for entry in final(everyone, effort.ways)]
+        entries = list({entry.key: entry for entry in found if entry is not None}.values())
+        progress.total = progress.done + len(entries) * prompts
+        for prompt in range(prompts) if entries else ():
+            for entry, result in zip(entries, measure(entries, prompt), strict=True):
+                entry.add(result)
+        everyone.extend(entries)
         return search.verdict(everyone).best
 
-    def climb(best: "Candidate") -> "Candidate":
+    def climb(best: "Candidate", rounds: int) -> "Candidate":
         """Swaps anchors while that helps."""
-        for _ in range(effort.rounds):
+        for _ in range(rounds):
             before, swapped = best, search.neighbours(best, everyone, effort)
             best = beside(best, swapped) if swapped else best
             if best is before:
+                break
+        return best
+
+    def settle(best: "Candidate", rounds: int) -> "Candidate":
+        """The best set that is read as `best` is."""
+        best = climb(best, rounds)
+        # Neither weighting need know which anchor the answers lack, or which one can be left out.
+        while larger := search.more(best, everyone, effort):
+            before, best = best, beside(best, larger)
+            if len(best.anchors) <= len(before.anchors):
+                break
+            best = climb(best, rounds)
+        while smaller := search.fewer(best, everyone, effort):
+            before, best = best, beside(best, smaller, hopeless=3 * search.settings.tolerance.kl)
+            if len(best.anchors) == len(before.anchors):
                 break
         return best
 
@@ -94,18 +110,10 @@ def verify(
     more = 0 if search.given is not None else effort.promising + effort.moved
     progress.total = planned([sizes.count(size) for size in set(sizes)], prompts) + planned([more], prompts)
     race(candidates, prompts, measure)
-    best = climb(read(search.verdict(everyone).best))
-    # Neither weighting need know which anchor the answers lack, or which one can be left out.
-    while larger := search.more(best, everyone, effort):
-        before, best = best, beside(best, larger)
-        if len(best.anchors) <= len(before.anchors):
-            break
-        best = climb(best)
-    while smaller := search.fewer(best, everyone, effort):
-        before, best = best, beside(best, smaller, hopeless=3 * search.settings.tolerance.kl)
-        if len(best.anchors) == len(before.anchors):
-            break
-    best = read(best)
+    first = settle(search.verdict(everyone).best, effort.rounds)
+    best = other_ways()
+    if best.pooled != first.pooled:
+        best = settle(best, effort.rounds - 1)
     if len(session.devset.prompts) > prompts:  # the best of many on few prompts is so by chance too
         progress.total = progress.done + FINALISTS * (len(session.devset.prompts) - prompts)
         last = final(everyone, FINALISTS)

@@ -47,9 +47,12 @@ def by_definition(prompts, anchors, maps, budget):
                     for g in range(HEADS):
                         row = prompt["mass"][layer, t, g].astype(np.float64)
                         nearest = max(a for a in anchors if a <= layer)
-                        entry = g if layer in anchors else maps[layer][phase][g]
+                        entry = g if layer in anchors or maps == "pooled" else maps[layer][phase][g]
                         a, h = entry if isinstance(entry, tuple) else (nearest, entry)
                         scores = prompt["mass"][a, t, h, :seen]
+                        if maps == "pooled":
+                            scores = prompt["mass"][nearest, t, :, :seen].astype(np.float64).sum(0)
+                            a, h = nearest, None
                         top = sorted(range(seen), key=lambda j: (-scores[j], j))[:k]  # noqa: B023
                         own = range(seen, start + length)  # the tile itself
                         shares.append(sum(row[j] for j in [*top, *own]) / row.sum())
@@ -77,6 +80,27 @@ def test_against_its_definition(tmp_path, kind, assignment, budget):
         for phase in wanted:
             np.testing.assert_allclose(found[phase], wanted[phase], atol=1e-6)
     assert wanted[phase][1:].max() < 1 or budget == Budget()  # 128 keys are all that there are, nearly
+
+
+@pytest.mark.parametrize("kind", list(TILES))
+@pytest.mark.parametrize("budget", [Budget(ratio=0.1, min_keys=1), Budget(ratio=0.3, min_keys=17), Budget()])
+def test_pooled_against_its_definition(tmp_path, kind, budget):
+    """All heads keep what the heads of the nearest anchor choose together; beside sets with head maps, in one pass."""
+    path, prompts = capture_of(tmp_path / "c.h5", kind)
+    search = Search(measure(path, top_k=7))
+    sets = [(0,), (0, 3), (0, 1, 4)]
+    maps = [position_maps(search.problem, anchors, "nearest") for anchors in sets]
+    links = [recovered.pooled_links(anchors, LAYERS, HEADS) for anchors in sets]
+    links += [recovered.set_links(anchors, entry, LAYERS, HEADS) for anchors, entry in zip(sets, maps, strict=True)]
+    for (anchors, entry), found in zip(
+        [(anchors, "pooled") for anchors in sets] + list(zip(sets, maps, strict=True)),
+        recovered.measure(path, links, budget),
+        strict=True,
+    ):
+        wanted = by_definition(prompts, anchors, entry, budget)
+        assert found.keys() == wanted.keys()
+        for phase in wanted:
+            np.testing.assert_allclose(found[phase], wanted[phase], atol=1e-6)
 
 
 def test_blocks_workers_and_order_change_no_bit(tmp_path, monkeypatch):

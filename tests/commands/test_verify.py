@@ -56,10 +56,10 @@ def test_verify_keeps_to_the_number_asked_for(run_kascade, real_capture, tmp_pat
     )  # fmt: skip
     assert code == 0, error
     selection = Profile.load(target).selection
-    scores = {tuple(entry["anchors"]): entry["kl_mean"] for entry in selection["verify"]["candidates"]}
-    assert {len(anchors) for anchors in scores} == {3}
+    scores = {key_of(entry): entry["kl_mean"] for entry in selection["verify"]["candidates"]}
+    assert {len(anchors) for anchors, _ in scores} == {3}
     assert len(scores) > 1
-    assert tuple(selection["anchors"]) == min(scores, key=scores.get)
+    assert (tuple(selection["anchors"]), selection["heads"] == "pooled") == min(scores, key=scores.get)
     assert selection["verify"]["dev_set"] == "single-hop/held-out"
     assert "held-out" in text
 
@@ -100,10 +100,12 @@ def test_verify_measures_an_explicit_set_and_no_other(run_kascade, real_capture,
     )  # fmt: skip
     assert code == 0, error
     selection = Profile.load(target).selection
-    (only,) = selection["verify"]["candidates"]
-    assert only["anchors"] == selection["anchors"] == [0, 1, 5]
-    assert only["kl"]["decode"] > 0
-    assert set(only["objectives"]) == {"importance", "uniform"}
+    first, second = selection["verify"]["candidates"]
+    assert [key_of(entry) for entry in (first, second)] == [((0, 1, 5), False), ((0, 1, 5), True)]
+    assert selection["anchors"] == [0, 1, 5]
+    assert first["kl"]["decode"] > 0
+    assert first["kl"] != second["kl"]
+    assert set(first["objectives"]) == {"importance", "uniform"}
     assert json.loads(text)["why"].startswith("these anchors were asked for; their measured KL is ")
 
 
@@ -204,7 +206,96 @@ def test_the_best_are_measured_on_more_prompts_in_the_end(run_kascade, real_capt
     )  # fmt: skip
     assert code == 0, error
     selection = Profile.load(target).selection
-    measured = {tuple(entry["anchors"]): entry for entry in selection["verify"]["candidates"]}
+    measured = {key_of(entry): entry for entry in selection["verify"]["candidates"]}
     assert sorted(entry["prompts"] for entry in measured.values())[-3:] == [1, 3, 3]
     assert selection["verify"]["prompts"] == 3
-    assert measured[tuple(selection["anchors"])]["prompts"] == 3
+    assert measured[tuple(selection["anchors"]), selection["heads"] == "pooled"]["prompts"] == 3
+
+
+def key_of(entry):
+    """The set of a candidate in a profile's record, and whether it was read pooled."""
+    return tuple(entry["anchors"]), entry.get("pooled", False)
+
+
+def select_small(run_kascade, capture, target, *options):
+    code, out, error = run_kascade(
+        "select-anchors", capture, "-o", target, "--verify-prompts", "2", "--min-keys", "32", "--device", "cpu",
+        "--bootstrap", "0", *options,
+    )  # fmt: skip
+    assert code == 0, error
+    return Profile.load(target), out, error
+
+
+@pytest.fixture
+def pooled_wins(monkeypatch):
+    """Every run of a pooled profile is the dense model's, as far as the search can tell."""
+    from dataclasses import replace
+
+    from kascade_cli.evaluation import forced
+
+    real = forced.DensePrompt.compare
+
+    def compare(self, model, setting, *rest, **more):
+        found = real(self, model, setting, *rest, **more)
+        return replace(found, kl=dict.fromkeys(found.kl, 0.0), kept=found.given) if setting.profile.pooled else found
+
+    monkeypatch.setattr(forced.DensePrompt, "compare", compare)
+
+
+def test_one_key_set_for_all_heads_where_it_does_better(run_kascade, real_capture, tmp_path, pooled_wins):
+    profile, text, error = select_small(run_kascade, real_capture, tmp_path / "p.yaml", "--anchors", "3")
+    assert profile.pooled
+    assert not profile.heads_measured
+    assert profile.selection["heads"] == "pooled"
+    found = [key_of(entry) for entry in profile.selection["verify"]["candidates"]]
+    assert (tuple(profile.anchors), True) in found
+    assert len(found) == len(set(found))
+    # The search goes on beside the set, read as it is.
+    assert len([anchors for anchors, pooled in found if pooled]) > 3
+    assert "all heads reading one set" in text
+    assert "pooled: all heads of a layer read one key set" in error
+    mapped, text, _ = select_small(run_kascade, real_capture, tmp_path / "m.yaml", "--anchors", "3", "--heads", "maps")
+    assert mapped.heads_measured
+    assert not any(entry.get("pooled") for entry in mapped.selection["verify"]["candidates"])
+    assert "pooled" not in text
+
+
+def test_pooled_sets_are_measured_as_the_strategy_runs_them(run_kascade, real_capture, tmp_path):
+    """What is recorded of a pooled set is what `kascade-pooled` does with the same anchors and their head maps."""
+    from kascade_cli.analysis.similarity import measure
+    from kascade_cli.evaluation.session import Verification, open_session
+    from kascade_cli.sparse import Setting
+
+    options = ["--anchors", "0,2,7"]
+    mapped, _, _ = select_small(run_kascade, real_capture, tmp_path / "m.yaml", *options, "--heads", "maps")
+    pooled, text, _ = select_small(run_kascade, real_capture, tmp_path / "p.yaml", *options, "--heads", "pooled")
+    (recorded,) = pooled.selection["verify"]["candidates"]
+    assert pooled.pooled
+    assert mapped.heads_measured
+    assert recorded["pooled"]
+    session = open_session(measure(real_capture).meta, ["decode", "prefill"], Verification(prompts=2, device="cpu"))
+    for phase in ("decode", "prefill"):
+        found = []
+        for prompt in range(2):
+            dense = session.dense(session.devset, prompt)
+            found.append(dense.compare(session.model, Setting("kascade-pooled", mapped)).kl[phase])
+        assert recorded["kl"][phase] == pytest.approx(sum(found) / 2, abs=2e-6)
+        assert mapped.selection["verify"]["candidates"][0]["kl"][phase] != pytest.approx(sum(found) / 2, rel=1e-2)
+    kept = pooled.selection["recovered_mass"]["mean"]
+    assert f"all heads reading one set (recovers {kept:.1%}" in text
+
+
+def test_without_measuring_head_maps_are_what_a_profile_has(run_kascade, real_capture, tmp_path):
+    code, _, error = run_kascade("select-anchors", real_capture, "-o", tmp_path / "p.yaml", "--no-verify")
+    assert code == 0, error
+    assert Profile.load(tmp_path / "p.yaml").heads_measured
+    code, _, error = run_kascade(
+        "select-anchors", real_capture, "-o", tmp_path / "q.yaml", "--no-verify", "--heads", "pooled"
+    )
+    assert code == 0, error
+    assert Profile.load(tmp_path / "q.yaml").pooled
+    code, _, error = run_kascade(
+        "select-anchors", real_capture, "-o", tmp_path / "r.yaml", "--heads", "pooled", "--tensor-parallel", "2"
+    )
+    assert code == 2
+    assert error == "error: --heads pooled: one set for the heads of all ranks cannot stay within a rank\n"

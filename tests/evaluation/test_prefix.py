@@ -19,8 +19,8 @@ LAYERS = 6
 
 def profile_of(model, anchors, *, maps=(1, 0), ratio=0.1, free=False):
     info = describe(model, "toy")
-    heads = {}
-    for layer in info.profiled_layers:
+    heads = "pooled" if maps == "pooled" else {}
+    for layer in info.profiled_layers if maps != "pooled" else ():
         before = [anchor for anchor in anchors if anchor < layer]
         if layer not in anchors:
             row = list(maps)
@@ -48,6 +48,7 @@ def every_profile(model):
     profiles = [profile_of(model, anchors) for anchors in sets]
     profiles += [profile_of(model, anchors, maps=(0, 0)) for anchors in sets[:6]]
     profiles += [profile_of(model, anchors, ratio=0.3) for anchors in sets[:4]]
+    profiles += [profile_of(model, anchors, maps="pooled") for anchors in sets[:20:3]]
     return profiles + [profile_of(model, anchors, free=True) for anchors in sets if len(anchors) == 3]
 
 
