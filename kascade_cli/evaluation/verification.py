@@ -91,15 +91,15 @@ def verify(
                 break
         return best
 
-    def settle(best: "Candidate", rounds: int) -> "Candidate":
-        """The best set that is read as `best` is."""
-        best = climb(best, rounds)
+    def settle(best: "Candidate") -> "Candidate":
+        """Climbs, and takes anchors more or less."""
+        best = climb(best, effort.rounds)
         # Neither weighting need know which anchor the answers lack, or which one can be left out.
         while larger := search.more(best, everyone, effort):
             before, best = best, beside(best, larger)
             if len(best.anchors) <= len(before.anchors):
                 break
-            best = climb(best, rounds)
+            best = climb(best, effort.rounds)
         while smaller := search.fewer(best, everyone, effort):
             before, best = best, beside(best, smaller, hopeless=3 * search.settings.tolerance.kl)
             if len(best.anchors) == len(before.anchors):
@@ -110,10 +110,10 @@ def verify(
     more = 0 if search.given is not None else effort.promising + effort.moved
     progress.total = planned([sizes.count(size) for size in set(sizes)], prompts) + planned([more], prompts)
     race(candidates, prompts, measure)
-    first = settle(search.verdict(everyone).best, effort.rounds)
+    first = settle(search.verdict(everyone).best)
     best = other_ways()
     if best.pooled != first.pooled:
-        best = settle(best, effort.rounds - 1)
+        best = climb(best, effort.rounds - 1)
     if len(session.devset.prompts) > prompts:  # the best of many on few prompts is so by chance too
         progress.total = progress.done + FINALISTS * (len(session.devset.prompts) - prompts)
         last = final(everyone, FINALISTS)
