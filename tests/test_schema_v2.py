@@ -103,7 +103,7 @@ def test_head_maps_that_are_not_measured(tmp_path):
     profile.save(tmp_path / "p.yaml")
     assert Profile.load(tmp_path / "p.yaml") == profile
     assert profile.anchors == [0, 2]
-    with pytest.raises(KascadeError, match="^layer 4 of the profile for x has no measured head map$"):
+    with pytest.raises(KascadeError, match="^layer 4 of the profile for x has no head map$"):
         profile.head_map(4, "decode")
     assert example().heads_measured
 
@@ -124,8 +124,8 @@ def test_key_sets_that_all_heads_share(tmp_path):
         Profile.loads(text.replace("heads: pooled", "heads: [0, 1]", 1))
     with pytest.raises(KascadeError, match=r"layers.\d: no `heads`, and layer \d has them"):
         Profile.loads(text.replace(", heads: pooled", "", 1))
-    with pytest.raises(KascadeError, match=r"layers.\d.heads"):
-        Profile.loads(text.replace("heads: pooled", "heads: shared", 1))
+    with pytest.raises(KascadeError, match=r"layers.\d.heads: 'pool' is neither a head map nor `pooled`$"):
+        Profile.loads(text.replace("heads: pooled", "heads: pool", 1))
 
 
 def test_a_profile_without_a_fingerprint_is_for_a_geometry(tmp_path):

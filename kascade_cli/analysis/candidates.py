@@ -36,7 +36,7 @@ class Figures:
 class Candidate(Figures):
     """An anchor set to be verified. pooled: all heads read what an anchor's heads choose together, instead of what
     the head maps say. objectives: weighting -> objective, for the weightings that propose it (both for a neighbour: a
-    set with one anchor of another one swapped, added or left out, or read the other way).
+    set with one anchor of another one swapped, added or left out; read the other way a set has those that it had).
 
     kl: phase -> mean KL(dense || sparse) in nats; prompts: how many were measured; in these, asked: answers; given:
     those that dense gives; kept: those of them that the set gives too.
@@ -69,7 +69,8 @@ class Effort:
 
     rounds: how often the best set of a size gives way to one beside it. In each: promising, sets with an anchor
     swapped that an objective thinks best; moved, sets with an anchor moved a little, which no objective need think
-    well of. one: sets with an anchor more or less. ways: how many of the best sets are read the other way.
+    well of. one: sets with an anchor more or less. ways: how many of the best sets are read the other way. most: runs
+    for each prompt after which no round begins.
     """
 
     prompts: int
@@ -81,6 +82,7 @@ class Effort:
     moved: int
     one: int
     ways: int
+    most: int
 
     @property
     def lengths(self) -> list[int]:
@@ -88,10 +90,19 @@ class Effort:
         return [max(min(1024, self.length), int(self.length * share)) for share in self.shares]
 
 
-ON_CPU = Effort(prompts=8, length=2048, shares=(1,), again=0, rounds=2, promising=2, moved=4, one=2, ways=1)
+ON_CPU = Effort(prompts=8, length=2048, shares=(1,), again=0, rounds=2, promising=2, moved=4, one=2, ways=1, most=16)
 # A layer that can be spared at 4k need not be one at 16k.
 ON_GPU = Effort(
-    prompts=24, length=16384, shares=(1, 1 / 4, 1 / 2), again=24, rounds=4, promising=8, moved=24, one=12, ways=3
+    prompts=24,
+    length=16384,
+    shares=(1, 1 / 4, 1 / 2),
+    again=24,
+    rounds=4,
+    promising=8,
+    moved=24,
+    one=12,
+    ways=3,
+    most=200,
 )
 
 

@@ -84,9 +84,8 @@ class Search:
         self.given = selection.positions(asked, self.problem.layers) if isinstance(asked, tuple) else None
         weights, assignment = self.settings.weights, self.settings.assignment
         sets = selection.search_sets(self.problem, weights, self.limit, assignment)
-        self.pooled = self.settings.heads == "pooled"  # unless measuring says otherwise
         rows = [tables.make_row(self.problem, found, assignment, self.cost, context) for found in sets]
-        self.rows = [replace(row, pooled=self.pooled) for row in rows]
+        self.rows = [replace(row, pooled=self._pooled(row.anchors)) for row in rows]
         self.nearest: list[float] | None = None
         if assignment == "free":
             nearest = selection.search_sets(self.problem, weights, self.limit, "nearest")
@@ -96,7 +95,11 @@ class Search:
         """The row of any set of positions, its objective under the settings' weights and assignment."""
         found = tables.any_set(self.problem, anchors, self.settings.weights, self.settings.assignment)
         row = tables.make_row(self.problem, found, self.settings.assignment, self.cost, self.context)
-        return replace(row, pooled=self.pooled if pooled is None else pooled)
+        return replace(row, pooled=self._pooled(anchors) if pooled is None else pooled)
+
+    def _pooled(self, anchors: tuple[int, ...]) -> bool:
+        """How a set is read unless measuring says otherwise; without reuse layers there is nothing to read."""
+        return self.settings.heads == "pooled" and len(anchors) < len(self.problem.layers)
 
     def candidates(self, count: int) -> list[Candidate]:
         """Sets to measure: the `count` best under both weightings, of every size or the rule's; or the given one."""
@@ -106,9 +109,10 @@ class Search:
                 name: tables.any_set(self.problem, self.given, name, assignment).objective
                 for name in self.problem.weights
             }
-            return [Candidate(self.given, objectives, pooled=self.pooled)]
+            return [Candidate(self.given, objectives, pooled=self._pooled(self.given))]
         sizes = [self._by_rule().row.size] if self.settings.has_rule else range(1, self.limit + 1)
-        return [replace(entry, pooled=self.pooled) for entry in propose(self.problem, sizes, count, assignment)]
+        found = propose(self.problem, sizes, count, assignment)
+        return [replace(entry, pooled=self._pooled(entry.anchors)) for entry in found]
 
     def other_way(self, best: Candidate, known: Sequence[Candidate]) -> Candidate | None:
         """The anchors of `best` with head maps where they are read pooled, and the reverse; None where that is known,
@@ -153,6 +157,12 @@ class Search:
         """With the recovered mass of its row, and of all rows: one pass over the capture at most."""
         self.rows[:], row = (found := self.with_mass([*self.rows, decision.choice.row]))[:-1], found[-1]
         decision.choice = replace(decision.choice, row=row)
+        wanted = self.settings.min_recovered
+        if wanted is not None and row.recovered_mean < wanted:
+            decision.notes.append(
+                f"the chosen set recovers {row.recovered_mean:.1%} and not {wanted:.1%}: the rule gave the number of "
+                "anchors, and what was measured the set"
+            )
         return decision
 
     def with_mass(self, rows: Sequence[Row]) -> list[Row]:
@@ -216,11 +226,12 @@ class Search:
         if self.settings.has_rule or len(best.anchors) >= self.limit:
             return []
         found = with_one_more(self.problem, best.anchors, _read_as(best, known), self.settings.assignment, effort.one)
-        return [replace(entry, pooled=best.pooled) for entry in found]
+        whole = len(self.problem.layers)
+        return [replace(entry, pooled=best.pooled and len(entry.anchors) < whole) for entry in found]
 
     def _ways(self, best: Candidate, candidates: Sequence[Candidate]) -> list[str]:
         """A line where all heads shall read one key set because that was measured to be better."""
-        if not best.pooled or self.pooled:
+        if not best.pooled or self.settings.heads == "pooled":
             return []
         line = "pooled: all heads of a layer read one key set"
         if (other := next((one for one in candidates if one.key == (best.anchors, False)), None)) and other.prompts:
@@ -234,7 +245,7 @@ class Search:
         first = self.rows[len(best.anchors) - 1].anchors
         if first == best.anchors:
             return []
-        other = next((entry for entry in candidates if entry.key == (first, self.pooled)), None)
+        other = next((entry for entry in candidates if entry.key == (first, self._pooled(first))), None)
         chosen, beaten = (" ".join(map(str, self.problem.absolute(entry))) for entry in (best.anchors, first))
         lost = f", answers {other.kept} of {other.given}" if other is not None and other.given else ""
         measured = f" (KL {other.score:.4f}{lost} on {other.prompts} prompts)" if other is not None else ""
@@ -262,9 +273,10 @@ class Search:
         """Adds to `decision` how much of it is the dev set's accident; 0 resamples: nothing."""
         if resamples:
             options = self.settings
-            decision.stable = stability.bootstrap(
+            stable = stability.bootstrap(
                 self.measured, options.phase, options.weights, decision.anchors, options.assignment, resamples
             )
+            decision.stable = replace(stable, heads=None) if decision.choice.row.pooled else stable
 
     @property
     def model(self) -> ModelCard:

@@ -19,7 +19,7 @@ class Settings:
     kl_tolerance (nats), lost_tolerance (share of the answers; None: 0.01 of anchor sets, 0.03 of ratios).
     tensor_parallel: ranks that head maps stay within. heads: `maps`, every head of a reuse layer reads what its anchor
     head chose; `pooled`, all read what those choose together; `auto`, what does better where candidates are measured
-    (else maps; so too over ranks, which pooled sets would make wait for each other).
+    (else maps; so too over ranks, which pooled sets would make wait for each other, and under free assignment).
     """
 
     phase: str = "both"
@@ -44,6 +44,10 @@ class Settings:
             selection.check_set(self.anchors)
         if self.heads == "pooled" and self.tensor_parallel > 1:
             raise UsageError("--heads pooled: one set for the heads of all ranks cannot stay within a rank")
+        if self.heads == "pooled" and self.assignment == "free":
+            raise UsageError(
+                "--assignment free says which anchor each head reads, and --heads pooled that all read one"
+            )
 
     @property
     def phases(self) -> list[str]:
@@ -51,7 +55,7 @@ class Settings:
 
     def both_ways(self, kv_heads: int) -> bool:
         """Whether sets are measured with head maps and pooled."""
-        return self.heads == "auto" and self.tensor_parallel == 1 and kv_heads > 1
+        return (self.heads, self.tensor_parallel, self.assignment) == ("auto", 1, "nearest") and kv_heads > 1
 
     @property
     def tolerance(self) -> verdict.Tolerance:

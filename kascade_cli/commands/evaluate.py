@@ -168,6 +168,7 @@ def evaluate(
 
     from kascade_cli.evaluation.anchors import parse_anchors
     from kascade_cli.evaluation.answering import follow_answers
+    from kascade_cli.evaluation.batched import grouped
     from kascade_cli.evaluation.cases import Asking, gather_cases, named_tasks
     from kascade_cli.evaluation.plan import anchors_label, check_strategies, parse_strategies, plan_runs
     from kascade_cli.evaluation.require import parse_requirement
@@ -205,7 +206,7 @@ def evaluate(
     for line in told:
         note(line)
     for part in () if split else cases.values():
-        shared.few(len(part))
+        shared.few(len(list(grouped(part))), "groups of questions")
     if any(run.strategy != "dense" for run in runs):
         compile_ahead(loaded, loaded_profile, backend=backend, progress=compiling)
     passes = sum(len(run.settings) for run in runs)

@@ -68,11 +68,11 @@ def shared_out(command: Function) -> Function:
     return run
 
 
-def few(prompts: int) -> None:
-    """A line where there are fewer prompts than processes."""
+def few(parts: int, what: str = "prompts") -> None:
+    """A line where there are fewer parts of the work than processes."""
     team = processes.team()
-    if team and prompts < team.size:
-        note(f"{prompts} prompts for {team.size} processes: {team.size - prompts} of them have nothing to do")
+    if team and parts < team.size:
+        note(f"{parts} {what} for {team.size} processes: {team.size - parts} of them have nothing to do")
 
 
 def check_haystack(haystack: str | None) -> None:

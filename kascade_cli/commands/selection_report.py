@@ -59,6 +59,10 @@ def _same(entry: dict[str, Any], chosen: dict[str, Any]) -> bool:
     return (entry["anchors"], entry.get("pooled")) == (chosen["anchors"], chosen.get("pooled"))
 
 
+def _named(entry: dict[str, Any]) -> str:
+    return join(entry["anchors"]) + (" pooled" if entry.get("pooled") else "")
+
+
 def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
 
@@ -85,7 +89,7 @@ def budget_table(budgets: Sequence[dict[str, Any]], chosen: dict[str, Any], cost
         values += [f"{row['recovered_free_mean']:.1%}"] if crossing else []
         values.append(worst)
         values += [_times(row["speedup"][phase]) for phase in ("decode", "prefill")]
-        table.add_row(mark, str(len(row["anchors"])), join(row["anchors"]), *values)
+        table.add_row(mark, str(len(row["anchors"])), _named(row), *values)
     table.caption = cell(
         f"recovered: attention kept at the budget, mean and worst layer ({own:.1%} if every layer chose for "
         "itself); decode, prefill: speed-up of attention at "
@@ -109,7 +113,7 @@ def verify_table(verified: dict[str, Any], chosen: dict[str, Any]) -> Any:
         table.add_row(
             "*" if _same(entry, chosen) else "",
             str(len(entry["anchors"])),
-            join(entry["anchors"]) + (" pooled" if entry.get("pooled") else ""),
+            _named(entry),
             *("-" if value is None else f"{value:.4f}" for value in objectives),
             *(_nats(entry["kl"][phase]) for phase in verified["phases"]),
             _nats(entry["kl_mean"]),

@@ -242,6 +242,10 @@ def remap(
     from kascade_cli.schema import Profile
 
     loaded = Profile.load(profile)
+    if not loaded.heads_measured:
+        raise UsageError(
+            f"{profile} has no head maps to compare: select-anchors --heads maps makes a profile that has"
+        )
     if capture:
         from kascade_cli.capture.store import open_capture
 

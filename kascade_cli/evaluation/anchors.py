@@ -60,7 +60,7 @@ class HeadMaps:
 
 
 def with_anchors(profile: Profile, info: ModelInfo, anchors: Sequence[int], maps: HeadMaps) -> Profile:
-    """`profile` with other anchors; its budget and way of reading stay.
+    """`profile` with other anchors and its own budget, pooled where `maps` has none.
 
     Raises UsageError for layers that cannot be anchors.
     """
@@ -72,7 +72,7 @@ def with_anchors(profile: Profile, info: ModelInfo, anchors: Sequence[int], maps
         raise UsageError(f"--anchors: the first full-attention layer, {first}, must be an anchor")
     chosen = sorted(set(anchors))
     head_maps: Any = "pooled" if profile.pooled else None
-    if maps.sims and not profile.pooled:
+    if maps.sims:
         head_maps = {layer: maps.of(chosen, layer) for layer in info.profiled_layers if layer not in chosen}
     return Profile.build(
         model=profile.model,

@@ -32,7 +32,7 @@ from kascade_cli.integrations.transformers.decoding import decode_behind
 from kascade_cli.models import logits_at
 
 _LOOK = 8  # steps between two looks whether all answers have ended
-_TOGETHER = 16  # questions of consecutive cases that are decoded together, or more where the last case has them
+_TOGETHER = 8  # questions of consecutive cases that are decoded together, or more where the last case has them
 
 
 @dataclass

@@ -48,7 +48,8 @@ def plan_runs(
     that brings a ratio of its own.
     """
     runs = [Run(label, (setting,)) for label, setting in named if setting.strategy == "dense"]
-    maps = HeadMaps(info, capture if sets else None)
+    # Where the profile reads one set for all heads, other anchors are compared with it as they are read like it.
+    maps = HeadMaps(info, capture if sets and not base.profile.pooled else None)
     for number, ratio in enumerate(ratios):
         for label, setting in named:
             if setting.strategy == "dense" or (setting.ratio is not None and number):
@@ -63,4 +64,4 @@ def plan_runs(
                 for profile in profiles
             )
             runs.append(Run(anchors_label(chosen), settings, draws=many))
-    return runs, "capture" if maps.sims else "no"
+    return runs, "capture" if maps.sims else "no"  # head maps

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kascade_cli.models import ModelInfo
 
 
-_SECONDS, _RUNS, _FEWEST = 600.0, 9, 4  # of a verification on a CPU: time, runs for each prompt, prompts
+_SECONDS, _RUNS, _FEWEST = 600.0, 12, 4  # of a verification on a CPU: time, runs for each prompt, prompts
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Session:
 def affordable(model: Any) -> Effort:
     """ON_CPU, on fewer prompts (4 at least) where those would take more than about ten minutes.
 
-    A race over n prompts, what is raced beside its winner and the dense runs come to about nine runs a prompt.
+    Many runs share first layers with the one before; with the dense ones all come to twelve whole runs a prompt.
     """
     from kascade_cli.capture.afford import forward_seconds
 

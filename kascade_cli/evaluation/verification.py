@@ -36,6 +36,7 @@ def verify(
 ) -> tuple[list["Candidate"], dict[str, Any]]:
     """Races the candidates, then sets beside the one that would be chosen: with an anchor swapped, added, left out;
     at last read the other way (one set for all heads instead of head maps), and beside that again if it is better.
+    No further round begins once a prompt has had `Effort.most` runs.
 
     Returns all of them with what they do, and what a profile records about the measurement. `journal`: what an
     interrupted verification knew and this one adds to (`Session.journal`). Raises KascadeError if the model is not the
@@ -70,10 +71,15 @@ def verify(
         everyone.extend(entries)
         return search.verdict(everyone).best
 
+    def leading(count: int) -> list["Candidate"]:
+        """The set that would be chosen, then those that keep most: the best of many is so by chance too."""
+        chosen = search.verdict(everyone).best
+        others = [entry for entry in final(everyone, count) if entry is not chosen]
+        return [chosen, *others][:count]
+
     def other_ways() -> "Candidate":
-        """Reads the best sets the other way, on all prompts: the best of many is so by chance too, and what it is
-        compared with should be known as well."""
-        found = [search.other_way(entry, everyone) for entry in final(everyone, effort.ways)]
+        """Reads the leading sets the other way, on all prompts."""
+        found = [search.other_way(entry, everyone) for entry in leading(effort.ways)]
         entries = list({entry.key: entry for entry in found if entry is not None}.values())
         progress.total = progress.done + len(entries) * prompts
         for prompt in range(prompts) if entries else ():
@@ -85,22 +91,24 @@ def verify(
     def climb(best: "Candidate", rounds: int) -> "Candidate":
         """Swaps anchors while that helps."""
         for _ in range(rounds):
+            if progress.done >= effort.most * prompts:
+                break
             before, swapped = best, search.neighbours(best, everyone, effort)
             best = beside(best, swapped) if swapped else best
             if best is before:
                 break
         return best
 
-    def settle(best: "Candidate") -> "Candidate":
+    def settle(best: "Candidate", rounds: int) -> "Candidate":
         """Climbs, and takes anchors more or less."""
-        best = climb(best, effort.rounds)
+        best = climb(best, rounds)
         # Neither weighting need know which anchor the answers lack, or which one can be left out.
-        while larger := search.more(best, everyone, effort):
+        while progress.done < effort.most * prompts and (larger := search.more(best, everyone, effort)):
             before, best = best, beside(best, larger)
             if len(best.anchors) <= len(before.anchors):
                 break
-            best = climb(best, effort.rounds)
-        while smaller := search.fewer(best, everyone, effort):
+            best = climb(best, rounds)
+        while progress.done < effort.most * prompts and (smaller := search.fewer(best, everyone, effort)):
             before, best = best, beside(best, smaller, hopeless=3 * search.settings.tolerance.kl)
             if len(best.anchors) == len(before.anchors):
                 break
@@ -110,13 +118,13 @@ def verify(
     more = 0 if search.given is not None else effort.promising + effort.moved
     progress.total = planned([sizes.count(size) for size in set(sizes)], prompts) + planned([more], prompts)
     race(candidates, prompts, measure)
-    first = settle(search.verdict(everyone).best)
+    first = settle(search.verdict(everyone).best, effort.rounds)
     best = other_ways()
     if best.pooled != first.pooled:
-        best = climb(best, effort.rounds - 1)
+        best = settle(best, effort.rounds - 1)
     if len(session.devset.prompts) > prompts:  # the best of many on few prompts is so by chance too
         progress.total = progress.done + FINALISTS * (len(session.devset.prompts) - prompts)
-        last = final(everyone, FINALISTS)
+        last = leading(FINALISTS)
         for prompt in range(prompts, len(session.devset.prompts)):
             for entry, result in zip(last, measure(last, prompt), strict=True):
                 entry.add(result)

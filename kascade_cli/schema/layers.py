@@ -1,8 +1,8 @@
 """What a profile was made for, and what every layer does."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kascade_cli.schema.base import MOST_HEADS, Count, Index, Phase, Strict
 
@@ -51,6 +51,13 @@ class Layer(Strict):
     def mapped(self) -> bool:
         """Whether it has a head map."""
         return self.heads is not None and self.heads != "pooled"
+
+    @field_validator("heads", mode="before")
+    @classmethod
+    def _heads_in_words(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "pooled":
+            raise ValueError(f"'{value[:40]}' is neither a head map nor `pooled`")
+        return value
 
     @model_validator(mode="after")
     def _fields_fit_role(self):

@@ -126,7 +126,7 @@ class Profile(Strict):
     def head_map(self, layer: int, phase: Phase) -> list[tuple[int, int]]:
         """Per KV head of reuse layer `layer`: (anchor layer, anchor head). Raises KascadeError if it has none."""
         if not self.layers[layer].mapped:
-            raise KascadeError(f"layer {layer} of the profile for {self.model.name} has no measured head map")
+            raise KascadeError(f"layer {layer} of the profile for {self.model.name} has no head map")
         return self.layers[layer].entries(phase)
 
     def stays_within(self, ranks: int) -> bool:

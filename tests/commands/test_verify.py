@@ -32,14 +32,14 @@ def test_verify_measures_and_decides(run_kascade, real_capture, tmp_path):
     assert code == 0, error
     document = json.loads(text)
     profile = Profile.load(target)
-    found = {tuple(entry["anchors"]): entry for entry in profile.selection["verify"]["candidates"]}
+    found = {key_of(entry): entry for entry in profile.selection["verify"]["candidates"]}
     assert profile.selection["method"] == "verify"
     assert profile.selection["verify"]["dev_set"] == "pairs/held-out"
     assert all(set(entry["kl"]) == {"decode", "prefill"} for entry in found.values())
     best = min(entry["kl_mean"] for entry in found.values())
-    chosen = found[tuple(profile.anchors)]
+    chosen = found[tuple(profile.anchors), profile.pooled]
     assert chosen["kl_mean"] <= best + 0.02
-    fewer = [entry for key, entry in found.items() if len(key) < len(profile.anchors)]
+    fewer = [entry for (anchors, _), entry in found.items() if len(anchors) < len(profile.anchors)]
     assert fewer
     assert all(entry["kl_mean"] > best + 0.02 for entry in fewer)
     assert max(entry["kl_mean"] for entry in fewer) > 1  # layer 0 alone cannot answer
@@ -262,6 +262,7 @@ def test_one_key_set_for_all_heads_where_it_does_better(run_kascade, real_captur
 
 def test_pooled_sets_are_measured_as_the_strategy_runs_them(run_kascade, real_capture, tmp_path):
     """What is recorded of a pooled set is what `kascade-pooled` does with the same anchors and their head maps."""
+    from kascade_cli.analysis import recovered
     from kascade_cli.analysis.similarity import measure
     from kascade_cli.evaluation.session import Verification, open_session
     from kascade_cli.sparse import Setting
@@ -281,8 +282,11 @@ def test_pooled_sets_are_measured_as_the_strategy_runs_them(run_kascade, real_ca
             found.append(dense.compare(session.model, Setting("kascade-pooled", mapped)).kl[phase])
         assert recorded["kl"][phase] == pytest.approx(sum(found) / 2, abs=2e-6)
         assert mapped.selection["verify"]["candidates"][0]["kl"][phase] != pytest.approx(sum(found) / 2, rel=1e-2)
-    kept = pooled.selection["recovered_mass"]["mean"]
-    assert f"all heads reading one set (recovers {kept:.1%}" in text
+    kept = pooled.selection["recovered_mass"]
+    (wanted,) = recovered.measure(real_capture, [recovered.pooled_links((0, 2, 7), 8, 4)], pooled.budget)
+    assert kept["prefill"]["mean"] == pytest.approx(wanted["prefill"].mean(), abs=1e-6)
+    assert kept["mean"] != pytest.approx(mapped.selection["recovered_mass"]["mean"], abs=1e-3)
+    assert f"all heads reading one set (recovers {kept['mean']:.1%}" in text
 
 
 def test_without_measuring_head_maps_are_what_a_profile_has(run_kascade, real_capture, tmp_path):
@@ -299,3 +303,72 @@ def test_without_measuring_head_maps_are_what_a_profile_has(run_kascade, real_ca
     )
     assert code == 2
     assert error == "error: --heads pooled: one set for the heads of all ranks cannot stay within a rank\n"
+    code, _, error = run_kascade(
+        "select-anchors", real_capture, "-o", tmp_path / "r.yaml", "--heads", "pooled", "--assignment", "free"
+    )
+    assert code == 2
+    assert error.startswith("error: --assignment free says which anchor each head reads")
+
+
+@pytest.mark.parametrize("options", [["--tensor-parallel", "2"], ["--assignment", "free"]])
+def test_where_head_maps_are_part_of_what_is_asked_for(run_kascade, real_capture, tmp_path, pooled_wins, options):
+    profile, _, _ = select_small(run_kascade, real_capture, tmp_path / "p.yaml", "--anchors", "3", *options)
+    assert profile.heads_measured
+    assert not any(entry.get("pooled") for entry in profile.selection["verify"]["candidates"])
+
+
+def test_the_set_that_would_be_chosen_is_read_the_other_way(run_kascade, real_capture, tmp_path, pooled_wins):
+    """Without a rule too, where a larger set has a lower KL; and nothing is said of head maps that are not there."""
+    profile, text, _ = select_small(
+        run_kascade, real_capture, tmp_path / "p.yaml", "--max-anchors", "4", "--kl-tolerance", "0.5",
+        "--bootstrap", "20",
+    )  # fmt: skip
+    found = {key_of(entry): entry for entry in profile.selection["verify"]["candidates"]}
+    with_maps = [entry for (_, pooled), entry in found.items() if not pooled and entry["prompts"] == 2]
+    near = min(entry["kl_mean"] for entry in with_maps) + 0.5
+    fewest = min(len(entry["anchors"]) for entry in with_maps if entry["kl_mean"] <= near)
+    assert profile.pooled
+    assert len(profile.anchors) <= fewest
+    assert "head-map entries" not in text
+    assert profile.selection["stability"]["head_map_entries_kept"] is None
+
+
+def test_all_layers_as_anchors_are_read_one_way_only(run_kascade, real_capture, tmp_path):
+    options = ["--no-verify", "--anchors", "8", "--heads", "pooled"]
+    code, text, error = run_kascade("select-anchors", real_capture, "-o", tmp_path / "p.yaml", *options)
+    assert code == 0, error
+    profile = Profile.load(tmp_path / "p.yaml")
+    assert profile.anchors == list(range(8))
+    assert profile.selection["heads"] == "maps"
+    assert "reading one set" not in text
+
+
+def test_a_pooled_profile_in_use(run_kascade, real_capture, tmp_path):
+    """What the other commands make of it: no head map is missed, and none is made up."""
+    path = tmp_path / "p.yaml"
+    select_small(run_kascade, real_capture, path, "--anchors", "0,2,7", "--heads", "pooled")
+    asked = ["--profile", path, "--task", "pairs", "--max-length", "256", "--num-prompts", "1", "--questions", "2"]
+    asked += ["--device", "cpu", "--dtype", "float32"]
+    code, text, error = run_kascade(
+        "evaluate", "demo-small", *asked, "--strategies", "dense,kascade,kascade-pooled", "--anchors", "0,1,5",
+        "--capture", real_capture, "--json",
+    )  # fmt: skip
+    assert code == 0, error
+    document = json.loads(text)
+    rows = {row["strategy"]: row for row in document["rows"]}
+    assert rows["kascade"]["head_maps"] == "pooled"
+    assert rows["kascade"]["scores"] == rows["kascade-pooled"]["scores"]
+    assert document["head_maps_of_other_anchors"] == "no"
+    assert "not measured" not in error
+    code, text, error = run_kascade("show", path)
+    assert code == 0
+    assert "none: all heads of a layer read one key set" in text
+    code, text, error = run_kascade("export", path, "--format", "sparse_attention_config", "--json")
+    assert code == 0, error
+    assert '"head_map": null' in text
+    code, text, error = run_kascade("report", path, "-o", tmp_path / "r.html")
+    assert code == 0, error
+    assert "have not been measured" not in (tmp_path / "r.html").read_text()
+    code, _, error = run_kascade("sweep", "remap", "demo-small", "--profile", path, "-o", tmp_path / "s.json")
+    assert code == 2
+    assert "has no head maps to compare" in error

@@ -137,7 +137,8 @@ CASES = [
 @pytest.mark.parametrize(("strategy", "size"), [("dense", 2), ("kascade", 3), ("kascade", 6)])
 def test_an_evaluation_scores_what_one_process_scores(make, monkeypatch, size, strategy):
     monkeypatch.setattr("kascade_cli.evaluation.run.score_question", lambda _, tokens, question: hash(tuple(tokens)))
-    monkeypatch.setattr("kascade_cli.evaluation.batched._TOGETHER", 2)
+    monkeypatch.setattr("kascade_cli.evaluation.batched._TOGETHER", 3)
+    cases = [replace(case, questions=[replace(one, new_tokens=4) for one in case.questions]) for case in CASES]
     together, finish = [], batched._finish
 
     def note(model, rows, answers):  # in 16 bits a row's logits depend on those beside it
@@ -148,14 +149,14 @@ def test_an_evaluation_scores_what_one_process_scores(make, monkeypatch, size, s
     model = make()
     profile = some_profile(describe(model, "tiny"), ratio=0.1, min_keys=4)
     run = Run(strategy, (Setting(strategy, profile, backend="torch"),))
-    want, read = run_cases(model, None, CASES, run), []
+    want, read = run_cases(model, None, cases, run), []
     alone, together[:] = sorted(together), []
 
     def work(team):
         mine = make()
         if not team.leader:
             answering.follow_answers(team, mine)
-        return run_cases(mine, None, CASES, run, team=team, advance=read.append)
+        return run_cases(mine, None, cases, run, team=team, advance=read.append)
 
     found = run_team(size, work)[0]
     assert np.array_equal(found.right, want.right)
@@ -163,7 +164,22 @@ def test_an_evaluation_scores_what_one_process_scores(make, monkeypatch, size, s
     assert (found.budget, found.backend, found.head_maps) == (want.budget, want.backend, want.head_maps)
     assert sorted(read) == sorted(case.tokens for case in CASES)
     assert sorted(together) == alone
-    assert len(alone) > 2
+    assert sorted(map(len, alone)) == [2, 4, 4]  # of three groups of cases
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
+def test_shares_are_made_of_the_groups_that_one_process_makes(size):
+    rng = np.random.default_rng(size)
+    cases = [Case([1], [EncodedQuestion("", [1], (), 1)] * int(count)) for count in rng.integers(1, 6, 23)]
+    names = {id(case): number for number, case in enumerate(cases)}
+
+    def groups(some):
+        return [[names[id(some[place])] for place in group] for group in batched.grouped(some)]
+
+    whole = groups(cases)
+    assert sorted(place for group in whole for place in group) == list(range(23))
+    shares = [[cases[place] for group in whole[rank::size] for place in group] for rank in range(size)]
+    assert sorted(group for share in shares for group in groups(share)) == whole
 
 
 def test_a_process_that_has_no_gradients_switched_off_keeps_no_graph(make):

@@ -40,7 +40,8 @@ def reserve(served: "Served", device: torch.device) -> None:
 def room(served: "Served", scores: int) -> int:
     """Bytes. scores: what a block of prefill scores may take, and, as an estimate, all that decode scores shall.
 
-    Prefill: scores of a block of tiles, indices of two anchors, one request's keys and values where they are gathered.
+    Prefill: scores of a block of tiles (pooled over processes: those of all of them, and once more joined), indices of
+    two anchors, one request's keys and values where they are gathered.
     Decode: `decode_bytes` of every row as long as the longest; in CUDA graphs that is no estimate.
     """
     most, info, world = served.most, served.info, served.heads.world
@@ -48,7 +49,10 @@ def room(served: "Served", scores: int) -> int:
     tiles = most.tokens // served.budget.tile + 1
     indices = 2 * 4 * tiles * info.kv_heads * served.budget.most(most.keys)
     gathered = 0 if through_ops(served.strategy) else 2 * heads * most.keys * info.head_dim * item
-    prefill = min(scores, 4 * tiles * heads * most.keys) + indices + gathered
+    block = min(scores, 4 * tiles * heads * most.keys)
+    if served.heads.partition is not None and getattr(served.strategy, "pooled", False):
+        block *= 1 + 2 * world
+    prefill = block + indices + gathered
     row = row_bytes(served)
     return max(prefill, min(scores, most.rows * row), most.graphs * row)
 

@@ -30,7 +30,7 @@ def rows_of_graphs(settings: Settings, config: Any, heads: Heads, row: int, devi
         return 0
     needed = f"{rows * row / 1e9:.1f} GB beside the cache for decode steps of up to {rows} rows"
     if settings.graphs == "auto" and heads.gathers:
-        return _not_whole("head maps make processes exchange key sets, which no graph was shown to hold", heads)
+        return _not_whole("processes exchange scores or key sets, which no graph was shown to hold", heads)
     if settings.graphs == "auto" and rows * row > SHARE * memory:
         return _not_whole(f"they would need {needed}: lower --max-num-seqs or --max-model-len", heads)
     if heads.rank == 0:

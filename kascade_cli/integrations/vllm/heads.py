@@ -12,7 +12,7 @@ from kascade_cli.sparse import Setting, Strategy
 class Heads:
     """strategy: for the heads of this process, `rank` of `world`. partition: None where it needs no other process.
 
-    gathers: anchors whose indices are gathered from all processes.
+    gathers: anchors whose indices (or scores, where a strategy pools them) are gathered from all processes.
     """
 
     strategy: Strategy
@@ -24,6 +24,10 @@ class Heads:
     def describe(self) -> str:
         if self.world == 1:
             return "one process"
+        if self.gathers and getattr(self.strategy, "pooled", False):
+            return (
+                f"scores of layers {list(self.gathers)} gathered from {self.world} processes: all heads read one set"
+            )
         if self.gathers:
             return f"keys of layers {list(self.gathers)} gathered from {self.world} processes: head maps cross them"
         return f"{self.world} processes, nothing gathered: every head reads what its own process chose"

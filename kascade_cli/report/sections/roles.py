@@ -159,7 +159,7 @@ def _lines(profile: "Profile") -> list[str]:
 
 
 def _entries(profile: "Profile", layer: int, phase: Any) -> list[tuple[int, int]]:
-    """A reuse layer's head map; nothing where it has not been measured."""
+    """A reuse layer's head map; nothing where it has none."""
     return profile.head_map(layer, phase) if profile.layers[layer].mapped else []
 
 
@@ -201,7 +201,7 @@ def _recovered(profile: "Profile") -> Safe:
     budgets = profile.selection.get("budgets")
     if not isinstance(budgets, list) or not all(isinstance(row, dict) and "anchors" in row for row in budgets):
         return Safe("")
-    chosen = profile.selection.get("anchors")
+    chosen = None if profile.pooled else profile.selection.get("anchors")  # rows are of sets with head maps
     rows = []
     for row in budgets:
         speed = row.get("speedup") or {}

@@ -61,7 +61,8 @@ class Kascade(Strategy):
         return {anchor for anchor, _ in self.sources(layer, phase)} if self.role(layer) == "reuse" else ()
 
     def keep(self, layer: Layer, keys: Keys) -> None:
-        layer.state.keep(layer.index, keys, layer.groups, gather=not self.stays(layer.batch))
+        # A pooled set is the same in all processes.
+        layer.state.keep(layer.index, keys, layer.groups, gather=not (self.pooled or self.stays(layer.batch)))
 
     def stays(self, batch: Any) -> bool:
         """Whether all heads read keys that their own process has chosen, so that no set must be gathered."""
