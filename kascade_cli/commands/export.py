@@ -117,7 +117,7 @@ def _short_config(profile: Any) -> dict[str, Any]:
 
 
 def _full_config(profile: Any, pattern: str) -> dict[str, Any]:
-    """Everything that running the profile takes, head maps included (null: not measured, all heads pooled)."""
+    """Everything that running the profile takes, head maps included (null: none, all heads pooled)."""
     maps = {
         str(index): {phase: [head for _, head in profile.head_map(index, phase)] for phase in ("decode", "prefill")}
         for index, layer in enumerate(profile.layers)

@@ -50,7 +50,7 @@ def room(served: "Served", scores: int) -> int:
     indices = 2 * 4 * tiles * info.kv_heads * served.budget.most(most.keys)
     gathered = 0 if through_ops(served.strategy) else 2 * heads * most.keys * info.head_dim * item
     block = min(scores, 4 * tiles * heads * most.keys)
-    if served.heads.partition is not None and getattr(served.strategy, "pooled", False):
+    if world > 1 and getattr(served.strategy, "pooled", False):
         block *= 1 + 2 * world
     prefill = block + indices + gathered
     row = row_bytes(served)

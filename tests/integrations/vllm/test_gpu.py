@@ -8,12 +8,17 @@ import torch
 from kascade_cli.integrations.vllm.gpu import compile_kernels, decode_bytes, room
 from kascade_cli.integrations.vllm.served import Most
 from kascade_cli.kernels import Backend
-from kascade_cli.schema import Budget
+from kascade_cli.schema import Budget, ModelCard, Profile
 from kascade_cli.sparse import make_strategy
 
 
 def size(shape, dtype):
     return torch.empty(shape, dtype=dtype, device="meta").nbytes
+
+
+def pooled_profile():
+    card = ModelCard(name="m", layers=4, query_heads=32, kv_heads=8, head_dim=128)
+    return Profile.build(model=card, anchors=[0, 1], profiled_layers=range(4), head_maps="pooled")
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -37,6 +42,11 @@ def test_room(world, rows, scores):
     served.strategy = make_strategy("oracle", range(4), None)
     prefill -= 2 * size((1, groups, keys, dim), torch.bfloat16)
     assert room(served, scores) == max(prefill, min(scores, decode))
+    served.strategy = make_strategy("kascade", range(4), pooled_profile())
+    own = min(scores, size((groups, tiles, keys), torch.float32))
+    more = 0 if world == 1 else 2 * world * own  # those of all processes, one by one and joined
+    assert room(served, scores) == max(prefill + more, min(scores, decode))
+    served.strategy = make_strategy("oracle", range(4), None)
     served.most = Most(rows, tokens, keys, torch.bfloat16, graphs=rows)  # as wide as a row may be, whatever it holds
     assert room(served, scores) == max(prefill, decode)
 

@@ -79,3 +79,6 @@ def test_heads_that_were_not_measured_are_pooled():
     card = ModelCard(name="m", layers=LAYERS, query_heads=8, kv_heads=4, head_dim=16)
     unmeasured = Profile.build(model=card, anchors=[0, 3], profiled_layers=range(LAYERS), head_maps=None)
     assert shared("kascade", unmeasured).gathers == (0, 3)
+    pooled = Profile.build(model=card, anchors=[0, 3], profiled_layers=range(LAYERS), head_maps="pooled")
+    assert shared("kascade", pooled).gathers == (0, 3)
+    assert shared("kascade", pooled).describe().startswith("scores of layers [0, 3] gathered from")
