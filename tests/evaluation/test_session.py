@@ -79,7 +79,7 @@ def sized(device, parameters):
     ("device", "parameters", "options", "wanted"),
     [
         ("cpu", 7_600_000, {}, (8, [2048], 0)),
-        ("cpu", 494_000_000, {}, (5, [2048], 0)),  # ten minutes on two cores
+        ("cpu", 300_000_000, {}, (6, [2048], 0)),  # ten minutes on two cores
         ("cpu", 8_000_000_000, {}, (4, [2048], 0)),  # the fewest
         ("cuda", 8_000_000_000, {}, (24, [16384, 4096, 8192], 24)),
         ("cuda", 1, {"prompts": 5}, (5, [16384, 4096, 8192], 0)),
