@@ -84,6 +84,29 @@ def test_work_is_shared_and_nothing_is_done_twice():
     assert all(isinstance(other, SystemExit) and other.code == 0 for other in others)
 
 
+@pytest.mark.parametrize("size", [(4 << 20) - 200, 8 << 20, (9 << 20) + 1])
+def test_values_may_be_larger_than_the_store_takes_at_once(size):
+    def work(team):
+        value = team.from_leader("prompts", lambda: b"ab" * (size // 2))
+        if team.leader:
+            team.hand_out(value[::-1])
+            received = []
+            while len(received) < 2:
+                received += team.receive()
+                team.pause()
+            # What has been received is gone, so that the store does not grow with what is sent.
+            left = [key for key in ("inbox/1", "inbox/1/0", "inbox/2/0") if team._store.check([f"kascade/{key}"])]
+            return [value for _, value in received], left
+        team.send(value)
+        team.send(next(team.tasks()))
+        return value
+
+    (received, left), value = run_team(2, work)
+    assert value == b"ab" * (size // 2)
+    assert received == [value, value[::-1]]
+    assert left == []
+
+
 def waits_for_ever(team):
     while True:
         team.pause()

@@ -17,6 +17,7 @@ START = 120.0  # seconds for all processes to come
 SILENT = 60.0  # seconds without a sign of life after which a process of another host counts as ended
 _BEAT, _LOOK, _POLL = 1.0, 0.5, 0.02
 _GO = 10.0  # seconds that a process may take to end once it is told
+_PIECE = 4 << 20  # bytes of a value that go into the store at once: it takes 8 MiB, and drops who sends more
 
 
 class Ended(KascadeError):
@@ -57,13 +58,24 @@ class Team:
             raise Ended("process 0 ended" if not self.leader else "the launcher ended") from error
 
     def _put(self, key: str, value: Any) -> None:
-        self._call("set", f"kascade/{key}", pickle.dumps(value))
+        """The rest of a large value comes first, so that it is whole once its key is there."""
+        pickled = pickle.dumps(value)
+        first, *rest = [pickled[start : start + _PIECE] for start in range(0, len(pickled), _PIECE)]
+        for index, piece in enumerate(rest):
+            self._call("set", f"kascade/{key}/{index}", piece)
+        self._call("set", f"kascade/{key}", len(rest).to_bytes(4) + first)
 
     def _has(self, key: str) -> bool:
         return self._call("check", [f"kascade/{key}"])
 
-    def _get(self, key: str) -> Any:
-        return pickle.loads(self._call("get", f"kascade/{key}"))
+    def _get(self, key: str, drop: bool = False) -> Any:
+        """The value of a key that is there; `drop`: it goes."""
+        first = self._call("get", f"kascade/{key}")
+        names = [f"kascade/{key}", *(f"kascade/{key}/{index}" for index in range(int.from_bytes(first[:4])))]
+        value = pickle.loads(b"".join([first[4:], *(self._call("get", name) for name in names[1:])]))
+        for name in names if drop else ():
+            self._call("delete_key", name)
+        return value
 
     def _await(self, key: str) -> Any:
         while not self._has(key):
@@ -210,8 +222,7 @@ class Team:
         found = []
         while self._has(f"inbox/{self._received + 1}"):
             self._received += 1
-            found.append(self._get(f"inbox/{self._received}"))
-            self._call("delete_key", f"kascade/inbox/{self._received}")
+            found.append(self._get(f"inbox/{self._received}", drop=True))
         return found
 
     def hand_out(self, task: Any) -> None:
