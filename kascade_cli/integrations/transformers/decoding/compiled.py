@@ -1,19 +1,26 @@
 """Decoder layers compiled for a decode step: norms, rotary embeddings, activations and cache writes in few kernels.
 
-One layer's code serves all of them: it is compiled once or twice, not once a layer, and for all strategies. So a layer
-gets its own part of the cache in place of the whole. Attention is one node of the graph and runs as it is (attach.py).
+A few layers in a row are compiled as one, so that a layer's last addition runs in the kernel of the next one's first
+norm. Their code serves all such rows of layers: it is compiled once or twice, not once a row, and for all strategies.
+So a layer gets its own part of the cache in place of the whole. Attention is one node of the graph and runs as it is
+(attach.py).
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kascade_cli.errors import KascadeError
 from kascade_cli.integrations.transformers.decoding.joined import joined_projections
 from kascade_cli.integrations.transformers.decoding.slots import SlotLayer, Slots
 from kascade_cli.models import decoder_layers
+
+TOGETHER = 4  # layers; the more, the longer compiling takes
+ENDS = ("rotary_emb", "norm", "final_layernorm", "ln_f")  # what runs once a step beside the layers, as models name it
 
 
 class OneLayer:
@@ -26,39 +33,109 @@ class OneLayer:
         return self.layer.update(key_states, value_states)
 
 
-@contextlib.contextmanager
-def compiled_layers(model: nn.Module, slots: Slots, backend: Any = "inductor") -> Iterator[Any]:
-    """Inside, the model's decoder layers run compiled, over `slots`; left, they are what they were.
+class Row:
+    """Layers that a model runs one after the other. All but the last only take down what they are given and hand the
+    hidden states on; the last runs them all. Raises KascadeError where the model does anything in between.
+    """
 
-    Gives what graphs that are recorded inside read on: keep it as long as they. Raises what torch.compile raises, when
-    the model runs.
+    def __init__(self, compiled: Any, layers: Sequence[nn.Module], caches: Sequence[OneLayer]):
+        self.compiled, self.layers, self.caches = compiled, tuple(layers), caches
+        self.given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.hidden: tuple[Tensor, int] | None = None
+
+    def forward_of(self, place: int) -> Any:
+        """What stands in for the forward of the row's layer number `place`."""
+
+        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            here = hidden, 0 if hidden.is_inference() else hidden._version
+            if place == 0:
+                self.given = []  # a step may have failed on its way
+            elif hidden is not self.hidden[0] or here[1] != self.hidden[1]:
+                raise KascadeError("the model does more between two layers than to hand the hidden states on")
+            self.given.append((args, kwargs | {"past_key_values": self.caches[place]}))
+            if place + 1 < len(self.layers):
+                self.hidden = here
+                return hidden
+            given, self.given, self.hidden = tuple(self.given), [], None
+            return self.compiled(self.layers, hidden, given)
+
+        return forward
+
+
+@contextlib.contextmanager
+def compiled_layers(
+    model: nn.Module, slots: Slots, backend: Any = "inductor", together: int = TOGETHER
+) -> Iterator[Any]:
+    """Inside, the model's decoder layers run compiled, up to `together` as one, over `slots`, and where that is more
+    than one the final norm and the rotary embedding too; left, they are what they were.
+
+    Gives what graphs that are recorded inside read on: keep it as long as they. Raises, when the model runs, what
+    torch.compile raises, and KascadeError for a model whose layers cannot run together.
     """
     made: dict[type, Any] = {}
+
+    def compiled(kind: type, function: Any) -> Any:
+        if kind not in made:
+            made[kind] = torch.compile(
+                function, fullgraph=True, dynamic=False, backend=backend,
+                options={"combo_kernels": True} if backend == "inductor" else None,  # q's and k's in one kernel
+            )  # fmt: skip
+        return made[kind]
+
     with contextlib.ExitStack() as undo:
-        # Every number of rows and of slots is compiled for anew.
+        # Every number of rows, of slots and of layers together is compiled for anew.
         kept = undo.enter_context(joined_projections(model))
         undo.enter_context(torch._dynamo.config.patch(recompile_limit=64))
-        for index, layer in decoder_layers(model).items():
-            kind = type(layer)
-            if kind not in made:
-                made[kind] = torch.compile(
-                    kind.forward, fullgraph=True, dynamic=False, backend=backend,
-                    options={"combo_kernels": True} if backend == "inductor" else None,  # q's and k's in one kernel
-                )  # fmt: skip
-            own = vars(layer).get("forward")
-            layer.forward = _one(made[kind], layer, OneLayer(slots.cache.layers[index]))
-            undo.callback(_restore, layer, own)
+        layers = decoder_layers(model)
+        for indices in in_rows(layers, together):
+            kind = type(layers[indices[0]])
+            caches = [OneLayer(slots.cache.layers[index]) for index in indices]
+            row = Row(compiled(kind, _one_after_the_other(kind)), [layers[index] for index in indices], caches)
+            for place, layer in enumerate(row.layers):
+                _replace(layer, row.forward_of(place), undo)
+        for module in ends(model, layers) if together > 1 else ():
+            _replace(module, partial(compiled(type(module), type(module).forward), module), undo)
         yield kept
 
 
-def _one(compiled: Any, layer: nn.Module, cache: OneLayer) -> Any:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return compiled(layer, *args, **kwargs | {"past_key_values": cache})
+def in_rows(layers: dict[int, nn.Module], together: int) -> list[list[int]]:
+    """Indices of layers that can run as one: of one kind, nothing between them, nobody who looks at what one gives."""
+    rows: list[list[int]] = []
+    for index, layer in layers.items():
+        before = layers.get(index - 1)
+        alone = before is None or type(before) is not type(layer) or before._forward_hooks or layer._forward_pre_hooks
+        if alone or len(rows[-1]) == together:
+            rows.append([])
+        rows[-1].append(index)
+    return rows
 
-    return forward
+
+def ends(model: nn.Module, layers: dict[int, nn.Module]) -> list[nn.Module]:
+    """The final norm and the rotary embedding, where they are beside the layers under a name that is known."""
+    first = next(iter(layers.values()))
+    held = [module for module in model.modules() if isinstance(module, nn.ModuleList) and first in module.children()]
+    beside = [module for module in model.modules() if any(child in held for child in module.children())]
+    found = [getattr(module, name, None) for module in beside for name in ENDS]
+    # Built-in ones (nn.LayerNorm) are one kernel as they are.
+    return [module for module in found if module is not None and not type(module).__module__.startswith("torch.")]
 
 
-def _restore(layer: nn.Module, own: Any) -> None:
-    del layer.forward
-    if own is not None:
-        layer.forward = own
+def _one_after_the_other(kind: type) -> Any:
+    def run(layers: tuple[nn.Module, ...], hidden: Any, given: tuple[tuple[tuple, dict], ...]) -> Any:
+        for layer, (args, kwargs) in zip(layers, given, strict=True):
+            hidden = kind.forward(layer, hidden, *args, **kwargs)
+        return hidden
+
+    return run
+
+
+def _replace(module: nn.Module, forward: Any, undo: contextlib.ExitStack) -> None:
+    own = vars(module).get("forward")
+
+    def restore() -> None:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+    module.forward = forward
+    undo.callback(restore)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kascade_cli.integrations.transformers.decoding import graph
-from kascade_cli.integrations.transformers.decoding.compiled import compiled_layers
+from kascade_cli.integrations.transformers.decoding.compiled import TOGETHER, compiled_layers
 from kascade_cli.integrations.transformers.decoding.slots import Slots
 
 Replays = dict[str | None, tuple[Callable[[], None], Tensor]]  # per kind of step: the graph, and where its logits are
@@ -72,8 +72,11 @@ class Runner:
         if self._replays or self.reason is not None:
             return
         began = time.perf_counter()
-        if self.compile:
-            self._replays, self.uncompiled = self._record(compiled_layers(self.model, self.slots))
+        # One by one, and nothing but layers, where a model allows no more.
+        for together in (TOGETHER, 1) if self.compile else ():
+            if not self._replays:
+                how = compiled_layers(self.model, self.slots, together=together)
+                self._replays, self.uncompiled = self._record(how)
         if not self._replays:
             self._replays, self.reason = self._record(contextlib.nullcontext())
         self._held = self._buffers()

@@ -1,12 +1,16 @@
 """Compiled decoder layers: the same logits, one layer's code for all of them, nothing left behind."""
 
+import contextlib
+
 import pytest
 import torch
+from torch import nn
 
 from kascade_cli import attach
 from kascade_cli.errors import KascadeError
 from kascade_cli.integrations.transformers.decoding import Runner, Slots, decode
-from kascade_cli.integrations.transformers.decoding.compiled import compiled_layers
+from kascade_cli.integrations.transformers.decoding import runner as runner_module
+from kascade_cli.integrations.transformers.decoding.compiled import compiled_layers, in_rows
 from kascade_cli.models import describe
 from tests.conftest import tiny_model
 
@@ -28,8 +32,8 @@ def logits_of(runner, prompt, steps):
 
 
 def test_one_code_for_all_layers_and_strategies():
-    """The compiler's own backend for this: a graph per layer, run as it is, so that float64 tells."""
-    model = tiny_model("qwen2", layers=6, seed=4)
+    """The compiler's own backend for this: a graph per row of layers, run as it is, so that float64 tells."""
+    model = tiny_model("qwen2", layers=14, seed=4)
     profile = some_profile(describe(model))
     ids, mask = padded((40, 23))
     graphs = []
@@ -52,9 +56,10 @@ def test_one_code_for_all_layers_and_strategies():
             torch.testing.assert_close(got, want)
             assert run.report() == counted
         assert not any("forward" in vars(module) for module in model.modules())
-    assert len(graphs) <= 2  # the first layer has a hook that the others have not
-    nodes = [node for graph in graphs for node in graph.graph.nodes if "kascade.attend" in str(node.target)]
-    assert len(nodes) == len(graphs)  # attention is one node each
+    nodes = [[node.target for node in graph.graph.nodes if "kascade.attend" in str(node.target)] for graph in graphs]
+    # Attention is one node each. The first layer has a hook that the others have not, so four layers are compiled
+    # twice, the two that are left once, and the norm and the rotary embedding.
+    assert sorted(map(len, nodes)) == [0, 0, 2, 4, 4]
     torch.compiler.reset()
 
 
@@ -75,6 +80,85 @@ def test_a_layer_that_cannot_be_compiled_leaves_no_trace():
             logits_of(runner, prompt, 3)
         assert torch.equal(logits_of(runner, prompt, 3), want)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("between", [lambda hidden: hidden * 1.5, lambda hidden: hidden.mul_(1.5)])
+def test_layers_with_something_between_them_run_one_by_one(between, monkeypatch):
+    """As in models that add to some layers' output: taken down and run later, they would not see it."""
+    model = tiny_model("llama", layers=5)
+    second = model.model.layers[1]
+    own = type(second).forward
+    # Not a hook, which would be seen: the class does it, before its second layer.
+    monkeypatch.setattr(type(second), "__call__", lambda self, hidden, *args, **kwargs: nn.Module.__call__(
+        self, between(hidden) if self is second else hidden, *args, **kwargs))  # fmt: skip
+    ids, mask = padded((20, 9))
+    torch.compiler.reset()
+    with torch.no_grad(), attach(model, strategy="dense") as run:
+        cache, token, lengths = prefilled(model, ids, mask)
+        prompt = [(layer.keys, layer.values) for layer in cache.layers], token, lengths
+        runner = Runner(model, Slots(prompt[0], 2, 64), run, capture=False)
+        want = logits_of(runner, prompt, 3)
+        with pytest.raises(KascadeError, match="more between two layers"), compiled_layers(model, runner.slots):
+            logits_of(runner, prompt, 3)
+        assert type(second).forward is own
+        with compiled_layers(model, runner.slots, backend=lambda graph, _: graph.forward, together=1):
+            torch.testing.assert_close(logits_of(runner, prompt, 3), want)
+    torch.compiler.reset()
+
+
+def test_a_step_that_failed_on_its_way_leaves_nothing_for_the_next():
+    model = tiny_model("llama", layers=4)
+    ids, mask = padded((20,))
+    torch.compiler.reset()
+    with torch.no_grad(), attach(model, strategy="dense") as run:
+        cache, token, lengths = prefilled(model, ids, mask)
+        prompt = [(layer.keys, layer.values) for layer in cache.layers], token, lengths
+        runner = Runner(model, Slots(prompt[0], 1, 64), run, capture=False)
+        want = logits_of(runner, prompt, 3)
+        with compiled_layers(model, runner.slots, backend=lambda graph, _: graph.forward):
+            model.model.layers[0].forward(torch.zeros(1, 1, 32))
+            torch.testing.assert_close(logits_of(runner, prompt, 3), want)
+    torch.compiler.reset()
+
+
+def test_rows_of_layers_end_where_another_kind_or_a_hook_is():
+    layers = {index: nn.Identity() for index in (0, 1, 2, 3, 4, 5, 6, 9, 10)}
+    layers[6] = nn.Flatten()
+    layers[2].register_forward_hook(lambda *_: None)
+    layers[5].register_forward_pre_hook(lambda *_: None)
+    assert in_rows(layers, 4) == [[0, 1, 2], [3, 4], [5], [6], [9, 10]]
+    assert in_rows(layers, 2) == [[0, 1], [2], [3, 4], [5], [6], [9, 10]]
+    assert in_rows(layers, 1) == [[index] for index in layers]
+
+
+@pytest.mark.parametrize("fails", [(), (4,), (4, 1)])
+def test_what_cannot_run_together_is_tried_one_by_one(fails, monkeypatch):
+    """Recording, which needs a GPU, stands aside."""
+    tried = []
+
+    @contextlib.contextmanager
+    def compiled(model, slots, together):
+        tried.append(together)
+        if together in fails:
+            raise NotImplementedError(f"not {together}")
+        yield
+
+    monkeypatch.setattr(runner_module, "compiled_layers", compiled)
+    monkeypatch.setattr(runner_module.graph, "warm_up", lambda steps, _: None)
+    monkeypatch.setattr(runner_module.graph, "record", lambda step, _: step)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    model = tiny_model("llama", layers=2)
+    ids, mask = padded((20,))
+    with torch.no_grad():
+        cache, token, lengths = prefilled(model, ids, mask)
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        runner = Runner(model, Slots(layers, 1, 64), compile=True)
+        runner.load(layers, token, lengths)
+        runner.prepare()
+    assert tried == [4, 1][: len(fails) + 1]
+    assert runner.captured
+    assert runner.reason is None
+    assert runner.uncompiled == ("NotImplementedError: not 1" if len(fails) == 2 else None)
 
 
 def test_code_that_was_compiled_under_an_attachment_does_not_run_after_it():
