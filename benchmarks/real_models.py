@@ -3,8 +3,8 @@
     python benchmarks/real_models.py MODEL -o FOLDER [--minutes 9] [--only STEP,STEP] [--lengths 8k,16k]
 
 Each step writes a file into FOLDER and is passed over when that is there, so that a run that was stopped (by
-`--minutes`, or a kill) goes on where it was. MODEL is anything that `kascade` takes; it is loaded once for all
-commands of a run.
+`--minutes`, or a kill) goes on where it was, and several (one a GPU) may share a FOLDER once its profile is there.
+MODEL is anything that `kascade` takes; it is loaded once for all commands of a run.
 
 Steps: profile; anchors; auto (budgets by length); tasks (per length and task, all strategies); lookups (per length:
 records hidden in source files, worded unlike any built-in task; also with the budgets by length); report.
@@ -13,20 +13,21 @@ records hidden in source files, worded unlike any built-in task; also with the b
 import argparse
 import concurrent.futures
 import contextlib
+import fcntl
 import functools
 import io
 import json
+import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TASKS = ("niah_multikey_1", "niah_multivalue", "niah_multiquery", "vt", "qa_multihop", "code_completion")
-STRATEGIES = (
-    "dense,kascade,kascade-pooled,kascade-no-remap,kascade-decode-only,kascade-reused-norm,"
-    "oracle,oracle-per-query,quest,omnikv,lessismore,streaming-llm,streaming-llm:ratio=0.3"
-)
-LOOKUPS = "dense,kascade,kascade-pooled,oracle"
+TASKS = ("niah_multikey_1", "vt", "niah_multivalue", "niah_multiquery", "fwe", "code_completion")
+AT_BOTH = ("kascade", "kascade-decode-only", "oracle", "quest", "omnikv", "lessismore", "streaming-llm")
+STRATEGIES = ",".join(["dense", *AT_BOTH, *(f"{name}:ratio=0.3" for name in AT_BOTH)])
+LOOKUPS = "dense,kascade,oracle"
 STEPS = ("profile", "anchors", "auto", "tasks", "lookups", "report")
 
 
@@ -105,28 +106,53 @@ class Job:
         for length in self.options.lengths:
             for task in self.options.tasks:
                 found = self.folder / f"tasks-{length}-{task}.json"
-                if not found.exists():
-                    self.kascade(
-                        "evaluate", self.options.model, "--profile", self.folder / "profile.yaml", "--task", task,
-                        "--max-length", length, "--num-prompts", self.options.num_prompts, "--questions", "4",
-                        "--strategies", self.options.strategies, *self.options.more,
-                        "--json", output=found,
-                    )  # fmt: skip
+                with self.claimed(found) as mine:
+                    if mine:
+                        self.kascade(
+                            "evaluate", self.options.model, "--profile", self.folder / "profile.yaml", "--task", task,
+                            "--max-length", length, "--num-prompts", self.options.num_prompts, "--questions", "4",
+                            "--strategies", self.options.strategies, *self._random(),
+                            "--json", output=found,
+                        )  # fmt: skip
+
+    def _random(self) -> list[Any]:
+        """Options for random anchors, which read their keys as the profile does: by head maps, or pooled."""
+        from kascade_cli.schema import Profile
+
+        if not self.options.random:
+            return []
+        pooled = Profile.load(self.folder / "profile.yaml").pooled
+        maps = [] if pooled else ["--capture", self.folder / "capture.h5"]
+        return ["--anchors", f"random:{self.options.random}", *maps]
+
+    @contextlib.contextmanager
+    def claimed(self, found: Path) -> Iterator[bool]:
+        """Whether `found` is for this process to make: it is not there, and no other process is at it."""
+        with found.with_suffix(".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield not found.exists()
 
     def lookups(self) -> None:
         for length in self.options.lookup_lengths:
             texts = self.folder / f"lookups-{length}.jsonl"
             if not texts.exists():
                 rows = lookups(self.model[1], _size(length), self.options.lookups, seed=7)
-                texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                partial = texts.with_suffix(f".{os.getpid()}")
+                partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                partial.rename(texts)
             for name, profile in (("", "profile.yaml"), ("-auto", "profile-auto.yaml")):
                 found = self.folder / f"lookups-{length}{name}.json"
-                if not found.exists() and (self.folder / profile).exists():
-                    strategies = "dense,kascade" if name else LOOKUPS
-                    self.kascade(
-                        "evaluate", self.options.model, "--profile", self.folder / profile, "--task", texts, "--chat",
-                        "--strategies", strategies, "--json", output=found,
-                    )  # fmt: skip
+                with self.claimed(found) as mine:
+                    if mine and (self.folder / profile).exists():
+                        strategies = "dense,kascade" if name else LOOKUPS
+                        self.kascade(
+                            "evaluate", self.options.model, "--profile", self.folder / profile, "--task", texts,
+                            "--chat", "--strategies", strategies, "--json", output=found,
+                        )  # fmt: skip
 
     def report(self) -> None:
         page = self.folder / "report.html"
@@ -215,18 +241,16 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--only", default=",".join(STEPS), help="steps, comma-separated")
-    parser.add_argument("--lengths", default="8k,16k", type=lambda text: text.split(","))
+    parser.add_argument("--lengths", default="16k,8k", type=lambda text: text.split(","))
     parser.add_argument("--lookup-lengths", default="8k,16k,30k", type=lambda text: text.split(","))
     parser.add_argument("--tasks", default=",".join(TASKS), type=lambda text: text.split(","))
     parser.add_argument("--strategies", default=STRATEGIES)
     parser.add_argument("--num-prompts", default="16")
-    parser.add_argument("--lookups", type=int, default=64)
+    parser.add_argument("--lookups", type=int, default=192)
     parser.add_argument("--random", type=int, default=3, help="sets of random anchors to compare with; 0: none")
     parser.add_argument("--profile", default="", type=str.split, help="more options of kascade profile")
     parser.add_argument("--select", default="", type=str.split, help="more options of kascade select-anchors")
     options = parser.parse_args()
-    drawn = ["--anchors", f"random:{options.random}", "--capture", options.output / "capture.h5"]
-    options.more = drawn if options.random else []
     job = Job(options)
     try:
         for step in options.only.split(","):
