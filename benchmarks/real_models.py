@@ -27,7 +27,7 @@ from typing import Any
 TASKS = ("niah_multikey_1", "vt", "niah_multivalue", "niah_multiquery", "fwe", "code_completion")
 AT_BOTH = ("kascade", "kascade-decode-only", "oracle", "quest", "omnikv", "lessismore", "streaming-llm")
 STRATEGIES = ",".join(["dense", *AT_BOTH, *(f"{name}:ratio=0.3" for name in AT_BOTH)])
-LOOKUPS = "dense,kascade,oracle"
+LOOKUPS = "dense,kascade,kascade-decode-only,oracle"
 STEPS = ("profile", "anchors", "auto", "tasks", "lookups", "report")
 
 
