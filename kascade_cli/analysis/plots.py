@@ -93,7 +93,8 @@ def pareto(rows: Sequence[Row], chosen: Row, candidates: Sequence[Any] = ()) -> 
             axis.plot(chosen.speedup[phase], chosen.recovered_mean, marker="*", ms=13, color=colour, mec="black")
     axis.set_xlabel("predicted attention speed-up")
     axis.set_ylabel("attention kept at the budget, mean over layers")
-    axis.set_title(f"Budgets (number: anchors); star: chosen, {chosen.size} anchors", fontsize=10)
+    read = "\none set for all heads (lines: head maps)" if chosen.pooled else ""
+    axis.set_title(f"Budgets (number: anchors); star: chosen, {chosen.size} anchors{read}", fontsize=10)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8)
     if measured:
@@ -102,14 +103,15 @@ def pareto(rows: Sequence[Row], chosen: Row, candidates: Sequence[Any] = ()) -> 
 
 
 def _kl_panel(axis: Any, measured: Sequence[Any], chosen: Row) -> None:
-    sizes = [len(entry.anchors) for entry in measured]
-    scores = [max(entry.score, 1e-6) for entry in measured]
-    axis.scatter(sizes, scores, s=22, color=_BLUE, alpha=0.8, label="candidate")
+    for pooled, colour, label in ((False, _BLUE, "candidate"), (True, _GREY, "candidate, pooled")):
+        points = [(len(entry.anchors), max(entry.score, 1e-6)) for entry in measured if entry.pooled == pooled]
+        if points:
+            axis.scatter(*zip(*points, strict=True), s=22, color=colour, alpha=0.8, label=label)
     picked = [max(entry.score, 1e-6) for entry in measured if entry.key == chosen.key]
     if picked:
         axis.plot(chosen.size, picked[0], marker="*", ms=13, color=_ORANGE, mec="black", ls="", label="chosen")
     axis.set_yscale("log")
-    axis.set_xticks(sorted(set(sizes)))
+    axis.set_xticks(sorted({len(entry.anchors) for entry in measured}))
     axis.set_xlabel("anchors")
     axis.set_ylabel("KL(dense || sparse), nats")
     axis.set_title("Measured on held-out prompts", fontsize=10)

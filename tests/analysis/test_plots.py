@@ -56,6 +56,23 @@ def test_the_figures_show_the_numbers(parts):
     np.testing.assert_allclose(heat, measured.top_mass[:, :, 1].T)
 
 
+def test_a_set_that_is_read_pooled_is_told_from_head_maps(parts):
+    _, _, rows = parts
+    chosen = replace(rows[1], pooled=True)
+    candidates = [Candidate(row.anchors, {}, {"decode": 0.1 / row.size}, 2) for row in rows]
+    candidates.append(Candidate(chosen.anchors, {}, {"decode": 0.01}, 2, pooled=True))
+    budgets, measured = plots.pareto(rows, chosen, candidates).axes
+    assert "one set for all heads (lines: head maps)" in budgets.get_title()
+    shown = {group.get_label(): np.asarray(group.get_offsets()).tolist() for group in measured.collections}
+    np.testing.assert_allclose(shown["candidate"], [[row.size, 0.1 / row.size] for row in rows])
+    np.testing.assert_allclose(shown["candidate, pooled"], [[chosen.size, 0.01]])
+    (star,) = [line for line in measured.lines if line.get_label() == "chosen"]
+    np.testing.assert_allclose(star.get_xydata(), [[chosen.size, 0.01]])
+    plain = plots.pareto(rows, rows[1], candidates[:-1])
+    assert "head maps" not in plain.axes[0].get_title()
+    assert [group.get_label() for group in plain.axes[1].collections] == ["candidate"]
+
+
 def test_labels_from_the_capture_are_no_mathematics(parts, tmp_path):
     measured, _, rows = parts
     measured.top_mass_keys = ["$x^2", "256", r"$\frac{$", "\x1b[1m5%", "y" * 500]

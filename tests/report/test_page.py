@@ -355,6 +355,35 @@ def test_a_profile_whose_selection_is_anything(build, tmp_path):
     assert len(loaded.layers) == LAYERS
 
 
+def test_the_best_sets_show_what_they_keep():
+    import re
+    from html import unescape
+
+    from kascade_cli.report.sections import roles
+
+    row = {"anchors": [0, 3], "similarity_mean": 0.123, "similarity_worst": 0.1, "recovered_mean": 0.876,
+           "recovered_worst": 0.654, "speedup": {"decode": 3.25, "prefill": 1.5}}  # fmt: skip
+    profile = make_profile().model_copy(update={"selection": {"anchors": [0, 3], "budgets": [row]}})
+    text = str(roles._recovered(profile))
+    columns, cells = (
+        [unescape(re.sub("<[^>]*>", "", cell)).strip() for cell in re.findall(rf"<{tag}[ >].*?</t[hd]>", part)]
+        for tag, part in zip(("th", "t[hd]"), (text.split("</thead>")[0], text.split("</thead>")[1]), strict=True)
+    )
+    shown = dict(zip(columns, cells, strict=True))
+    assert (shown["layers"], shown["attention kept, mean"], shown["worst layer"]) == ("0 3", "0.876", "0.654")
+    assert 'class="chosen"' in text
+    pooled = profile.model_copy(
+        update={
+            "layers": [
+                one.model_copy(update={"heads": "pooled"} if one.role == "reuse" else {}) for one in profile.layers
+            ]
+        }
+    )
+    # Rows are of sets with head maps, which this one is not.
+    assert pooled.pooled
+    assert 'class="chosen"' not in str(roles._recovered(pooled))
+
+
 def test_a_large_profile_is_drawn_without_cells(build, files, monkeypatch):
     assert build(files["profile"]).count('class="moved"') == 6
     monkeypatch.setattr("kascade_cli.report.sections.roles._MOST_CELLS", 11)  # it has 12

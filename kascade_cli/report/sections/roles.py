@@ -212,5 +212,5 @@ def _recovered(profile: "Profile") -> Safe:
         first = tag("th", cells[0], scope="row", class_="name")
         rest = join([tag("td", cells[1], class_="name"), *(tag("td", cell) for cell in cells[2:])])
         rows.append(tag("tr", first, rest, class_="chosen" if row["anchors"] == chosen else None))
-    names = ["anchors", "layers", "similarity, mean", "worst layer", "decode speed-up", "prefill speed-up"]
+    names = ["anchors", "layers", "attention kept, mean", "worst layer", "decode speed-up", "prefill speed-up"]
     return details("Numbers: the best set of every size, as predicted from the capture", table(names, rows, left=2))
