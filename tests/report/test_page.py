@@ -223,7 +223,7 @@ def test_the_chosen_candidate_is_marked_and_the_best_are_joined(whole):
     for svg in (kl, kept):
         (ring,) = [circle for circle in svg.iter("circle") if circle.get("class") == "ring"]
         named = [t.text for t in svg.iter("text") if t.text.startswith("chosen")]
-        assert named == ["chosen: 0 3"]
+        assert named == ["chosen (ring): 0 3"]
         (line,) = svg.iter("polyline")
         corners = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
         assert len(corners) == 3
@@ -353,6 +353,17 @@ def test_a_profile_whose_selection_is_anything(build, tmp_path):
         assert 'id="profile"' in build(path)
     loaded = Profile.load(path)
     assert len(loaded.layers) == LAYERS
+
+
+def test_what_resampling_says_is_about_the_set_that_was_searched():
+    from kascade_cli.report.sections import roles
+
+    stable = {"resamples": 200, "searched": [0, 3], "searched_again": 0.81}
+    for chosen, said in (([0, 3], "gives these anchors again from 81 %"), ([0, 2], "gives 0 3 again from 81 %")):
+        profile = make_profile().model_copy(update={"selection": {"anchors": chosen, "stability": stable}})
+        assert said in roles._stability(profile)
+    unknown = make_profile().model_copy(update={"selection": {"stability": {"searched_again": 1}}})
+    assert roles._stability(unknown) == ""
 
 
 def test_the_best_sets_show_what_they_keep():

@@ -6,7 +6,7 @@ from typing import Any
 from kascade_cli.report.content import Content, Section, caption, several
 from kascade_cli.report.files import Source, trusted
 from kascade_cli.report.legend import legend
-from kascade_cli.report.markup import Safe, details, figure, join, number, table, tag
+from kascade_cli.report.markup import Safe, details, figure, join, number, table, tag, text
 from kascade_cli.report.svg import Plot, Scale
 
 _LOOKS = {"importance": ("s1", "circle"), "uniform": ("s2", "square"), "both": ("s3", "diamond")}
@@ -132,18 +132,17 @@ def _panel(
         plot.dot(x, value, series, shape, 2.8 if short else 4.6, said=f"{named}: {number(value)}")
         if _key(entry) == chosen:
             plot.parts.append(f'<circle class="ring" cx="{plot.x(x):.1f}" cy="{plot.y(value):.1f}" r="9"/>')
-            _name_chosen(plot, x, value, f"chosen: {named}", left=what == "kl")
+            _name_chosen(plot, f"chosen (ring): {named}")
     said = (
         f"{len(entries)} candidates of {sizes[0]} to {sizes[-1]} anchors; from {min(values):.3g} to {max(values):.3g}."
     )
     return plot.svg(heading, said)
 
 
-def _name_chosen(plot: Plot, x: float, value: float, words: str, left: bool) -> None:
-    """Below the ring, on the side where the line of the best leaves room; on the other at the edge."""
-    at, needed = plot.x(x), 6.3 * len(words)
-    left = at - plot.left > needed if left else plot.right - at < needed
-    plot.say(x, value, words, dx=4 if left else -4, dy=25, anchor="end" if left else "start")
+def _name_chosen(plot: Plot, words: str) -> None:
+    """At the bottom, which the scales leave free: beside the ring it would lie upon other sets."""
+    place = f'x="{plot.right - 6:.1f}" y="{plot.bottom - 7:.1f}"'
+    plot.parts.append(f'<text class="note end" {place}>{text(words)}</text>')
 
 
 def _value(entry: dict[str, Any], what: str) -> float:

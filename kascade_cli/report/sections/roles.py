@@ -92,9 +92,14 @@ def _stability(profile: "Profile") -> str:
     stable = profile.selection.get("stability")
     if not isinstance(stable, dict) or not isinstance(stable.get("searched_again"), float | int):
         return ""
+    searched = stable.get("searched")
+    if not isinstance(searched, list):
+        return ""
+    # Verification may have chosen another set than the objective, which is what the resamples are searched with.
+    found = "these anchors" if searched == profile.selection.get("anchors") else " ".join(map(str, searched))
     return (
-        f"Chosen again from {stable.get('resamples')} resamples of the prompts: the same anchors in "
-        f"{100 * stable['searched_again']:.0f} % of them."
+        f"The objective alone gives {found} again from {100 * stable['searched_again']:.0f} % of "
+        f"{stable.get('resamples')} resamples of the prompts."
     )
 
 
