@@ -6,7 +6,7 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kascade_cli.errors import KascadeError, UsageError
@@ -33,21 +33,32 @@ def check_name(name: str | Path, what: str = "") -> None:
         )
 
 
-def check_output(path: str | Path, overwrite: bool) -> Path:
-    """Refuses an output that exists (without `overwrite`), or whose folder does not or cannot be written to.
+def check_output(path: str | Path, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> Path:
+    """Refuses an output that exists (without `overwrite`), that is one of the files it is made from (with it too), or
+    whose folder does not or cannot be written to.
 
-    A link counts as existing, wherever it leads. Raises UsageError.
+    A link counts as existing, wherever it leads. inputs: what may name a file, or None. Raises UsageError.
     """
     path = Path(path)
     check_name(path)
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file")
+    if path.exists() and any(given is not None and _is_file(given) and path.samefile(given) for given in inputs):
+        raise UsageError(f"{path} would replace a file that it is made from: name another output")
     if os.path.lexists(path) and not overwrite:
         raise UsageError(_exists(path))
     if not path.parent.is_dir():
         raise UsageError(f"folder {path.parent} does not exist; create it first")
     _check_folder(path.parent)
     return path
+
+
+def _is_file(name: str | Path) -> bool:
+    """Whether what may as well be the name of a model or a task is a file here."""
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # too long for a name, or no name
+        return False
 
 
 def check_output_folder(path: str | Path) -> Path:

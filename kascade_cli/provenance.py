@@ -100,3 +100,9 @@ def portable_name(name: str) -> str:
     if gguf:
         return path.parent.name if path.stem == "model" and path.parent.name else path.stem
     return path.name or name
+
+
+def short(fingerprint: str | None) -> str:
+    """A fingerprint's first digits, enough to tell two apart."""
+    head, _, digits = (fingerprint or "").rpartition(":")
+    return f"{head}:{digits[:12]}" if head else digits[:12]

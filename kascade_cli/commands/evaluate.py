@@ -157,7 +157,10 @@ def evaluate(
     team = processes.team()
     follows = team is not None and not team.leader
     if plot and not follows:
-        check_output(plot, overwrite)
+        asked = [name for given in task or () for name in given.split(",")]
+        check_output(plot, overwrite, [model, profile, capture, *asked])
+        if plot.suffix.lower() != ".png":
+            raise UsageError(f"--plot {plot}: the figure is a PNG; name a file that ends in .png")
         require_extra("matplotlib", "plot")
     lengths = parse_sizes(max_length, "--max-length") if max_length is not None else []
     ratios = parse_floats(ratio) if ratio is not None else [None]

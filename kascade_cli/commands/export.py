@@ -47,7 +47,7 @@ def export(
     profile itself.
     """
     if output:
-        check_output(output, overwrite)
+        check_output(output, overwrite, [profile])
 
     import yaml
 

@@ -300,6 +300,8 @@ def _figures(prompt_tokens: int, expected: Any, run: Any) -> None:
         f"{'' if run.eager else ' in CUDA graphs'}; "
         f"keys read {report['density']:.1%} of those visible ({phases})"
     )
+    if run.uncompiled not in (None, "not asked for"):
+        note(f"--compile did nothing: {run.uncompiled}")
 
 
 def _rate(run: Any, template: str) -> str:

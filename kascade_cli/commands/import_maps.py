@@ -75,7 +75,7 @@ def import_maps(
     --bind the profile runs with any weights of the model's geometry.
     """
     check_name(file, "MAP.npy")
-    check_output(output, overwrite)
+    check_output(output, overwrite, [file, model])
     _check_geometry(model, query_heads, head_dim, {"--bind": bind, "--revision": revision})
     chosen = None if anchors is None else _layers(anchors)
 

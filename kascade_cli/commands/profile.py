@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -134,7 +134,7 @@ def profile(
     follows = team is not None and not team.leader
     split = device_map == "tp"
     if not follows:  # else the leader's, which may have begun
-        _check_target(output, resume, overwrite)
+        _check_target(output, resume, overwrite, [model, dev_set, haystack])
 
     from kascade_cli.analysis.summary import captured
     from kascade_cli.capture.run import CaptureOptions, follow_capture, plan_capture, run_capture
@@ -280,10 +280,10 @@ def _interruptible(output: Path, *, begun: bool) -> Iterator[None]:
         raise KascadeError(f"{output}: {error}; {told}") from error
 
 
-def _check_target(output: Path, resume: bool, overwrite: bool) -> None:
+def _check_target(output: Path, resume: bool, overwrite: bool, inputs: Sequence[str | None]) -> None:
     if resume and overwrite:
         raise UsageError("--resume goes on with a capture and --overwrite replaces it: pass one of them")
-    check_output(output, overwrite=True)  # a folder, or in a folder that does not exist
+    check_output(output, True, inputs)  # a folder, or in a folder that does not exist
     if output.is_symlink() and not output.exists():
         check_output(output, overwrite)
     if not (resume or overwrite) and output.exists():

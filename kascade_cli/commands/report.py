@@ -7,7 +7,6 @@ import typer
 
 from kascade_cli.commands import options as shared
 from kascade_cli.console import format_bytes, progress, say
-from kascade_cli.errors import UsageError
 from kascade_cli.files import atomic_write, check_output
 from kascade_cli.help import OUTPUT, examples
 
@@ -49,10 +48,7 @@ def report(
     """
     from kascade_cli.report.page import load_all, measure_captures, page
 
-    for path in files:
-        if path.exists() and output.exists() and path.samefile(output):
-            raise UsageError(f"{output} would replace a file that it is made from: name another with -o")
-    check_output(output, overwrite)
+    check_output(output, overwrite, files)
     sources = load_all(files)
     total = sum(source.document["num_prompts"] for source in sources if source.kind == "capture")
     with progress("reading captures", total=total or None) as bar:

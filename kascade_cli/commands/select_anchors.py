@@ -236,7 +236,7 @@ def select_anchors(
     team = processes.team()
     follows = team is not None and not team.leader
     if not follows:  # else the leader's, which may have written it
-        check_output(output, overwrite)
+        check_output(output, overwrite, [capture, model, verify_dev_set, cost])
     if device_map == "tp":
         raise UsageError("--device-map tp is for profile and evaluate; sets are measured on whole models: use auto")
     length = parse_size(context, "--context")
@@ -318,13 +318,14 @@ def select_anchors(
         steps.check_ratios(session)
     if session is not None:
         journal, proposed = session.journal(journal_path(output), note), search.candidates(candidates)
-        with Steps("verifying") as shown:
+        with steps.kept(journal), Steps("verifying") as shown:
             measured_sets, verified = measure_candidates(
                 search, proposed, session=session, journal=journal, report=shown.update
             )
     decision = search.decide(measured_sets, verified)
     if auto:
-        budget = steps.find_ratios(session, search, decision, journal)
+        with steps.kept(journal):
+            budget = steps.find_ratios(session, search, decision, journal)
     for line in decision.notes:
         note(line)
     search.bootstrap(decision, bootstrap)

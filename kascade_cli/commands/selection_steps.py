@@ -1,6 +1,7 @@
 """What `select-anchors` does beside calling the analysis: options that fit together, the model, a second reading."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ def check_plots(folder: Path, overwrite: bool) -> None:
     for name in FILES if folder.exists() else ():
         check_output(folder / name, overwrite)
     require_extra("matplotlib", "plot")
+
+
+@contextlib.contextmanager
+def kept(journal: Any) -> Iterator[None]:
+    """After Ctrl-C, says that what has been measured is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if len(journal):
+            note(f"{len(journal)} runs are kept in {journal.path}: the same command goes on after them")
+        raise
 
 
 def check_verification(verify: bool | None, verification: Any) -> bool:

@@ -10,6 +10,7 @@ from kascade_cli.console import cell, format_bytes, out, plain_table, print_json
 from kascade_cli.errors import KascadeError
 from kascade_cli.files import check_name
 from kascade_cli.help import examples
+from kascade_cli.provenance import short
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ANY_WEIGHTS = "(any weights of this shape)"
@@ -68,7 +69,7 @@ def _render_capture(document: dict[str, Any]) -> None:
     state = "complete" if document["complete"] else "unfinished: go on with `kascade profile ... --resume`"
     facts = [
         ("capture", f"{document['file']} ({format_bytes(document['bytes'])}, {state})"),
-        ("model", f"{meta['model_name']} {meta['model_fingerprint'][:19]}"),
+        ("model", f"{meta['model_name']} {short(meta['model_fingerprint'])}"),
         ("heads", f"{meta['query_heads']} query, {meta['kv_heads']} KV, size {meta['head_dim']}"),
         ("layers", f"{ranges(document['profiled_layers'])} profiled, of {meta['layers']}"),
         ("dev set", f"{meta['dev_set_name']} (seed {meta['seed']}, sha256 {meta['dev_set_sha256'][:12]})"),
@@ -112,7 +113,7 @@ def _render_profile(path: Path, profile: Any) -> None:
     card, budget, selection, origin = profile.model, profile.budget, profile.selection, profile.provenance
     facts = [
         ("profile", f"{path} ({profile.schema_})"),
-        ("model", f"{card.name} {card.fingerprint[:19] if card.fingerprint else _ANY_WEIGHTS}"),
+        ("model", f"{card.name} {short(card.fingerprint) if card.fingerprint else _ANY_WEIGHTS}"),
         ("heads", f"{card.query_heads} query, {card.kv_heads} KV, size {card.head_dim}"),
         (
             "budget",

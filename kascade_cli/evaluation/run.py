@@ -139,14 +139,23 @@ def _scores_of(outcome: Outcome, kinds: Sequence[str], name: str) -> np.ndarray:
 
 
 def draws_interval(
-    right: np.ndarray, clusters: Sequence[int], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    right: np.ndarray,
+    clusters: Sequence[int],
+    *,
+    least: float = 0.0,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Interval:
-    """Mean over draws and questions; percentile bootstrap over draws and prompts, both resampled.
+    """Mean over draws and questions; percentile bootstrap over draws and prompts, both resampled. Of one prompt it is
+    all that is possible: `least` to 1.
 
     right: float64 [draws, questions]; clusters: the prompt of each question.
     """
     _, index = np.unique(np.asarray(clusters), return_inverse=True)
     size = np.bincount(index).astype(np.float64)
+    if len(size) == 1:
+        return Interval(float(right.mean()), least, 1.0, right.shape[1], 1)
     total = np.stack([np.bincount(index, row, len(size)) for row in right])
     rng = np.random.default_rng(seed)
     means = np.empty(resamples)
@@ -209,16 +218,26 @@ def _score(
 ) -> dict[str, Any]:
     difference = None
     if outcome.run.draws:
-        score = draws_interval(right, clusters)
+        score = draws_interval(right, clusters, least=0.0)
         if reference is not None:
-            difference = draws_interval(right - reference, clusters)
+            difference = draws_interval(right - reference, clusters, least=-1.0)
     else:
         values = right[0]
-        score = cluster_interval(values, clusters) if plain else paired_interval(values, 0 * values, clusters)
+        score = cluster_interval(values, clusters) if plain else _mean_interval(values, clusters)
         if reference is not None and outcome.run.strategy != "dense":
             difference = paired_interval(values, reference, clusters)
     document = _points(score) | {"questions": score.count, "prompts": score.clusters}
     return document if difference is None else document | {"vs_dense": _points(difference)}
+
+
+def _mean_interval(values: np.ndarray, clusters: np.ndarray) -> Interval:
+    """Of weighted values: a bootstrap, and where it finds no width (all right, or one prompt) what as many plain
+    answers of that mean say.
+    """
+    found = paired_interval(values, 0 * values, clusters)
+    if found.clusters > 1 and found.low < found.high:
+        return found
+    return cluster_interval(np.full(len(values), min(1.0, max(0.0, found.mean))), clusters)
 
 
 def _points(interval: Interval) -> dict[str, float]:

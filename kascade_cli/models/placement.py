@@ -85,7 +85,7 @@ def placement(device: str, device_map: str | None) -> tuple[Any, torch.device | 
         target = torch.device("cpu") if device == "cpu" else resolve_device(device)
         return ({"": target}, None) if accelerate and target.type != "cpu" else (None, target)
     if device_map not in ("auto", SPLIT):
-        raise UsageError(f"device map '{device_map}' is not known; use --device-map auto, or leave it out")
+        raise UsageError(f"device map '{device_map}' is not known; use --device-map auto or tp, or leave it out")
     if device_map == SPLIT:
         return _split(device, accelerate), None
     if team() is not None:

@@ -30,7 +30,7 @@ def check_alone() -> None:
         raise SystemExit(2)
     raise UsageError(
         f"this command runs in one process, and {where.size} were started: profile, select-anchors and evaluate share "
-        "their work"
+        "their work; start it without torchrun"
     )
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kascade_cli.report.files import Kind, Source, short
+from kascade_cli.provenance import short
+from kascade_cli.report.files import Kind, Source
 from kascade_cli.report.markup import Safe, code, command, join, tag
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from kascade_cli.errors import KascadeError, UsageError, plain
 from kascade_cli.files import check_name, read_bounded
-from kascade_cli.provenance import portable_name
+from kascade_cli.provenance import portable_name, short
 
 Kind = Literal["capture", "profile", "evaluation", "sweep", "bench"]
 KINDS = ("capture", "profile", "evaluation", "sweep", "bench")
@@ -46,12 +46,6 @@ class Source:
         if self.model is None:
             return "no model's weights"
         return f"{self.model} ({short(self.fingerprint)})" if self.fingerprint else self.model
-
-
-def short(fingerprint: str | None) -> str:
-    """A fingerprint's first digits, enough to tell two apart."""
-    head, _, digits = (fingerprint or "").rpartition(":")
-    return f"{head}:{digits[:12]}" if head else digits[:12]
 
 
 def day(when: Any) -> str:

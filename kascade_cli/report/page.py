@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kascade_cli import provenance
+from kascade_cli.provenance import short
 from kascade_cli.report import svg
 from kascade_cli.report.content import Content, Section
-from kascade_cli.report.files import Source, check_one_model, load, short
+from kascade_cli.report.files import Source, check_one_model, load
 from kascade_cli.report.glance import tiles
 from kascade_cli.report.markup import Safe, code, join, tag
 from kascade_cli.report.sections import BUILDERS

@@ -99,8 +99,13 @@ def paired_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Interval of mean(first) - mean(second) on the same questions: percentile bootstrap over clusters."""
+    """Interval of mean(first) - mean(second) on the same questions: percentile bootstrap over clusters.
+
+    One cluster says nothing about others: its interval is all that is possible, -1 to 1.
+    """
     difference, size = _by_cluster(np.subtract(first, second), clusters)
+    if len(size) == 1:
+        return Interval(float(difference.sum() / size.sum()), -1.0, 1.0, int(size.sum()), 1)
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, len(size), (resamples, len(size)))
     means = difference[draws].sum(1) / size[draws].sum(1)

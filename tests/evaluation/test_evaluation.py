@@ -340,3 +340,25 @@ def test_requirements():
             parse_requirement(text, labels, ["t"])
     with pytest.raises(UsageError, match="no task 'u'"):
         parse_requirement("u: kascade > 1", labels, ["t"])
+
+
+def test_no_interval_is_without_width_where_little_is_known():
+    from kascade_cli.evaluation.run import _mean_interval
+
+    # Weighted means (the tasks have different numbers of questions), all right: Wilson's width, not a bootstrap's none.
+    weights = np.array([0.5, 0.5, 0.5, 0.5, 2.0, 2.0])
+    clusters = np.array([0, 0, 1, 1, 0, 1])
+    right = _mean_interval(weights, clusters)
+    assert right.mean == right.high == 1
+    assert right.low == cluster_interval(np.ones(6), clusters).low < 0.9
+    assert _mean_interval(0 * weights, clusters).high > 0.1
+    # Where it has a width the bootstrap stays.
+    mixed = weights * [1, 0, 1, 1, 0, 1]
+    assert _mean_interval(mixed, clusters) == paired_interval(mixed, 0 * mixed, clusters)
+    one = _mean_interval(weights[:3], np.zeros(3, int))
+    assert one == cluster_interval(np.full(3, one.mean), np.zeros(3, int))
+    assert one.high - one.low > 0.7
+    draws = draws_interval(np.array([[1.0, 0.0], [1.0, 1.0]]), [5, 5])
+    assert (draws.mean, draws.low, draws.high) == (0.75, 0.0, 1.0)
+    below = draws_interval(np.array([[0.0, -1.0]]), [5, 5], least=-1.0)
+    assert (below.mean, below.low, below.high) == (-0.5, -1.0, 1.0)

@@ -88,3 +88,9 @@ def test_paired_differences_cancel_what_prompts_share():
 def test_nothing_to_score_is_refused():
     with pytest.raises(KascadeError, match="no answers to score"):
         cluster_interval([], [])
+
+
+def test_one_prompt_says_nothing_about_others():
+    interval = paired_interval([1, 1, 0, 1], [1, 1, 1, 1], [3] * 4)
+    assert (interval.mean, interval.low, interval.high) == (-0.25, -1.0, 1.0)
+    assert (interval.count, interval.clusters) == (4, 1)

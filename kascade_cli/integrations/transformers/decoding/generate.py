@@ -57,6 +57,7 @@ class GraphDecode:
             if out is not None:
                 return out
             streamer = streamer and _WithoutFirst(streamer)
+        self.uncompiled = self.reason if self.compile else "not asked for"
         names = ("input_ids", "logits_processor", "stopping_criteria", "generation_config")
         return model._sample(
             **dict(zip(names, call, strict=True)), synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
