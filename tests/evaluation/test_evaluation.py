@@ -345,7 +345,7 @@ def test_requirements():
 def test_no_interval_is_without_width_where_little_is_known():
     from kascade_cli.evaluation.run import _mean_interval
 
-    # Weighted means (the tasks have different numbers of questions), all right: Wilson's width, not a bootstrap's none.
+    # Weighted means (tasks have different numbers of questions), all right: Wilson's width, not a bootstrap's none.
     weights = np.array([0.5, 0.5, 0.5, 0.5, 2.0, 2.0])
     clusters = np.array([0, 0, 1, 1, 0, 1])
     right = _mean_interval(weights, clusters)
