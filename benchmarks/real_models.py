@@ -92,10 +92,11 @@ class Job:
         self._select(self.folder / "profile-auto.yaml", "--anchors", ",".join(map(str, chosen)), "--ratio", "auto")
 
     def _select(self, profile: Path, *more: str) -> None:
-        if not profile.exists():
-            shown = profile.with_suffix(".txt")
-            arguments = [self.folder / "capture.h5", "-o", profile, "--model", self.options.model]
-            self.kascade("select-anchors", *arguments, *self.options.select, *more, output=shown)
+        with self.claimed(profile) as mine:
+            if mine:
+                shown = profile.with_suffix(".txt")
+                arguments = [self.folder / "capture.h5", "-o", profile, "--model", self.options.model]
+                self.kascade("select-anchors", *arguments, *self.options.select, *more, output=shown)
 
     def _anchors(self) -> list[int]:
         from kascade_cli.schema import Profile
@@ -155,10 +156,12 @@ class Job:
                         )  # fmt: skip
 
     def report(self) -> None:
-        page = self.folder / "report.html"
-        files = [self.folder / "capture.h5", self.folder / "profile.yaml", *sorted(self.folder.glob("tasks-*.json"))]
-        if not page.exists():
-            self.kascade("report", *files, "-o", page)
+        """Once all tasks are there: another process may be at one of them."""
+        page, options = self.folder / "report.html", self.options
+        tasks = [self.folder / f"tasks-{length}-{task}.json" for length in options.lengths for task in options.tasks]
+        with self.claimed(page) as mine:
+            if mine and all(task.exists() for task in tasks):
+                self.kascade("report", self.folder / "capture.h5", self.folder / "profile.yaml", *tasks, "-o", page)
 
 
 def _size(text: str) -> int:

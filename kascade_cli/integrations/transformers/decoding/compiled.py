@@ -23,6 +23,11 @@ TOGETHER = 4  # layers; the more, the longer compiling takes
 ENDS = ("rotary_emb", "norm", "final_layernorm", "ln_f")  # what runs once a step beside the layers, as models name it
 
 
+# Every number of rows, of slots and of layers together is compiled for anew. Hooks of modules inside layers are looked
+# at, as one code serves layers that may have other ones.
+_CONFIG = {"recompile_limit": 1024, "accumulated_recompile_limit": 4096, "skip_nnmodule_hook_guards": False}
+
+
 class OneLayer:
     """A cache, as one layer sees it."""
 
@@ -33,30 +38,44 @@ class OneLayer:
         return self.layer.update(key_states, value_states)
 
 
+BETWEEN = "the model does more between two layers than to hand the hidden states on"
+
+
+class Later(Tensor):
+    """What a layer of a row hands on: nothing has been computed yet, so that it must not be read."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") != "__get__":  # shape, dtype, device
+            raise KascadeError(BETWEEN)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
 class Row:
-    """Layers that a model runs one after the other. All but the last only take down what they are given and hand the
-    hidden states on; the last runs them all. Raises KascadeError where the model does anything in between.
+    """Layers that a model runs one after the other. All but the last only take down what they are given; the last
+    runs them all. Raises KascadeError where the model does anything in between.
     """
 
     def __init__(self, compiled: Any, layers: Sequence[nn.Module], caches: Sequence[OneLayer]):
         self.compiled, self.layers, self.caches = compiled, tuple(layers), caches
         self.given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.hidden: tuple[Tensor, int] | None = None
+        self.hidden: Tensor | None = None
+        self.later: Tensor | None = None
 
     def forward_of(self, place: int) -> Any:
         """What stands in for the forward of the row's layer number `place`."""
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            here = hidden, 0 if hidden.is_inference() else hidden._version
-            if place == 0:
-                self.given = []  # a step may have failed on its way
-            elif hidden is not self.hidden[0] or here[1] != self.hidden[1]:
-                raise KascadeError("the model does more between two layers than to hand the hidden states on")
+            if place == 0:  # whatever a step that failed on its way has left
+                self.given, self.hidden, self.later = [], hidden, hidden.as_subclass(Later)
+            elif hidden is not self.later or len(self.given) != place:
+                raise KascadeError(BETWEEN)
             self.given.append((args, kwargs | {"past_key_values": self.caches[place]}))
             if place + 1 < len(self.layers):
-                self.hidden = here
-                return hidden
-            given, self.given, self.hidden = tuple(self.given), [], None
+                return self.later
+            hidden, given = self.hidden, tuple(self.given)
+            self.given, self.hidden, self.later = [], None, None
             return self.compiled(self.layers, hidden, given)
 
         return forward
@@ -83,10 +102,11 @@ def compiled_layers(
         return made[kind]
 
     with contextlib.ExitStack() as undo:
-        # Every number of rows, of slots and of layers together is compiled for anew.
         kept = undo.enter_context(joined_projections(model))
-        undo.enter_context(torch._dynamo.config.patch(recompile_limit=64))
+        undo.enter_context(torch._dynamo.config.patch(_CONFIG))
         layers = decoder_layers(model)
+        if any("forward" in vars(layer) for layer in layers.values()):
+            raise KascadeError("a decoder layer's forward has been replaced, which compiled code would pass over")
         for indices in in_rows(layers, together):
             kind = type(layers[indices[0]])
             caches = [OneLayer(slots.cache.layers[index]) for index in indices]
@@ -117,7 +137,11 @@ def ends(model: nn.Module, layers: dict[int, nn.Module]) -> list[nn.Module]:
     beside = [module for module in model.modules() if any(child in held for child in module.children())]
     found = [getattr(module, name, None) for module in beside for name in ENDS]
     # Built-in ones (nn.LayerNorm) are one kernel as they are.
-    return [module for module in found if module is not None and not type(module).__module__.startswith("torch.")]
+    return [
+        module
+        for module in found
+        if module is not None and not type(module).__module__.startswith("torch.") and "forward" not in vars(module)
+    ]
 
 
 def _one_after_the_other(kind: type) -> Any:
@@ -130,12 +154,5 @@ def _one_after_the_other(kind: type) -> Any:
 
 
 def _replace(module: nn.Module, forward: Any, undo: contextlib.ExitStack) -> None:
-    own = vars(module).get("forward")
-
-    def restore() -> None:
-        del module.forward
-        if own is not None:
-            module.forward = own
-
     module.forward = forward
-    undo.callback(restore)
+    undo.callback(delattr, module, "forward")

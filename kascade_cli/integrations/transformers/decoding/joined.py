@@ -45,8 +45,10 @@ def joinable(module: nn.Module, names: Sequence[str]) -> list[nn.Linear]:
     found = [getattr(module, name, None) for name in names]
     if not all(type(part) is nn.Linear for part in found):  # not adapters, quantised layers, or a joined one
         return []
-    alike = {(p.in_features, p.weight.dtype, p.weight.device, p.bias is None, len(p._forward_hooks)) for p in found}
-    return found if len(alike) == 1 and not found[0]._forward_hooks else []
+    if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in found):
+        return []
+    alike = {(part.in_features, part.weight.dtype, part.weight.device, part.bias is None) for part in found}
+    return found if len(alike) == 1 else []
 
 
 @contextlib.contextmanager

@@ -82,6 +82,96 @@ def test_a_layer_that_cannot_be_compiled_leaves_no_trace():
     torch.compiler.reset()
 
 
+def compiled_agrees(model, **options):
+    """Whether compiled steps give the logits of eager ones, run as they are in the model's own dtype."""
+    ids, mask = padded((20, 9))
+    torch.compiler.reset()
+    with torch.no_grad(), attach(model, strategy="dense") as run:
+        cache, token, lengths = prefilled(model, ids, mask)
+        prompt = [(layer.keys, layer.values) for layer in cache.layers], token, lengths
+        runner = Runner(model, Slots(prompt[0], 2, 64), run, capture=False)
+        want = logits_of(runner, prompt, 3)
+        with compiled_layers(model, runner.slots, backend=lambda graph, _: graph.forward, **options):
+            got = logits_of(runner, prompt, 3)
+    return torch.allclose(got, want)
+
+
+INNER = ("self_attn", "self_attn.o_proj", "self_attn.q_proj", "mlp.up_proj", "mlp")
+
+
+@pytest.mark.parametrize("together", [4, 1])
+@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
+def test_what_one_layer_has_inside_is_its_own(name, how, together):
+    """One code serves all rows: a hook or a replaced forward in one of them must neither vanish nor spread."""
+    model = tiny_model("llama", layers=9)
+    inner = model.model.layers[5].get_submodule(name)
+    if how == "hook":
+        inner.register_forward_hook(
+            lambda _, given, out: (out[0] * 1.5, *out[1:]) if isinstance(out, tuple) else out * 1.5
+        )
+    elif how == "pre-hook":
+        inner.register_forward_pre_hook(
+            lambda _, args, kwargs: (
+                tuple(a * 1.5 for a in args),
+                kwargs | ({"hidden_states": kwargs["hidden_states"] * 1.5} if "hidden_states" in kwargs else {}),
+            ),
+            with_kwargs=True,
+        )
+    else:
+        own = inner.forward
+
+        def forward(*args, **kwargs):
+            out = own(*args, **kwargs)
+            return (out[0] * 1.5, *out[1:]) if isinstance(out, tuple) else out * 1.5
+
+        inner.forward = forward
+    assert compiled_agrees(model, together=together)
+
+
+def test_a_replaced_forward_is_refused_or_left():
+    model = tiny_model("llama", layers=4)
+    own = model.model.norm.forward
+    model.model.norm.forward = lambda hidden: own(hidden) * 1.5
+    assert compiled_agrees(model)
+    assert "forward" in vars(model.model.norm)
+    layer = model.model.layers[2]
+    layer.forward = lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs) * 1.5
+    with pytest.raises(KascadeError, match="a decoder layer's forward has been replaced"):
+        compiled_agrees(model)
+    assert "forward" in vars(layer)
+
+
+@pytest.mark.parametrize("what", ["kept", "order"])
+def test_layers_that_are_read_or_run_in_another_order_run_one_by_one(what, monkeypatch):
+    model = tiny_model("llama", layers=4)
+    body, layers = model.model, list(model.model.layers)
+
+    class Odd(nn.ModuleList):
+        def __getitem__(self, index):
+            return self
+
+        def __iter__(self):
+            order = {"kept": layers, "order": [layers[0], layers[2], layers[1], layers[3]]}[what]
+            return iter(order)
+
+    body.layers.__class__ = Odd
+    if what == "kept":
+        first, last, kept = layers[0], layers[3], []
+        call = nn.Module.__call__
+
+        def called(self, hidden, *args, **kwargs):
+            out = call(self, hidden, *args, **kwargs)
+            if self is first:
+                kept[:] = [out]
+            return out + kept[0] if self is last else out
+
+        monkeypatch.setattr(type(first), "__call__", called)
+    with pytest.raises(Exception, match="more between two layers"):
+        compiled_agrees(model)
+    assert compiled_agrees(model, together=1)
+
+
 @pytest.mark.parametrize("between", [lambda hidden: hidden * 1.5, lambda hidden: hidden.mul_(1.5)])
 def test_layers_with_something_between_them_run_one_by_one(between, monkeypatch):
     """As in models that add to some layers' output: taken down and run later, they would not see it."""
