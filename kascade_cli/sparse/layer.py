@@ -119,14 +119,17 @@ class Layer:
     def _choose_decode(self, scores: Tensor | None, pooled: bool) -> Keys:
         logits = None
         if scores is None:
-            scores, logits = self._scores()
+            # The heads of other processes are added after this one's have been gathered.
+            alone = pooled and self.batch.partition is None
+            scores, logits = self._scores(alone)
+            pooled = pooled and not alone
         return Keys(self.top(self._pool(scores, pooled)), self.batch.counts, logits=logits)
 
-    def _scores(self) -> tuple[Tensor, Tensor]:
+    def _scores(self, pooled: bool = False) -> tuple[Tensor, Tensor]:
         lengths = self.batch.lengths
         return self.ops.decode_score(
             self.query[:, :, 0], self.key, lengths.kv_start, lengths.kv_len,
-            scale=self.scale, logits=True, **self._pages,
+            scale=self.scale, logits=True, pooled=pooled, **self._pages,
         )  # fmt: skip
 
     def probabilities(self) -> Tensor:

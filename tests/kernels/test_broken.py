@@ -17,7 +17,7 @@ PREFILL = (prefill.PrefillCase(torch.bfloat16, 2, 64, 70, 120, (0, 20), (0, 7), 
 
 def test_the_check_holds_for_the_reference():
     rows = broken.check_decode(reference, CPU, DECODE) + broken.check_prefill(reference, CPU, PREFILL)
-    assert len(rows) == 7 * 7 * 3  # faults, ops, cases
+    assert len(rows) == 7 * (2 * 8 + 7)  # faults, ops of two cases and of one
     assert decode.summary(rows)
 
 
@@ -65,7 +65,7 @@ class Healthy:
     ("op", "caught"),
     [
         ("decode_dense", {"dense", "scores", "plain"}),
-        ("decode_score", {"pooled", "sparse", "known"}),
+        ("decode_score", {"pooled", "sparse", "known", "joined"}),
         ("decode_sparse", {"sparse", "known"}),
     ],
 )

@@ -60,6 +60,10 @@ def test_decode(batch, heads, groups, size, rows, slots):
         torch.testing.assert_close(out[b], want)
         torch.testing.assert_close(scores[b], probability.unflatten(0, (groups, -1)).sum(1))
     torch.testing.assert_close(ops.decode_score(q, k, start, length, scale=scale_of(q)), scores)
+    joined = ops.decode_score(q, k, start, length, scale=scale_of(q), pooled=True)
+    for b, (first, count) in enumerate(rows):
+        probability = naive(q[b], k, v, b, slots, first, count)[1]
+        torch.testing.assert_close(joined[b], probability.sum(0, keepdim=True))
 
 
 @pytest.mark.parametrize(("batch", "heads", "groups", "size", "rows", "slots"), SHAPES)

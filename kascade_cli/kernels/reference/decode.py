@@ -52,11 +52,13 @@ def decode_score(
     *,
     scale: float,
     logits: bool = False,
+    pooled: bool = False,
     block_table: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Post-softmax attention of one query per row, summed over the heads of each group (method: decode pooling).
 
-    q [B, H, D]; k [B, G, S, D] or paged. Returns float32 [B, G, S]; zero outside the row's keys; sums to R.
+    q [B, H, D]; k [B, G, S, D] or paged. Returns float32 [B, G, S]; zero outside the row's keys; sums to R. With
+    `pooled` the sum is over all heads: [B, 1, S], sums to H.
     With `logits` also the scaled logits in log2 units, [B, G, S', R'] with S' >= S, R' >= R, valid for the row's keys
     and the group's heads: `decode_sparse` need not read K again. Their dtype and padding are the backend's.
     """
@@ -65,6 +67,7 @@ def decode_score(
     raw = grouped(wide(q), k.shape[1]) @ wide(k).transpose(-1, -2) * scale
     kept = raw.transpose(2, 3) / LN2 if logits else None  # the softmax masks in place
     scores = _pool(softmax(raw, row_slots(k, kv_start, kv_len)[:, None, None]), raw)
+    scores = scores.sum(1, keepdim=True) if pooled else scores
     return (scores, kept) if logits else scores
 
 

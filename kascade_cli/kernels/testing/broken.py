@@ -139,14 +139,16 @@ def _judge(
 
 
 def _others(result: Tensor) -> Tensor:
-    """A result [B, H or G, ...] of two KV heads without what may be broken."""
+    """A result [B, H or G, ...] of two KV heads, or [B, 1, ...] of both, without what may be broken."""
+    if result.shape[1] == 1:
+        return torch.cat([result[:ROW], result[ROW + 1 :]])
     split = result.unflatten(1, (2, -1)).clone()
     split[ROW, HEAD] = 0
     return split
 
 
 def _decode(ops: Any, at: dict[str, Any]) -> dict[str, Tensor]:
-    names = ("dense", "scores", "plain", "pooled", "select_topk", "sparse", "known")
+    names = ("dense", "scores", "plain", "pooled", "select_topk", "sparse", "known", "joined")
     return dict(zip(names, decode._outputs(ops, at), strict=True))
 
 
@@ -165,7 +167,7 @@ def _decode_truth(at: dict[str, Any], found: dict[str, Tensor]) -> dict[str, Ten
     sparse = sparse.masked_fill(dense.isnan(), float("nan"))
     return {
         "dense": dense, "scores": scores, "plain": dense, "pooled": scores, "select_topk": picked, "sparse": sparse,
-        "known": sparse,
+        "known": sparse, "joined": scores.sum(1, keepdim=True),
     }  # fmt: skip
 
 

@@ -205,7 +205,8 @@ def _dead(ops: Any) -> int:
 
 
 def _outputs(ops: Any, data: dict[str, Any]) -> tuple[Tensor, ...]:
-    """(dense out, dense scores, dense out without scores, scores, indices, sparse out, sparse out by known logits)."""
+    """(dense out, dense scores, dense out without scores, scores, indices, sparse out, sparse out by known logits,
+    scores of all heads)."""
     q, k, v, start, length = (data[n] for n in ("q", "k", "v", "start", "length"))
     paged = {} if data["table"] is None else {"block_table": data["table"]}
     out, scores = ops.decode_dense(q, k, v, start, length, scale=data["scale"], scores=True, **paged)
@@ -215,7 +216,8 @@ def _outputs(ops: Any, data: dict[str, Any]) -> tuple[Tensor, ...]:
     where = (q, k, v, picked, data["count"], data["map"])
     sparse = ops.decode_sparse(*where, scale=data["scale"], **paged)
     known = ops.decode_sparse(*where, scale=data["scale"], logits=logits, **paged)
-    return out, scores, plain, pooled, picked, sparse, known
+    joined = ops.decode_score(q, k, start, length, scale=data["scale"], pooled=True, **paged)
+    return out, scores, plain, pooled, picked, sparse, known, joined
 
 
 def _check_case(ops: Any, case: DecodeCase, device: torch.device, seed: int) -> list[Row]:
@@ -223,7 +225,7 @@ def _check_case(ops: Any, case: DecodeCase, device: torch.device, seed: int) -> 
     with poisoned():
         found = _outputs(ops, data)
         again = _outputs(ops, data)
-    out, scores, plain, pooled, picked, sparse, known = found
+    out, scores, plain, pooled, picked, sparse, known, joined = found
     q, start, length, scale = data["q"], data["start"], data["length"], data["scale"]
     k, v = data["k"], data["v"]
     if data["table"] is not None:
@@ -239,6 +241,7 @@ def _check_case(ops: Any, case: DecodeCase, device: torch.device, seed: int) -> 
         _error("decode_dense no scores", name, plain, true_out, low_out),
         _error("decode_dense scores", name, scores, true_scores, low_scores),
         _error("decode_score", name, pooled, true_scores, low_scores),
+        _error("decode_score pooled", name, joined, *(x.sum(1, keepdim=True) for x in (true_scores, low_scores))),
     ]
     expected = reference.select_topk(
         pooled, data["count"][:, None], start[:, None], length[:, None], max_count=data["most"]

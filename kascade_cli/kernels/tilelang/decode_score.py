@@ -120,18 +120,19 @@ def decode_score(
     *,
     scale: float,
     logits: bool = False,
+    pooled: bool = False,
     block_table: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Post-softmax attention of one query per row, summed over the heads of each group; see `reference.decode_score`.
 
-    q [B, H, D]; k [B, G, S, D] or paged. Returns float32 [B, G, S], zero outside the row's keys; rows may be padded in
-    memory. With `logits` also the logits [B, G, S', R'] that `decode_sparse` takes: log2 units, float16 for bfloat16
-    inputs (finer than the products that they are made of), else float32. Raises Unsupported for what the kernel does
-    not take.
+    q [B, H, D]; k [B, G, S, D] or paged. Returns float32 [B, G, S], or [B, 1, S] summed over all heads if `pooled`,
+    zero outside the row's keys; rows may be padded in memory. With `logits` also the logits [B, G, S', R'] that
+    `decode_sparse` takes: log2 units, float16 for bfloat16 inputs (finer than the products that they are made of),
+    else float32. Raises Unsupported for what the kernel does not take.
     """
     call = check_decode(q, k, None, block_table, kv_start=kv_start, kv_len=kv_len)
     splits = even_split_count(call.rows, -(-call.slots // BLOCK), require_hopper(q.device))
     raw, lse = workspace(call.batch, call.kv_heads, call.group, call.slots, splits, call.dtype, q.device, packed=True)
     score(**call.config())(call.grouped, call.k, call.table, kv_start, kv_len, raw, lse, scale * LOG2E)
-    scores = pooled_scores(raw, lse, kv_start, kv_len, call.slots, packed=True)
+    scores = pooled_scores(raw, lse, kv_start, kv_len, call.slots, packed=True, pooled=pooled)
     return (scores, raw.flatten(2, 3)) if logits else scores

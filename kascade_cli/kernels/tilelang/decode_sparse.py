@@ -21,6 +21,8 @@ BLOCK = 64
 STAGES = 3
 RING = 108 << 10  # bytes in flight with known logits: two CTAs fit an SM
 M = 64
+VEC = 4  # values that a thread merges: 16 bytes
+MERGED = 4  # parts that it has on their way at once
 
 
 @kernel(tl__disable_safe_memory_legalize=True)
@@ -34,6 +36,7 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, known: bool):
     per_row = head_dim // 8  # threads that copy one row, 16 bytes each
     step = 128 // per_row  # rows copied at once
     turns = block // step
+    at_once = 32 // per_row  # rows that a warp copies at once
     producer = (
         40 + 16 * bool(page) + 16 * (block > BLOCK)
     )  # registers per thread, of 256 for a producer's and a consumer's
@@ -44,13 +47,20 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, known: bool):
 
     update = online_softmax(M, block)
 
+    def mine(t):
+        """The place in a block of the row that this lane looks up; the others follow by shuffles."""
+        return t % 32 % (block // 4) // at_once * step + t // 32 * at_once + t % at_once
+
+    def place(Index, b, source, at, used):
+        return T.max(Index[b, source, T.min(at, used - 1)], 0)
+
     @T.macro
-    def gather(Cache, ring, stage, b, g, at, row, t):
+    def gather(Cache, ring, stage, b, g, row, t):
         for i in T.unroll(turns):
             if page:
                 T.ptx_cp_async(
                     T.access_ptr(ring[stage, i * step + t // per_row, t % per_row * 8], "w", 8),
-                    T.access_ptr(Cache[at[i], row[i], g, t % per_row * 8], "r", 8),
+                    T.access_ptr(Cache[row[i] // page, row[i] % page, g, t % per_row * 8], "r", 8),
                     8,
                 )
             else:
@@ -59,6 +69,26 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, known: bool):
                     T.access_ptr(Cache[b, g, row[i], t % per_row * 8], "r", 8),
                     8,
                 )
+
+    @T.macro
+    def add(Part, Lse, first, splits, p, i, j, lse, piece, whole, peak: T.Ref, mass: T.Ref, higher: T.Ref):
+        # All loads first: one after the other they would take most of a short call's time.
+        for u in T.unroll(MERGED):
+            lse[u] = Lse[first + T.min(p + u, splits - 1), i]
+            for e in T.vectorized(VEC):
+                piece[u, e] = Part[first + T.min(p + u, splits - 1), i, j + e]
+        higher = peak
+        for u in T.unroll(MERGED):
+            higher = T.max(higher, lse[u])
+        mass *= T.exp2(peak - higher)
+        for e in T.unroll(VEC):
+            whole[e] *= T.exp2(peak - higher)
+        for u in T.unroll(MERGED):
+            if p + u < splits:
+                mass += T.exp2(lse[u] - higher)
+                for e in T.unroll(VEC):
+                    whole[e] += piece[u, e] * T.exp2(lse[u] - higher)
+        peak = higher
 
     @T.prim_func
     def decode_sparse_kernel(
@@ -92,15 +122,22 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, known: bool):
             part = T.alloc_fragment((M,), f32)
             total = T.alloc_fragment((M,), f32)
             row = T.alloc_local((turns,), "int32")
-            at = T.alloc_local((turns,), "int32")
             n = T.alloc_var("int32")
             lo = T.alloc_var("int32")
             used = T.alloc_var("int32")
             source = T.alloc_var("int32")
             slot = T.alloc_var("int32")
+            now = T.alloc_var("int32")
+            here = T.alloc_var("int32")  # this block's row, as a slot of the cache
+            raw = T.alloc_var("int32")  # the next block's, of the row's slots, and its page
+            entry = T.alloc_var("int32")
+            later = T.alloc_var("int32")  # the one's after that
             peak = T.alloc_var(f32)
             mass = T.alloc_var(f32)
-            value = T.alloc_var(f32)
+            higher = T.alloc_var(f32)
+            lse = T.alloc_local((MERGED,), f32)
+            piece = T.alloc_local((MERGED, VEC), f32)
+            whole = T.alloc_local((VEC,), f32)
             kfull = T.alloc_barrier([128] * stages)
             vfull = T.alloc_barrier([128] * stages)
             kfree = T.alloc_barrier([128] * stages)
@@ -115,32 +152,42 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, known: bool):
             tx = T.get_thread_binding()
             if tx >= 128:
                 T.set_max_nreg(producer, 0)
-                for k in T.serial(n):
-                    for i in T.unroll(turns):
-                        row[i] = T.max(
-                            Index[b, source, T.min((lo + k) * block + i * step + (tx - 128) // per_row, used - 1)], 0
-                        )
-                    if known:
-                        slot = T.max(Index[b, source, T.min((lo + k) * block + (tx - 128) % block, used - 1)], 0)
+                if n > 0:
+                    # Each lane looks up one of its warp's rows, a block ahead (two, where a page has to be found too).
+                    raw = place(Index, b, source, lo * block + mine(tx - 128), used)
                     if page:
-                        for i in T.unroll(turns):
-                            at[i] = Table[b, row[i] // page]
-                            row[i] = row[i] % page
+                        entry = Table[b, raw // page]
+                        later = place(Index, b, source, (lo + 1) * block + mine(tx - 128), used)
                     if known:
+                        slot = place(Index, b, source, lo * block + (tx - 128) % block, used)
+                for k in T.serial(n):
+                    if page:
+                        here = entry * page + raw % page
+                        raw = later
+                        entry = Table[b, raw // page]
+                        later = place(Index, b, source, (lo + k + 2) * block + mine(tx - 128), used)
+                    else:
+                        here = raw
+                        raw = place(Index, b, source, (lo + k + 1) * block + mine(tx - 128), used)
+                    for i in T.unroll(turns):
+                        row[i] = T.shfl_sync(here, i * at_once + (tx % 32) // per_row)
+                    if known:
+                        now = slot
+                        slot = place(Index, b, source, (lo + k + 1) * block + (tx - 128) % block, used)
                         T.barrier_wait(vfree[k % stages], ((k // stages) & 1) ^ 1)
                         if tx - 128 < block:
                             for w in T.unroll(-(-heads // chunk)):
                                 T.ptx_cp_async(
                                     T.access_ptr(Kr[k % stages, tx - 128, w * chunk], "w", chunk),
-                                    T.access_ptr(Logits[b, g, slot, w * chunk], "r", chunk),
+                                    T.access_ptr(Logits[b, g, now, w * chunk], "r", chunk),
                                     chunk,
                                 )
                     else:
                         T.barrier_wait(kfree[k % stages], ((k // stages) & 1) ^ 1)
-                        gather(Keys, Kr, k % stages, b, g, at, row, tx - 128)
+                        gather(Keys, Kr, k % stages, b, g, row, tx - 128)
                         T.cp_async_barrier_noinc(kfull[k % stages])
                         T.barrier_wait(vfree[k % stages], ((k // stages) & 1) ^ 1)
-                    gather(Values, Vr, k % stages, b, g, at, row, tx - 128)
+                    gather(Values, Vr, k % stages, b, g, row, tx - 128)
                     T.cp_async_barrier_noinc(vfull[k % stages])
             else:
                 T.set_max_nreg(256 - producer, 1)
@@ -199,21 +246,22 @@ def sparse(group: int, head_dim: int, dtype: str, page: int, known: bool):
                     ticket[0] = T.atomic_add(Arrived[b * G + g], 1, memory_order="acq_rel", return_prev=True)
                 T.sync_threads()
                 if ticket[0] == splits - 1:
-                    for h in T.serial(T.ceildiv(group * head_dim, 256)):
-                        if h * 256 + tx < group * head_dim:
+                    for h in T.serial(-(-group * head_dim // (256 * VEC))):
+                        if (h * 256 + tx) * VEC < group * head_dim:
                             peak = low
                             mass = 0.0
-                            value = 0.0
-                            for p in T.serial(splits):
-                                peak = T.max(peak, PartLse[(b * G + g) * splits + p, (h * 256 + tx) // head_dim])
-                            for p in T.serial(splits):
-                                mass += T.exp2(PartLse[(b * G + g) * splits + p, (h * 256 + tx) // head_dim] - peak)
-                                value += PartOut[
-                                    (b * G + g) * splits + p, (h * 256 + tx) // head_dim, (h * 256 + tx) % head_dim
-                                ] * T.exp2(PartLse[(b * G + g) * splits + p, (h * 256 + tx) // head_dim] - peak)
-                            Out[b, g, (h * 256 + tx) // head_dim, (h * 256 + tx) % head_dim] = value / T.max(
-                                mass, 1e-30
-                            )
+                            for e in T.unroll(VEC):
+                                whole[e] = 0.0
+                            for p in T.serial(T.ceildiv(splits, MERGED)):
+                                add(
+                                    PartOut, PartLse, (b * G + g) * splits, splits, p * MERGED,
+                                    (h * 256 + tx) * VEC // head_dim, (h * 256 + tx) * VEC % head_dim,
+                                    lse, piece, whole, peak, mass, higher,
+                                )  # fmt: skip
+                            for e in T.vectorized(VEC):
+                                Out[b, g, (h * 256 + tx) * VEC // head_dim, (h * 256 + tx) * VEC % head_dim + e] = (
+                                    whole[e] / T.max(mass, 1e-30)
+                                )
                     if tx == 0:
                         Arrived[b * G + g] = 0
 

@@ -17,15 +17,29 @@ LOGIT_BYTES = {"float16": 2, "float32": 4}
 
 
 @kernel()
-def pool(group: int, logits: str, packed: bool):
+def pool(group: int, logits: str, packed: bool, pooled: bool = False):
     """Builder: Scores[b, g, j] = sum over the group's heads of exp2(Logits - lse), zero outside the row's keys.
 
-    Logits (log2 units, of dtype `logits`) are only valid inside the row's keys. Lse is per split, in log2 units.
+    Logits (log2 units, of dtype `logits`) are only valid inside the row's keys. Lse is per split, in log2 units. With
+    `pooled` the sum is over the heads of all groups, and g is 0.
     """
     f32 = "float32"
     padded = pad(group, logits) if packed else group
     step = min(8 if logits == "float16" else 4, padded * EACH)  # 16 bytes
     B, G, N, splits = T.dynamic("B"), T.dynamic("G"), T.dynamic("N"), T.dynamic("splits")
+    heads = G if pooled else 1  # KV heads of one CTA, and of how many the log-sum-exps are in shared memory at once
+    shared = WIDTH // EACH // group if pooled else 1
+
+    @T.macro
+    def load(Logits, raw, b, g, n, tx):
+        if packed:
+            for w in T.unroll(padded * EACH // step):
+                for e in T.vectorized(step):
+                    raw[w * step + e] = Logits[b, g, n, tx * EACH + (w * step + e) // padded, (w * step + e) % padded]
+        else:
+            for h in T.unroll(group):
+                for e in T.vectorized(EACH):
+                    raw[h * EACH + e] = Logits[b, g, h, n, tx * EACH + e]
 
     @T.prim_func
     def pool_kernel(
@@ -33,12 +47,12 @@ def pool(group: int, logits: str, packed: bool):
         Lse: T.Tensor((B, G, splits, group), f32),
         Start: T.Tensor((B,), "int32"),
         Length: T.Tensor((B,), "int32"),
-        Scores: T.Tensor((B, G, N, WIDTH), f32),
+        Scores: T.Tensor((B, 1 if pooled else G, N, WIDTH), f32),
     ):
-        with T.Kernel(N, G, B, threads=WIDTH // EACH) as (n, g, b):
-            total = T.alloc_shared((group,), f32)
+        with T.Kernel(N, 1 if pooled else G, B, threads=WIDTH // EACH) as (n, first, b):
+            total = T.alloc_shared((shared * group,), f32)
             raw = T.alloc_local((padded * EACH,), logits)
-            pooled = T.alloc_local((EACH,), f32)
+            summed = T.alloc_local((EACH,), f32)
             lo = T.alloc_var("int32")
             hi = T.alloc_var("int32")
             peak = T.alloc_var(f32)
@@ -49,39 +63,36 @@ def pool(group: int, logits: str, packed: bool):
             lo = Start[b] - n * WIDTH
             hi = lo + Length[b]
             for e in T.unroll(EACH):
-                pooled[e] = 0.0
+                summed[e] = 0.0
             if lo < WIDTH and hi > 0:
                 # The logits are on their way while the log-sum-exps are put together.
-                if packed:
-                    for w in T.unroll(padded * EACH // step):
-                        for e in T.vectorized(step):
-                            raw[w * step + e] = Logits[
-                                b, g, n, tx * EACH + (w * step + e) // padded, (w * step + e) % padded
-                            ]
-                else:
-                    for h in T.unroll(group):
-                        for e in T.vectorized(EACH):
-                            raw[h * EACH + e] = Logits[b, g, h, n, tx * EACH + e]
-                if tx < group:
-                    peak = -(2.0**30)
-                    mass = 0.0
-                    for s in T.serial(splits):
-                        peak = T.max(peak, Lse[b, g, s, tx])
-                    for s in T.serial(splits):
-                        mass += T.exp2(Lse[b, g, s, tx] - peak)
-                    # Over NaN or inf logits the sum is NaN: norm inf leaves NaN at those slots and 0 at the others.
-                    total[tx] = T.if_then_else(mass >= 0, peak + T.log2(mass), T.infinity(f32))
-                T.sync_threads()
-                for h in T.unroll(group):
-                    for e in T.unroll(EACH):
-                        if packed:
-                            pooled[e] += T.exp2(T.cast(raw[e * padded + h], f32) - total[h])
-                        else:
-                            pooled[e] += T.exp2(T.cast(raw[h * EACH + e], f32) - total[h])
+                load(Logits, raw, b, first, n, tx)
+                for block in T.serial(T.ceildiv(heads, shared)):
+                    if tx < T.min(shared, heads - block * shared) * group:
+                        peak = -(2.0**30)
+                        mass = 0.0
+                        for s in T.serial(splits):
+                            peak = T.max(peak, Lse[b, first + block * shared + tx // group, s, tx % group])
+                        for s in T.serial(splits):
+                            mass += T.exp2(Lse[b, first + block * shared + tx // group, s, tx % group] - peak)
+                        # Over NaN or inf logits the sum is NaN: norm inf leaves NaN at those slots, 0 at the others.
+                        total[tx] = T.if_then_else(mass >= 0, peak + T.log2(mass), T.infinity(f32))
+                    T.sync_threads()
+                    for u in T.serial(T.min(shared, heads - block * shared)):
+                        for h in T.unroll(group):
+                            for e in T.unroll(EACH):
+                                if packed:
+                                    summed[e] += T.exp2(T.cast(raw[e * padded + h], f32) - total[u * group + h])
+                                else:
+                                    summed[e] += T.exp2(T.cast(raw[h * EACH + e], f32) - total[u * group + h])
+                        if block * shared + u + 1 < heads:
+                            load(Logits, raw, b, first + block * shared + u + 1, n, tx)
+                    if pooled:
+                        T.sync_threads()  # before the log-sum-exps of the next groups
                 for e in T.unroll(EACH):
-                    pooled[e] = T.if_then_else(tx * EACH + e >= lo and tx * EACH + e < hi, pooled[e], 0.0)
+                    summed[e] = T.if_then_else(tx * EACH + e >= lo and tx * EACH + e < hi, summed[e], 0.0)
             for e in T.vectorized(EACH):
-                Scores[b, g, n, tx * EACH + e] = pooled[e]
+                Scores[b, first, n, tx * EACH + e] = summed[e]
 
     return pool_kernel
 
@@ -114,11 +125,12 @@ def workspace(
 
 
 def pooled_scores(
-    logits: Tensor, lse: Tensor, kv_start: Tensor, kv_len: Tensor, slots: int, *, packed: bool
+    logits: Tensor, lse: Tensor, kv_start: Tensor, kv_len: Tensor, slots: int, *, packed: bool, pooled: bool = False
 ) -> Tensor:
-    """Scores float32 [B, G, slots]: the first slots of an allocation whose rows are multiples of WIDTH."""
+    """Scores float32 [B, G, slots], or [B, 1, slots] if `pooled`, of rows as long as multiples of WIDTH."""
     batch, kv_heads, _, group = lse.shape
-    blocks = -(-slots // WIDTH)
-    scores = torch.empty((batch, kv_heads, blocks, WIDTH), dtype=torch.float32, device=logits.device)
-    pool(group=group, logits=str(logits.dtype)[6:], packed=packed)(logits, lse, kv_start, kv_len, scores)
-    return scores.view(batch, kv_heads, blocks * WIDTH)[..., :slots]
+    blocks, sets = -(-slots // WIDTH), 1 if pooled else kv_heads
+    scores = torch.empty((batch, sets, blocks, WIDTH), dtype=torch.float32, device=logits.device)
+    build = pool(group=group, logits=str(logits.dtype)[6:], packed=packed, pooled=pooled)
+    build(logits, lse, kv_start, kv_len, scores)
+    return scores.view(batch, sets, blocks * WIDTH)[..., :slots]

@@ -351,20 +351,18 @@ def select_topk(scores: Tensor, count: Tensor, start: Tensor, length: Tensor, *,
 def plan(rows: int, vectors: int, sms: int) -> dict[str, int]:
     """Cluster size, vectors kept in shared memory and threads of a CTA, from shapes only. Fitted to an H200.
 
-    Many rows: small CTAs, two to an SM. Few: large ones, in clusters as wide as fit at once with room to place them.
+    A row that one CTA can keep is one CTA's; longer ones, if few, are shared by clusters as wide as can be placed at
+    once. CTAs are small where two to an SM pay: with more rows than SMs, until re-reading rows decides.
     """
-    if rows > 2 * sms:
-        return {"cluster": 1, "staged": STAGED, "threads": 512}
-    cluster = 2 if sms // 2 < rows else 1
-    while cluster < 8 and 2 * cluster * rows <= 3 * sms // 4:
+    cluster = 2 if vectors > STAGED and 2 * rows <= sms else 1
+    while 1 < cluster < 8 and 2 * cluster * rows <= 3 * sms // 4:
         cluster *= 2
-    while cluster > 1 and vectors < 256 * cluster:
-        cluster //= 2
-    return {"cluster": cluster, "staged": _staged(cluster), "threads": 1024}
+    small = cluster == 1 and vectors < (3 * STAGED if rows > sms else STAGED // 4)
+    return {"cluster": cluster, "staged": _staged(cluster), "threads": 512 if small else 1024}
 
 
 def _staged(cluster: int) -> int:
-    """Pairs fill an SM with one CTA anyway, so they keep twice as much (3 % faster at 128 rows of 128k)."""
+    """Pairs fill an SM with one CTA anyway, so they keep twice as much."""
     return 2 * STAGED if cluster == 2 else STAGED
 
 

@@ -14,7 +14,11 @@ def decode_specs(group: int, head_dim: int, dtype: str, page: int = 0) -> list[S
         decode_score.score.spec(**config),
         decode_sparse.sparse.spec(**config, known=False),
         decode_sparse.sparse.spec(**config, known=True),
-        *(pool.pool.spec(group=group, logits=pool.LOGITS[dtype], packed=packed) for packed in (False, True)),
+        pool.pool.spec(group=group, logits=pool.LOGITS[dtype], packed=False, pooled=False),
+        *(
+            pool.pool.spec(group=group, logits=pool.LOGITS[dtype], packed=True, pooled=pooled)
+            for pooled in (False, True)
+        ),
     ]
 
 
