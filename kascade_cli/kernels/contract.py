@@ -8,8 +8,9 @@ may rely on beyond them:
 - `select_topk` of `tilelang` takes scores that are not negative (it cannot look at the data to refuse): callers that
   rank anything but probabilities use the reference.
 - NaN is kept by `torch` (see there). `tilelang`, by its source: dense and sparse decode and sparse prefill keep it;
-  `prefill_dense` gives zeros for a query whose sum is NaN, with a NaN log-sum-exp; `decode_score` gives a NaN key the
-  score 0, a NaN query +inf everywhere; `prefill_score` NaN everywhere; `select_topk` ranks NaN first.
+  `prefill_dense` gives zeros for a query whose sum is NaN, with a NaN log-sum-exp; `decode_score` gives NaN at
+  the slots of NaN keys (all, for a NaN query) and 0 at the others; `prefill_score` NaN everywhere; `select_topk` ranks
+  NaN first.
 - `indices` hold slots of the row in their first `counts` entries; what stands behind them is not used.
 """
 

@@ -129,7 +129,7 @@ class Layer:
         lengths = self.batch.lengths
         return self.ops.decode_score(
             self.query[:, :, 0], self.key, lengths.kv_start, lengths.kv_len,
-            scale=self.scale, logits=True, pooled=pooled, **self._pages,
+            scale=self.scale, logits=True, **({"pooled": True} if pooled else {}), **self._pages,
         )  # fmt: skip
 
     def probabilities(self) -> Tensor:

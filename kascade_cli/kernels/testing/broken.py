@@ -22,6 +22,7 @@ DECODE_CASES = (
     decode.DecodeCase((333, 700, 0), 1100, heads=8, kv_heads=2, starts=(0, 101, 50)),
     decode.DecodeCase((900, 2500, 31), 2560, heads=8, kv_heads=2, dim=64, dtype=torch.float16),
     decode.DecodeCase((129, 1000, 64), 1024, heads=8, kv_heads=2, page=64, starts=(3, 20, 0)),
+    decode.DecodeCase((9000, 8000, 0), 9216, heads=8, kv_heads=2, page=16),
 )
 PREFILL_CASES = (
     prefill.PrefillCase(torch.bfloat16, 4, 128, 300, 450, (0, 101, 20), (45, 7, 360), (255, 394, 1)),

@@ -60,6 +60,17 @@ CASES = (
     DecodeCase((32768 + 17, 12345), 32768 + 17),
     DecodeCase((1 << 19,), 1 << 19, heads=8, kv_heads=2),
     DecodeCase(tuple(range(700, 860)), 1024, heads=8, kv_heads=2),
+    # Rings that wrap, with pages looked up two blocks ahead; rows without a page; more KV heads than one round of
+    # pooling takes; every plan of Top-k.
+    DecodeCase((9000, 4000, 64, 0) * 8, 9216, page=16),
+    DecodeCase((9000, 4000, 65, 0) * 8, 9216, page=64, starts=(0, 130, 1, 0) * 8),
+    DecodeCase((16000, 8000, 129, 0) * 12, 16384, page=256, dim=64),
+    DecodeCase((20000, 6000, 1) * 12, 20480, page=128, dim=64, dtype=torch.float16),
+    DecodeCase((20000, 6000, 1) * 12, 20480, dim=64),
+    DecodeCase((2500, 31, 0), 2560, heads=272, kv_heads=17, dim=64),
+    DecodeCase((2500, 31, 0), 2560, heads=261, kv_heads=87, dim=64, dtype=torch.float16),
+    DecodeCase((20000, 17000, 5, 0), 20480),
+    DecodeCase((40000, 9, 0) * 3, 40000),
 )
 
 
@@ -95,24 +106,29 @@ def check_select(ops: Any, device: torch.device, widths: tuple[int, ...] = (1, 3
             "ascending": torch.arange(width, device=device) / width,
             "nan and inf": torch.where(noise > 0.99, torch.where(noise > 0.995, *odd), noise),
         }
+        # 9 rows are shared out over wide clusters; at one width also as pairs, and alone with large and small CTAs.
+        times = {40000: (1, 4, 8, 32)}.get(width, (1,))
         scores = torch.stack(list(kinds.values()))
         for want in sorted({0, 1, 2, width // 10, width // 2, max(width - 1, 0), width, width + 5}):
             top = max(1, min(want, width))
             for begin, length in ((0, width), (width // 5, width - width // 3)):
                 args = [torch.tensor(x, dtype=torch.int32, device=device) for x in (want, begin, length)]
-                case = f"S{width}-k{want}-[{begin},+{length})"
-                try:
-                    expected = reference.select_topk(scores, *args, max_count=top + 3)
-                    with poisoned():
-                        found = ops.select_topk(scores, *args, max_count=top + 3)
-                        again = ops.select_topk(scores, *args, max_count=top + 3)
-                    bad = [n for n, a, b in zip(kinds, found, expected, strict=True) if not torch.equal(a, b)]
-                    rows.append(_row("select_topk", case, note=f"differs: {bad}" if bad else "", ok=not bad))
-                    if not torch.equal(found, again):
-                        rows.append(_row("select_topk", case, note="two calls differ", ok=False))
-                except Exception as error:
-                    note = f"{type(error).__name__}: {str(error)[:200]}"
-                    rows.append(_row("select_topk", case, note=note, ok=False))
+                expected = reference.select_topk(scores, *args, max_count=top + 3)
+                for repeat in times:
+                    case = f"S{width}x{repeat}-k{want}-[{begin},+{length})"
+                    many = scores.repeat(repeat, 1)
+                    try:
+                        with poisoned():
+                            found = ops.select_topk(many, *args, max_count=top + 3)
+                            again = ops.select_topk(many, *args, max_count=top + 3)
+                        equal = (found.unflatten(0, (repeat, -1)) == expected).all(-1).all(0)
+                        bad = [name for name, same in zip(kinds, equal.tolist(), strict=True) if not same]
+                        rows.append(_row("select_topk", case, note=f"differs: {bad}" if bad else "", ok=not bad))
+                        if not torch.equal(found, again):
+                            rows.append(_row("select_topk", case, note="two calls differ", ok=False))
+                    except Exception as error:
+                        note = f"{type(error).__name__}: {str(error)[:200]}"
+                        rows.append(_row("select_topk", case, note=note, ok=False))
     return rows
 
 
@@ -123,6 +139,8 @@ def stress_decode(ops: Any, device: torch.device, repeats: int = 50) -> list[Row
         DecodeCase((9000, 4000, 8191, 77) * 16, 9216),
         DecodeCase((60000,), 60000),
         DecodeCase((3000,) * 7, 3072, page=16),
+        DecodeCase((9000,) * 32, 9216, page=16),
+        DecodeCase((2500, 31, 0), 2560, heads=272, kv_heads=17, dim=64),
     )
     for number, case in enumerate(shapes):
         data = make_inputs(case, device, 1000 + number, _dead(ops))
@@ -162,7 +180,8 @@ def check_graph(ops: Any, device: torch.device) -> list[Row]:
 def make_inputs(case: DecodeCase, device: torch.device, seed: int, dead_page: int = 1 << 30) -> dict[str, Any]:
     """Random inputs of a case. Slots outside the rows hold NaN; pages are shuffled.
 
-    Pages without a key of the row are `dead_page` in the table: a kernel that follows one faults.
+    Pages without a key of the row are `dead_page` in the table, or the last whose slots an int32 can number: a kernel
+    that follows one faults.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     batch, starts = len(case.lengths), case.starts or (0,) * len(case.lengths)
@@ -195,7 +214,7 @@ def make_inputs(case: DecodeCase, device: torch.device, seed: int, dead_page: in
             data[name] = store
         begin = torch.arange(pages, device=device) * case.page
         dead = (begin >= (start + length)[:, None]) | (begin + case.page <= start[:, None])
-        data["table"] = table.int().masked_fill(dead, dead_page)
+        data["table"] = table.int().masked_fill(dead, min(dead_page, (1 << 31) // case.page - 1))
     return data
 
 
