@@ -28,6 +28,8 @@ TASKS = ("niah_multikey_1", "vt", "niah_multivalue", "niah_multiquery", "fwe", "
 AT_BOTH = ("kascade", "kascade-decode-only", "oracle", "quest", "omnikv", "lessismore", "streaming-llm")
 STRATEGIES = ",".join(["dense", *AT_BOTH, *(f"{name}:ratio=0.3" for name in AT_BOTH)])
 LOOKUPS = "dense,kascade,kascade-decode-only,oracle"
+QUESTIONS = 4  # of a prompt; these have one, and as many more prompts
+ALONE = ("cwe", "fwe", "niah_single_1", "niah_single_2", "niah_single_3")
 STEPS = ("profile", "anchors", "auto", "tasks", "lookups", "report")
 
 
@@ -109,9 +111,10 @@ class Job:
                 found = self.folder / f"tasks-{length}-{task}.json"
                 with self.claimed(found) as mine:
                     if mine:
+                        prompts = self.options.num_prompts * (QUESTIONS if task in ALONE else 1)
                         self.kascade(
                             "evaluate", self.options.model, "--profile", self.folder / "profile.yaml", "--task", task,
-                            "--max-length", length, "--num-prompts", self.options.num_prompts, "--questions", "4",
+                            "--max-length", length, "--num-prompts", prompts, "--questions", QUESTIONS,
                             "--strategies", self.options.strategies, *self._random(),
                             "--json", output=found,
                         )  # fmt: skip
@@ -248,7 +251,7 @@ def main() -> None:
     parser.add_argument("--lookup-lengths", default="8k,16k,30k", type=lambda text: text.split(","))
     parser.add_argument("--tasks", default=",".join(TASKS), type=lambda text: text.split(","))
     parser.add_argument("--strategies", default=STRATEGIES)
-    parser.add_argument("--num-prompts", default="16")
+    parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--lookups", type=int, default=192)
     parser.add_argument("--random", type=int, default=3, help="sets of random anchors to compare with; 0: none")
     parser.add_argument("--profile", default="", type=str.split, help="more options of kascade profile")
