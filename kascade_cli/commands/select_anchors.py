@@ -278,7 +278,7 @@ def select_anchors(
         trust_remote_code=trust_remote_code,
     )
     share, auto = steps.parse_ratio(ratio, verify)
-    wanted = steps.check_verification(verify, verification) or auto
+    wanted = steps.check_verification(verify, verification, settings, candidates) or auto
     if follows:
         steps.follow(team, verification)
         return

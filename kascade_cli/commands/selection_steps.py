@@ -99,22 +99,38 @@ def kept(journal: Any) -> Iterator[None]:
         raise
 
 
-def check_verification(verify: bool | None, verification: Any) -> bool:
+def check_verification(verify: bool | None, verification: Any, settings: Any, candidates: int) -> bool:
     """Whether verification is asked for, so that it must not fail. Raises UsageError for options that fit together
     badly, or name what is not there."""
+    if verify is False:
+        plain, usual = type(verification)(), type(settings)()
+        options = {
+            "--model": verification.model != plain.model,
+            "--verify-dev-set": verification.dev_set != plain.dev_set,
+            "--verify-prompts": verification.prompts != plain.prompts,
+            "--verify-length": verification.max_length != plain.max_length,
+            "--candidates": candidates != 1,
+            "--kl-tolerance": settings.kl_tolerance != usual.kl_tolerance,
+            "--lost-tolerance": settings.lost_tolerance != usual.lost_tolerance,
+            "--dtype": verification.dtype != plain.dtype,
+            "--device": verification.device != plain.device,
+            "--device-map": verification.device_map != plain.device_map,
+            "--backend": verification.backend != plain.backend,
+            "--revision": verification.revision != plain.revision,
+            "--trust-remote-code": verification.trust_remote_code != plain.trust_remote_code,
+        }
+        for name, given in options.items():
+            if given:
+                raise UsageError(f"{name} is for verification: leave --no-verify out")
+        return False
     given = {
         "--model": verification.model,
         "--verify-dev-set": verification.dev_set,
         "--verify-length": verification.max_length,
         "--revision": verification.revision,
     }
-    named = [name for name, value in given.items() if value is not None]
-    if verify is not False:
-        verification.check()
-        return verify is True or bool(named)
-    if named:
-        raise UsageError(f"{named[0]} is for verification: leave --no-verify out")
-    return False
+    verification.check()
+    return verify is True or any(value is not None for value in given.values())
 
 
 def open_session(search: Any, verification: Any, wanted: bool) -> Any:
