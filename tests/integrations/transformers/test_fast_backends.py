@@ -120,6 +120,8 @@ def test_each_strategy_calls_the_backend(llama):
     def counted(name):
         def op(*args, **kwargs):
             calls.append(name)
+            if kwargs.get("pooled"):
+                calls.append("all heads in one")
             return getattr(reference, name)(*args, **kwargs)
 
         return op
@@ -134,6 +136,8 @@ def test_each_strategy_calls_the_backend(llama):
         with attach(model, profile, strategy=strategy, backend="counted"):
             padded(model, [ids_of(60), ids_of(50)], [ids_of(1), ids_of(1)])
         used[strategy] = set(calls)
+    assert [strategy for strategy in NAIVE if "all heads in one" in used[strategy]] == ["kascade-pooled"]
+    used["kascade-pooled"].remove("all heads in one")
     assert set().union(*used.values()) == set(OPS)
     assert used["dense"] == {"prefill_dense", "decode_dense"}
     assert used["kascade"] == set(OPS) - {"prefill_sparse_lse"}
