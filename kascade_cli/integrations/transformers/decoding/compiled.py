@@ -7,6 +7,7 @@ So a layer gets its own part of the cache in place of the whole. Attention is on
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -38,6 +39,7 @@ class OneLayer:
         return self.layer.update(key_states, value_states)
 
 
+ELSEWHERE = "another thread is compiling this model's decode steps: let it finish before this one runs the model"
 BETWEEN = "the model does more between two layers than to hand the hidden states on"
 
 
@@ -154,5 +156,12 @@ def _one_after_the_other(kind: type) -> Any:
 
 
 def _replace(module: nn.Module, forward: Any, undo: contextlib.ExitStack) -> None:
-    module.forward = forward
+    ours = threading.get_ident()
+
+    def of_this_thread(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != ours:  # it would write into this thread's cache
+            raise KascadeError(ELSEWHERE)
+        return forward(*args, **kwargs)
+
+    module.forward = of_this_thread
     undo.callback(delattr, module, "forward")

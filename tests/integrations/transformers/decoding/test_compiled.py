@@ -1,6 +1,7 @@
 """Compiled decoder layers: the same logits, one layer's code for all of them, nothing left behind."""
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -61,6 +62,29 @@ def test_one_code_for_all_layers_and_strategies():
     # twice, the two that are left once, and the norm and the rotary embedding.
     assert sorted(map(len, nodes)) == [0, 0, 2, 4, 4]
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_another_thread_cannot_run_the_model_meanwhile(together):
+    """It would write into the cache of the one that compiles."""
+    model = tiny_model("llama", layers=4)
+    ids, mask = padded((20,))
+
+    def pass_of(thread):
+        return thread.submit(torch.no_grad()(lambda: model(ids[:, :7]).logits)).result()
+
+    with torch.no_grad(), attach(model, strategy="dense") as run, ThreadPoolExecutor(1) as other:
+        cache, token, lengths = prefilled(model, ids, mask)
+        prompt = [(layer.keys, layer.values) for layer in cache.layers], token, lengths
+        runner = Runner(model, Slots(prompt[0], 1, 64), run, capture=False)
+        want, alone = logits_of(runner, prompt, 3), pass_of(other)
+        with compiled_layers(model, runner.slots, backend="eager", together=together):
+            got = logits_of(runner, prompt, 3)
+            with pytest.raises(KascadeError, match="another thread is compiling"):
+                pass_of(other)
+            torch.testing.assert_close(logits_of(runner, prompt, 3), got)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(pass_of(other), alone)
 
 
 def test_a_layer_that_cannot_be_compiled_leaves_no_trace():
