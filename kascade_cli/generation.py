@@ -53,7 +53,7 @@ class Generated:
 
     report: what really ran (Attachment.report()). eager: why the steps did not run in CUDA graphs, None where they
     did; graphs_s: what recording those took, which tokens_per_s leaves out. uncompiled: why the layers in them are not
-    compiled.
+    compiled; apart: why they are, but each by itself.
     """
 
     tokens: list[int]
@@ -64,6 +64,7 @@ class Generated:
     eager: str | None = None
     graphs_s: float = 0.0
     uncompiled: str | None = None
+    apart: str | None = None
 
 
 class _Streamer(TextStreamer):
@@ -123,7 +124,7 @@ def generate(
     spent = times[-1] - times[0] - loop.seconds
     rate = (len(times) - 1) / spent if len(times) > 1 and spent > 0 else None
     text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Generated(tokens, text, times[0], rate, report, loop.reason, loop.seconds, loop.uncompiled)
+    return Generated(tokens, text, times[0], rate, report, loop.reason, loop.seconds, loop.uncompiled, loop.apart)
 
 
 def _pad_token(model: nn.Module, tokenizer: Any) -> int:

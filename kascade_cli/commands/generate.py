@@ -302,6 +302,8 @@ def _figures(prompt_tokens: int, expected: Any, run: Any) -> None:
     )
     if run.uncompiled not in (None, "not asked for"):
         note(f"--compile did nothing: {run.uncompiled}")
+    if run.apart:
+        note(f"--compile compiled each layer by itself: {run.apart}")
 
 
 def _rate(run: Any, template: str) -> str:
@@ -362,7 +364,12 @@ def _run_document(run: Any) -> dict[str, Any]:
         "tokens": run.tokens,
         "first_token_s": round(run.first_token_s, 4),
         "tokens_per_s": round(run.tokens_per_s, 3) if run.tokens_per_s else None,
-        "graphs": {"eager": run.eager, "seconds": round(run.graphs_s, 4), "uncompiled": run.uncompiled},
+        "graphs": {
+            "eager": run.eager,
+            "seconds": round(run.graphs_s, 4),
+            "uncompiled": run.uncompiled,
+            "apart": run.apart,
+        },
         "report": run.report,
     }
 

@@ -20,12 +20,14 @@ class GraphDecode:
     Logits processors, sampling and stopping are those of the call; a streamer is given here, as transformers keeps it
     from custom loops, and is told of a few tokens at a time. The prompt is prefilled as always; the steps run on a
     static cache in CUDA graphs, or in transformers' own loop, with the `reason`. seconds: what recording graphs took.
-    compile: compile the decoder layers for the steps, which takes longer at first; `uncompiled` says why they are not.
+    compile: compile the decoder layers for the steps, which takes longer at first; `uncompiled` says why they are not,
+    `apart` why each is compiled by itself.
     """
 
     def __init__(self, streamer: Any = None, *, compile: bool = False):
         self.streamer, self.compile = streamer, compile
         self.uncompiled: str | None = "not asked for"
+        self.apart: str | None = None
         self.reason: str | None = None
         self.seconds = 0.0
 
@@ -57,7 +59,7 @@ class GraphDecode:
             if out is not None:
                 return out
             streamer = streamer and _WithoutFirst(streamer)
-        self.uncompiled = self.reason if self.compile else "not asked for"
+        self.uncompiled, self.apart = self.reason if self.compile else "not asked for", None
         names = ("input_ids", "logits_processor", "stopping_criteria", "generation_config")
         return model._sample(
             **dict(zip(names, call, strict=True)), synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
@@ -110,6 +112,7 @@ class GraphDecode:
             seen=None if streamer is None else seen,
         )
         self.reason, self.uncompiled, self.seconds = runner.reason, runner.uncompiled, runner.seconds
+        self.apart = runner.apart if runner.compiled else None
         if kept:
             _give_back(cache, runner.slots, tokens.shape[1] - 1)
         if streamer is not None:

@@ -21,9 +21,9 @@ class Runner:
 
     attachment: what the model runs under, or None. capture: record the steps in CUDA graphs; where that fails,
     `reason` says why and the steps run eagerly. compile: compile the decoder layers for them, which fuses what is not
-    attention and rounds differently; where that fails, `uncompiled` says why. stay: every step runs at the same place
-    (for benchmarks). Each step leaves `logits` [B, 1, V] of the token after it. seconds: what preparing took since
-    loading.
+    attention and rounds differently; where that fails, `uncompiled` says why, and `apart` where it only fails for
+    layers in a row, which run one by one then. stay: every step runs at the same place (for benchmarks). Each step
+    leaves `logits` [B, 1, V] of the token after it. seconds: what preparing took since loading.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Runner:
         self.model, self.slots, self.attachment = model, slots, attachment
         self.reason: str | None = None if capture else "not asked for"
         self.compile, self.uncompiled = compile, None if compile else "not asked for"
+        self.apart: str | None = None
         self.logits: Tensor | None = None
         self.seconds = 0.0
         self._replays: Replays = {}
@@ -76,6 +77,7 @@ class Runner:
         for together in (TOGETHER, 1) if self.compile else ():
             if not self._replays:
                 how = compiled_layers(self.model, self.slots, together=together)
+                self.apart = self.uncompiled  # of the attempt before
                 self._replays, self.uncompiled = self._record(how)
         if not self._replays:
             self._replays, self.reason = self._record(contextlib.nullcontext())

@@ -253,6 +253,7 @@ def test_what_cannot_run_together_is_tried_one_by_one(fails, monkeypatch):
     assert runner.captured
     assert runner.reason is None
     assert runner.uncompiled == ("NotImplementedError: not 1" if len(fails) == 2 else None)
+    assert runner.apart == ("NotImplementedError: not 4" if fails else None)
 
 
 def test_code_that_was_compiled_under_an_attachment_does_not_run_after_it():
