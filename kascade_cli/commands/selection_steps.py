@@ -123,14 +123,9 @@ def check_verification(verify: bool | None, verification: Any, settings: Any, ca
             if given:
                 raise UsageError(f"{name} is for verification: leave --no-verify out")
         return False
-    given = {
-        "--model": verification.model,
-        "--verify-dev-set": verification.dev_set,
-        "--verify-length": verification.max_length,
-        "--revision": verification.revision,
-    }
     verification.check()
-    return verify is True or any(value is not None for value in given.values())
+    asked = (verification.model, verification.dev_set, verification.max_length, verification.revision)
+    return verify is True or any(value is not None for value in asked)
 
 
 def open_session(search: Any, verification: Any, wanted: bool) -> Any:

@@ -19,6 +19,12 @@ from ..naive import some_profile
 from .test_static_loop import padded, prefilled
 
 
+def prompt_of(model, ids, mask):
+    """What a runner loads: keys and values of the layers, the next token, the rows' lengths."""
+    cache, token, lengths = prefilled(model, ids, mask)
+    return [(layer.keys, layer.values) for layer in cache.layers], token, lengths
+
+
 def logits_of(runner, prompt, steps):
     """Logits of each step, [steps, B, V]."""
     found = []
@@ -46,8 +52,7 @@ def test_one_code_for_all_layers_and_strategies():
     torch.compiler.reset()
     for strategy in ("dense", "kascade", "kascade-refresh"):
         with torch.no_grad(), attach(model, profile, strategy=strategy) as run:
-            cache, token, lengths = prefilled(model, ids, mask)
-            prompt = [(layer.keys, layer.values) for layer in cache.layers], token, lengths
+            prompt = prompt_of(model, ids, mask)
             run.reset()
             runner = Runner(model, Slots(prompt[0], 2, 64), run, capture=False)
             want, counted = logits_of(runner, prompt, 11), run.report()
@@ -74,8 +79,7 @@ def test_another_thread_cannot_run_the_model_meanwhile(together):
         return thread.submit(torch.no_grad()(lambda: model(ids[:, :7]).logits)).result()
 
     with torch.no_grad(), attach(model, strategy="dense") as run, ThreadPoolExecutor(1) as other:
-        cache, token, lengths = prefilled(model, ids, mask)
-        prompt = [(layer.keys, layer.values) for layer in cache.layers], token, lengths
+        prompt = prompt_of(model, ids, mask)
         runner = Runner(model, Slots(prompt[0], 1, 64), run, capture=False)
         want, alone = logits_of(runner, prompt, 3), pass_of(other)
         with compiled_layers(model, runner.slots, backend="eager", together=together):
@@ -96,8 +100,7 @@ def test_a_layer_that_cannot_be_compiled_leaves_no_trace():
 
     torch.compiler.reset()
     with torch.no_grad(), attach(model, strategy="dense") as run:
-        cache, token, lengths = prefilled(model, ids, mask)
-        prompt = [(layer.keys, layer.values) for layer in cache.layers], token, lengths
+        prompt = prompt_of(model, ids, mask)
         runner = Runner(model, Slots(prompt[0], 1, 64), run, capture=False)
         want = logits_of(runner, prompt, 3)
         with pytest.raises(Exception, match="not this layer"), compiled_layers(model, runner.slots, backend=backend):
@@ -111,8 +114,7 @@ def compiled_agrees(model, first=lambda: None, **options):
     ids, mask = padded((20, 9))
     torch.compiler.reset()
     with torch.no_grad(), attach(model, strategy="dense") as run:
-        cache, token, lengths = prefilled(model, ids, mask)
-        prompt = [(layer.keys, layer.values) for layer in cache.layers], token, lengths
+        prompt = prompt_of(model, ids, mask)
         runner = Runner(model, Slots(prompt[0], 2, 64), run, capture=False)
         want = logits_of(runner, prompt, 3)
         with compiled_layers(model, runner.slots, backend=lambda graph, _: graph.forward, **options):
